@@ -1,0 +1,184 @@
+/* EdgeLoRA runtime, C API.
+ *
+ * A model is a loaded bundle, shared and immutable. A session is one sequence: its kv_cache, position and active adapter.
+ * The API speaks token ids; text, stop strings and chat templates belong to the caller.
+ *
+ * Ownership: what a `_create`, `_load` function returns belongs to the caller, who releases it with the matching `_free`
+ * (adapters: `_unload`). Pointers passed in are only read during the call unless said otherwise.
+ * Errors: every function that can fail returns a status; on any other than EDGELORA_OK, edgelora_last_error() is a one-line
+ * message of the calling thread. Out-parameters are written only on success.
+ * Threads: functions on a model and on adapters may be called from any thread at any time. A session is used by one thread at a time;
+ * only edgelora_session_cancel may be called beside it. Several sessions of one model may run at once.
+ * Versioning: option structs begin with their size; initialise them with the `_init` function of this header's version.
+ */
+#ifndef EDGELORA_H_
+#define EDGELORA_H_
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EDGELORA_API __declspec(dllexport)
+#else
+#define EDGELORA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct EdgeLoraModel EdgeLoraModel;
+typedef struct EdgeLoraSession EdgeLoraSession;
+
+typedef enum EdgeLoraStatus {
+  EDGELORA_OK = 0,
+  EDGELORA_INVALID_ARGUMENT = 1, /* a null pointer, a token id out of range, an empty prompt, an unknown option value */
+  EDGELORA_BAD_FILE = 2,         /* missing, truncated, corrupt, of a newer format, or made for another base */
+  EDGELORA_NOT_FOUND = 3,        /* unknown adapter name or handle */
+  EDGELORA_CONTEXT_FULL = 4,     /* the kv_cache holds no more positions */
+  EDGELORA_RUNTIME = 5,          /* onnxruntime is missing, too old, or reported an error */
+  EDGELORA_CANCELLED = 6,        /* edgelora_session_cancel was called */
+  EDGELORA_OUT_OF_MEMORY = 7,
+  EDGELORA_INTERNAL = 8
+} EdgeLoraStatus;
+
+/* Handle of an adapter; 0 is the base. Handles are never reused. */
+typedef int64_t EdgeLoraAdapter;
+
+/* "major.minor.patch" of the library; static storage. */
+EDGELORA_API const char* edgelora_version(void);
+
+/* Message of this thread's last failed call, "" if none; valid until this thread's next call. */
+EDGELORA_API const char* edgelora_last_error(void);
+
+/* ---- model ---- */
+
+typedef struct EdgeLoraModelOptions {
+  size_t size;                   /* sizeof(EdgeLoraModelOptions) */
+  const char* onnxruntime_path;  /* the library to load; NULL: the system's "libonnxruntime.so" by name */
+  int32_t threads;               /* 0: one for each performance core */
+  bool spinning;                 /* workers spin between operators: faster, but takes the cores; default true */
+  bool exact;                    /* float32 activations instead of int8 (slow; for checks); default false */
+} EdgeLoraModelOptions;
+
+EDGELORA_API void edgelora_model_options_init(EdgeLoraModelOptions* options);
+
+/* Loads the bundle folder (checks structure and sizes, maps the weights). options may be NULL. */
+EDGELORA_API EdgeLoraStatus edgelora_model_load(const char* bundle, const EdgeLoraModelOptions* options, EdgeLoraModel** model);
+
+/* All its sessions must have been freed. NULL is allowed. */
+EDGELORA_API void edgelora_model_free(EdgeLoraModel* model);
+
+typedef struct EdgeLoraModelInfo {
+  size_t size; /* set by the caller to sizeof(EdgeLoraModelInfo) */
+  int32_t vocab_size;
+  int32_t context_length;     /* largest number of positions of a session */
+  int32_t num_hidden_layers;
+  int32_t threads;
+  int64_t weight_bytes;       /* of the external weight file */
+  int64_t kv_cache_bytes;     /* for one position of one session */
+  int32_t eos_token_count;
+  const int32_t* eos_token_ids; /* lives as long as the model */
+  const char* isa;            /* kernels in use; static storage */
+} EdgeLoraModelInfo;
+
+EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model, EdgeLoraModelInfo* info);
+
+/* ---- adapters ---- */
+
+/* Loads the bundle's adapter `name` and returns a handle with one reference. Loading a name again gives a new handle. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_load(EdgeLoraModel* model, const char* name, EdgeLoraAdapter* adapter);
+
+/* The same from a file adapter.safetensors outside the bundle; refused unless it names this base's fingerprint. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_load_file(EdgeLoraModel* model, const char* path, EdgeLoraAdapter* adapter);
+
+/* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters, const float* weights, size_t count,
+                                                     EdgeLoraAdapter* adapter);
+
+/* Drops the reference. A running computation finishes with it; later runs of sessions that still name it fail with
+ * EDGELORA_NOT_FOUND. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_unload(EdgeLoraAdapter adapter);
+
+/* ---- session ---- */
+
+typedef struct EdgeLoraSessionOptions {
+  size_t size;
+  int32_t context_length; /* positions of the kv_cache; 0: the model's context_length (memory is touched only as positions are used) */
+} EdgeLoraSessionOptions;
+
+EDGELORA_API void edgelora_session_options_init(EdgeLoraSessionOptions* options);
+EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const EdgeLoraSessionOptions* options,
+                                                    EdgeLoraSession** session);
+EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
+
+/* Adapter of the next positions. If it differs from the one in use and the kv_cache holds positions, they are computed anew with it
+ * before the next step, unless keep_cache. */
+EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session, EdgeLoraAdapter adapter, bool keep_cache);
+
+/* Appends tokens; afterwards the logits of the last one are at hand. At least one token. On error the session is as before. */
+EDGELORA_API EdgeLoraStatus edgelora_session_prefill(EdgeLoraSession* session, const int32_t* tokens, size_t count);
+
+/* As prefill, and copies the logits of *every* appended token: logits [count, vocab_size]. */
+EDGELORA_API EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, const int32_t* tokens, size_t count, float* logits);
+
+/* Logits of the last position [vocab_size], or NULL before the first prefill; valid until the session's next call. */
+EDGELORA_API const float* edgelora_session_last_logits(const EdgeLoraSession* session);
+
+/* Positions in the kv_cache. */
+EDGELORA_API size_t edgelora_session_position(const EdgeLoraSession* session);
+
+/* Forgets all positions after `position` (0: everything). */
+EDGELORA_API EdgeLoraStatus edgelora_session_rewind(EdgeLoraSession* session, size_t position);
+
+typedef struct EdgeLoraSampling {
+  size_t size;
+  float temperature;         /* 0: greedy (default) */
+  int32_t top_k;             /* 0: off */
+  float top_p;               /* 1: off */
+  float min_p;               /* 0: off */
+  float repetition_penalty;  /* 1: off; over all tokens of the session (Keskar et al. 2019, as in transformers) */
+  uint64_t seed;             /* same seed, same tokens */
+  const int32_t* stop_tokens; /* besides the model's eos_token_ids */
+  size_t stop_token_count;
+  bool ignore_eos;           /* benchmarks: the model's own eos tokens do not stop */
+} EdgeLoraSampling;
+
+EDGELORA_API void edgelora_sampling_init(EdgeLoraSampling* sampling);
+
+/* One new token: true goes on, false stops after it. Called on the generating thread. */
+typedef bool (*EdgeLoraTokenCallback)(int32_t token, void* user_data);
+
+typedef enum EdgeLoraFinish {
+  EDGELORA_FINISH_LENGTH = 0,   /* max_new_tokens reached */
+  EDGELORA_FINISH_STOP = 1,     /* a stop token; it is not delivered */
+  EDGELORA_FINISH_CALLBACK = 2, /* the callback returned false */
+  EDGELORA_FINISH_CONTEXT = 3   /* the context is full */
+} EdgeLoraFinish;
+
+/* Generates up to max_new_tokens after a prefill; delivers each token to callback (may be NULL) and to tokens (may be NULL; room for
+ * max_new_tokens). sampling may be NULL (greedy). The last delivered token is part of the sequence: the next prefill goes on after it. */
+EDGELORA_API EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session, const EdgeLoraSampling* sampling,
+                                                      size_t max_new_tokens, int32_t* tokens, size_t* count,
+                                                      EdgeLoraFinish* finish, EdgeLoraTokenCallback callback, void* user_data);
+
+/* Makes a running generate or prefill of this session return EDGELORA_CANCELLED soon. From any thread. */
+EDGELORA_API void edgelora_session_cancel(EdgeLoraSession* session);
+
+/* Durations of the session's last prefill and generate, for benchmarks. */
+typedef struct EdgeLoraTimings {
+  size_t size;
+  double prefill_seconds;
+  int64_t prefill_tokens;
+  double decode_seconds;
+  int64_t decode_tokens;
+} EdgeLoraTimings;
+
+EDGELORA_API EdgeLoraStatus edgelora_session_timings(const EdgeLoraSession* session, EdgeLoraTimings* timings);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* EDGELORA_H_ */
