@@ -1,0 +1,188 @@
+"""A PEFT LoRA folder as `Adapter`: scaling resolved, factors oriented, every field and tensor accounted for."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
+from edgelora.adapter.ledger import LedgerEntry, refusals
+from edgelora.adapter.settings import Settings, read_settings
+from edgelora.adapter.targets import check_patterns
+from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
+from edgelora.errors import EdgeLoraError
+
+__all__ = [
+    "Adapter",
+    "Branch",
+    "LedgerEntry",
+    "adapter_ledger",
+    "compare_base_name",
+    "read_adapter",
+]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+Targets = Mapping[str, tuple[int, int]]  # module path → (out_features, in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One named LoRA set, as trained; nothing of PEFT's configuration is left to interpret."""
+
+    source: str  # the folder's name
+    base_model_name_or_path: str | None
+    branches: Mapping[str, Branch]  # by target, sorted
+    fingerprint: str  # of the source folder, "sha256:" + 64 hex
+    ledger: tuple[LedgerEntry, ...] = ()
+
+    @property
+    def max_rank(self) -> int:
+        return max(branch.rank for branch in self.branches.values())
+
+    @property
+    def rank_summary(self) -> str:
+        """ "8", or "4 to 16" where targets differ."""
+        return _summary({branch.rank for branch in self.branches.values()})
+
+    @property
+    def scaling_summary(self) -> str:
+        """ "2", or "0.5 to 2" where targets differ."""
+        return _summary({branch.scaling for branch in self.branches.values()})
+
+
+def _summary(values: set[int] | set[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The two files of a PEFT folder, read but not judged."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    fingerprint: str
+
+
+def read_adapter(path: Path, targets: Targets) -> Adapter:
+    """Read a PEFT folder for a base whose linears are `targets`: module path → (out_features, in_features).
+
+    Raises EdgeLoraError: one line that names every refused field and tensor, or the file that cannot be read.
+    """
+    folder = _read_folder(path)
+    branches, ledger = _judge(folder, targets)
+    if problems := refusals(ledger):
+        raise EdgeLoraError(f"{path}: {problems}")
+    base = folder.config.get("base_model_name_or_path")
+    return Adapter(path.resolve().name, base, branches, folder.fingerprint, tuple(ledger))
+
+
+def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:
+    """What becomes of every field and tensor; without `targets`, whatever modules the file names are taken.
+
+    Raises EdgeLoraError only if the files cannot be read at all.
+    """
+    folder = _read_folder(path)
+    return tuple(_judge(folder, _own_targets(folder.tensors) if targets is None else targets)[1])
+
+
+def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:
+    """A warning if the adapter names another base; only the last path components count, case does not."""
+    trained_on = adapter.base_model_name_or_path
+    if not trained_on or _last_component(trained_on) == _last_component(checkpoint_name):
+        return None
+    return (
+        f"adapter {adapter.source} was trained on {trained_on}, but the base is {checkpoint_name}"
+    )
+
+
+def _last_component(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+
+
+def _own_targets(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
+    """The targets that the file itself names, with the sizes of its own factors."""
+    pairs, _ = pair_factors(tensors)
+    return {
+        target: (tensors[pair["B"]].shape[0], tensors[pair["A"]].shape[-1])
+        for target, pair in pairs.items()
+        if len(pair) == 2 and tensors[pair["A"]].shape and tensors[pair["B"]].shape
+    }
+
+
+def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
+    """All branches that can be read, and the ledger."""
+    settings, ledger = read_settings(folder.config)
+    pairs, refused_tensors = pair_factors(folder.tensors)
+    ledger += refused_tensors
+    if settings is None:
+        return {}, ledger
+    if bad_patterns := check_patterns(settings):
+        return {}, ledger + bad_patterns
+    ledger += check_targets(pairs, settings, targets)
+    branches = {}
+    for target in sorted(
+        target for target in pairs.keys() & targets.keys() if len(pairs[target]) == 2
+    ):
+        branch, entries = read_branch(
+            folder.tensors, pairs[target], settings, target, targets[target]
+        )
+        ledger += entries
+        if branch is not None:
+            branches[target] = branch
+    return branches, ledger
+
+
+def _read_folder(path: Path) -> _Folder:
+    if not path.is_dir():
+        raise EdgeLoraError(
+            f"{path}: no such folder; give the folder that PEFT's save_pretrained wrote"
+        )
+    if not (path / WEIGHTS).is_file() and (path / PICKLE).is_file():
+        raise EdgeLoraError(
+            f"{path / PICKLE}: pickle files can run code and are not read; save it as safetensors"
+        )
+    config_bytes, weight_bytes = _read(path, CONFIG), _read(path, WEIGHTS)
+    config = _parse_config(config_bytes, path / CONFIG)
+    tensors, _ = parse_safetensors(weight_bytes, str(path / WEIGHTS))
+    return _Folder(path, config, tensors, _fingerprint(config_bytes, weight_bytes))
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except FileNotFoundError as error:
+        raise EdgeLoraError(
+            f"{path}: {name} is missing; give a folder that PEFT's save_pretrained wrote"
+        ) from error
+    except OSError as error:
+        raise EdgeLoraError(f"{path / name}: cannot be read ({error.strerror})") from error
+
+
+def _parse_config(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(data, object_pairs_hook=unique_object)
+    except (ValueError, RecursionError) as error:
+        raise EdgeLoraError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise EdgeLoraError(f"{path}: must be a JSON object")
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise EdgeLoraError(f"{path}: base_model_name_or_path must be a string or null")
+    return config
+
+
+def _fingerprint(config: bytes, weights: bytes) -> str:
+    """SHA-256 over the lines `edgelora-peft 1`, `adapter_config.json <sha256>`, `adapter_model.safetensors <sha256>`."""
+    lines = ["edgelora-peft 1", f"{CONFIG} {_sha256(config)}", f"{WEIGHTS} {_sha256(weights)}"]
+    return "sha256:" + _sha256("".join(f"{line}\n" for line in lines).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

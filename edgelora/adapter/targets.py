@@ -1,0 +1,116 @@
+"""Which modules a PEFT config names, and each one's rank and scaling: PEFT 0.21.2's matching rules, word for word.
+
+Sources: `check_target_module_exists` and `_maybe_include_all_linear_layers` in peft/tuners/tuners_utils.py,
+`get_pattern_key` and `match_target_against_key` in peft/utils/other.py, `update_layer` in peft/tuners/lora/layer.py.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from edgelora.adapter.ledger import LedgerEntry, refused
+from edgelora.adapter.settings import Settings
+
+Value = TypeVar("Value", int, float)
+
+HEAD = "lm_head"
+ALL_LINEAR = "all-linear"
+
+
+def check_patterns(settings: Settings) -> list[LedgerEntry]:
+    """A refusal for every regex that Python cannot compile."""
+    patterns = {key: f"rank_pattern {key!r}" for key in settings.rank_pattern}
+    patterns |= {key: f"alpha_pattern {key!r}" for key in settings.alpha_pattern}
+    patterns |= {key: f"layers_pattern {key!r}" for key in settings.layers_pattern}
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(settings, name)
+        patterns |= {value: name} if isinstance(value, str) else {}
+    return [
+        refused(item, "not a valid regex")
+        for pattern, item in patterns.items()
+        if not _compiles(pattern)
+    ]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError):
+        return False
+    return True
+
+
+def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
+    """The modules, out of those given, that PEFT would adapt; "all-linear" leaves out the output head."""
+    wanted = settings.target_modules
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return [each for each in modules if each != HEAD and not _is_excluded(settings, each)]
+    return [
+        each
+        for each in modules
+        if not _is_excluded(settings, each) and _is_targeted(settings, each)
+    ]
+
+
+def _is_excluded(settings: Settings, module: str) -> bool:
+    if isinstance(settings.exclude_modules, str):
+        return bool(settings.exclude_modules and re.fullmatch(settings.exclude_modules, module))
+    return _ends_with_one_of(module, settings.exclude_modules)
+
+
+def _ends_with_one_of(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _is_targeted(settings: Settings, module: str) -> bool:
+    if isinstance(settings.target_modules, str):
+        return re.fullmatch(settings.target_modules, module) is not None
+    if module in settings.target_modules:  # a full path is taken whatever the layers
+        return True
+    return _ends_with_one_of(module, settings.target_modules) and _is_in_layers(settings, module)
+
+
+def _is_in_layers(settings: Settings, module: str) -> bool:
+    wanted = settings.layers_to_transform
+    if wanted is None:
+        return True
+    index = _layer_index(settings.layers_pattern, module)
+    return index == wanted if isinstance(wanted, int) else index in wanted
+
+
+def _layer_index(patterns: tuple[str, ...], module: str) -> int | None:
+    """The first numbered segment; with patterns, the one behind the first pattern that matches."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+        if found := re.match(expression, module):
+            return int(found["idx"])
+    return None
+
+
+def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """The value of the first pattern (in the file's order) that matches the end of the module path."""
+    return next((value for key, value in patterns.items() if _matches_end(key, module)), default)
+
+
+def _matches_end(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
+    """A refusal for every rank or alpha pattern that matches none of the adapter's targets."""
+    modules = list(modules)
+    fields = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    return [
+        refused(f"{field} {key!r}", "matches no target of the adapter")
+        for field, patterns in fields.items()
+        for key in patterns
+        if not any(_matches_end(key, module) for module in modules)
+    ]
+
+
+def rank_and_scaling(settings: Settings, module: str) -> tuple[int, float]:
+    """The rank and alpha/rank, or alpha/√rank for rsLoRA, of one target."""
+    rank = pattern_value(settings.rank_pattern, module, settings.rank)
+    alpha = pattern_value(settings.alpha_pattern, module, settings.alpha)
+    return rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank)
