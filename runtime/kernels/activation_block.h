@@ -1,0 +1,51 @@
+// Quantizing one block of 32 activations: the scalar steps, also for the last, partial block
+// elsewhere.
+//
+//   scale = amax / 127,  code = round_half_even(x · (127 / amax)),  sum = Σ code
+//   amax < 2^-119 (its scale would be subnormal): as an all-zero block, scale 0, codes 0, sum 0
+//   any NaN or Inf: scale NaN, codes 0, sum 0, so that every y it touches is NaN
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace edgelora::kernels {
+namespace {
+
+constexpr float kSmallestAmax = 0x1p-119f;
+constexpr float kLargestFinite = std::numeric_limits<float>::max();
+
+struct BlockScale {
+  float scale;    // stored
+  float inverse;  // multiplies x; 0 where codes are all zero
+};
+
+inline BlockScale block_scale_of(float amax, bool finite) {
+  if (!finite) return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  if (amax < kSmallestAmax) return {0.0f, 0.0f};
+  return {amax / 127.0f, 127.0f / amax};
+}
+
+// x [count] → codes [32], the rest zero; returns the sum.
+inline int32_t quantize_block(const float* x, int64_t count, int8_t* codes, float* scale) {
+  float amax = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(x[i]);
+    finite = finite && magnitude <= kLargestFinite;
+    if (magnitude > amax) amax = magnitude;
+  }
+  const BlockScale block = block_scale_of(amax, finite);
+  *scale = block.scale;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < 32; ++i) {
+    const bool zero = i >= count || block.inverse == 0.0f;
+    codes[i] = zero ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(x[i] * block.inverse));
+    sum += codes[i];
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

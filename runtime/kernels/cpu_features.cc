@@ -1,0 +1,58 @@
+// Features of this machine: what the CPU has (cpuid) and what the OS saves (xgetbv).
+#include "kernels/features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace edgelora::kernels {
+
+#if defined(__x86_64__)
+namespace {
+
+constexpr uint32_t kOsSavesYmm = 0x06;  // XCR0: xmm and upper ymm halves
+constexpr uint32_t kOsSavesZmm = 0xe6;  // … and opmask, upper zmm halves, zmm16–31
+
+struct Leaf {
+  uint32_t eax, ebx, ecx, edx;
+};
+
+Leaf cpuid_leaf(uint32_t number) {
+  Leaf leaf{};
+  __get_cpuid_count(number, 0, &leaf.eax, &leaf.ebx, &leaf.ecx, &leaf.edx);
+  return leaf;
+}
+
+uint32_t saved_state() {
+  uint32_t eax = 0, edx = 0;
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return eax;
+}
+
+Features bit_if(uint32_t word, int bit, Features feature) {
+  return (word >> bit & 1u) != 0 ? feature : 0;
+}
+
+}  // namespace
+
+Features detect_features() {
+  const Leaf one = cpuid_leaf(1);
+  const bool has_xgetbv = (one.ecx >> 27 & 1u) != 0;
+  const uint32_t saved = has_xgetbv ? saved_state() : 0;
+  const Leaf seven = cpuid_leaf(7);
+  Features found = 0;
+  if ((saved & kOsSavesYmm) == kOsSavesYmm) {
+    found |= bit_if(one.ecx, 12, kFma) | bit_if(one.ecx, 29, kF16c) | bit_if(seven.ebx, 5, kAvx2);
+  }
+  if ((saved & kOsSavesZmm) == kOsSavesZmm) {
+    found |= bit_if(seven.ebx, 16, kAvx512f) | bit_if(seven.ebx, 17, kAvx512dq) |
+             bit_if(seven.ebx, 30, kAvx512bw) | bit_if(seven.ebx, 31, kAvx512vl) |
+             bit_if(seven.ecx, 11, kAvx512vnni);
+  }
+  return found;
+}
+#else
+Features detect_features() { return 0; }
+#endif
+
+}  // namespace edgelora::kernels

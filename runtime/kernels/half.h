@@ -1,0 +1,37 @@
+// float16 → float32 in plain integer arithmetic; exact, subnormals included.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace edgelora::kernels {
+namespace {
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  if (magnitude < 0x0400u) {  // zero or subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign != 0 ? -value : value;
+  }
+  const uint32_t exponent_shift = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
+  const uint32_t bits = sign | ((magnitude << 13) + exponent_shift);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint16_t load_u16(const void* base, int64_t index) {  // unaligned
+  uint16_t value;
+  std::memcpy(&value, static_cast<const char*>(base) + 2 * index, sizeof value);
+  return value;
+}
+
+inline float load_f32(const void* base, int64_t index) {  // unaligned
+  float value;
+  std::memcpy(&value, static_cast<const char*>(base) + 4 * index, sizeof value);
+  return value;
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

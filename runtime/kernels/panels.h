@@ -1,0 +1,113 @@
+// Where things lie in the packed layouts (drawn in ARCHITECTURE.md), for the kernels of every ISA.
+//
+// Everything here is in an anonymous namespace: each file gets its own copy, compiled with its own
+// flags, so that the linker can never hand one ISA's code to another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/kernels.h"
+
+namespace edgelora::kernels {
+namespace {
+
+constexpr int64_t kNf4Block = 64;     // flattened weights that share an absmax
+constexpr int64_t kNf4Group = 256;    // absmax codes that share a nested absmax
+constexpr int64_t kRowTile = 32;      // rows of activations that share one unpacking of the codes
+constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t activation_blocks(int64_t in_features) {
+  return ceil_div(in_features, kActivationBlock);
+}
+
+inline int64_t panel_rows(const Weights& weights, int64_t panel) {  // rows that exist, 1…16
+  return min_of(kPanelRows, weights.out_features - panel * kPanelRows);
+}
+
+inline bool is_int4(Format format) {
+  return format == Format::kInt4 || format == Format::kInt4ZeroPoints ||
+         format == Format::kInt4Offsets;
+}
+
+// Codes of one panel, bytes.
+inline int64_t panel_code_bytes(const Weights& weights) {
+  const int64_t padded = activation_blocks(weights.in_features) * kActivationBlock;
+  switch (weights.format) {
+    case Format::kFloat:
+      return weights.in_features * kPanelRows * 4;
+    case Format::kInt8:
+      return padded * kPanelRows;
+    default:
+      return padded * kPanelRows / 2;
+  }
+}
+
+inline const uint8_t* panel_codes(const Weights& weights, int64_t panel) {
+  return static_cast<const uint8_t*>(weights.codes) + panel * panel_code_bytes(weights);
+}
+
+// nf4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only when
+// 64 divides K; else a row may start in the middle of one, and 32 is what divides both.
+inline int64_t nf4_step(int64_t in_features) { return in_features % kNf4Block == 0 ? 64 : 32; }
+
+inline int64_t scale_block_size(const Weights& weights) {
+  return weights.format == Format::kNf4 ? nf4_step(weights.in_features) : weights.block_size;
+}
+
+inline int64_t scale_blocks(const Weights& weights) {
+  return ceil_div(weights.in_features, scale_block_size(weights));
+}
+
+// Rows of the nf4 slice that a panel belongs to, and where that slice's absmax starts.
+struct Nf4Slice {
+  int64_t first_row;    // of the slice
+  int64_t first_block;  // of the slice in absmax, a multiple of 256
+  float offset;
+};
+
+inline Nf4Slice nf4_slice(const Weights& weights, int64_t row) {
+  Nf4Slice slice{0, 0, weights.absmax_offset[0]};
+  for (int64_t i = 0; i + 1 < weights.slice_count; ++i) {
+    if (row < slice.first_row + weights.slices[i]) break;
+    const int64_t blocks = ceil_div(weights.slices[i] * weights.in_features, kNf4Block);
+    slice.first_row += weights.slices[i];
+    slice.first_block += ceil_div(blocks, kNf4Group) * kNf4Group;
+    slice.offset = weights.absmax_offset[i + 1];
+  }
+  return slice;
+}
+
+// absmax of one row, one for each nf4_step of K, to out[0], out[stride], …
+inline void decode_absmax_row(const Weights& weights, int64_t row, float* out, int64_t stride) {
+  const Nf4Slice slice = nf4_slice(weights, row);
+  const int64_t step = nf4_step(weights.in_features);
+  const int64_t first = (row - slice.first_row) * weights.in_features;  // flattened
+  const int64_t count = weights.in_features / step;
+  for (int64_t i = 0; i < count;) {
+    const int64_t block = slice.first_block + (first + i * step) / kNf4Block;
+    const int64_t group_end = (block / kNf4Group + 1) * kNf4Group;
+    const float nested = weights.nested_absmax[block / kNf4Group];
+    for (int64_t b = block; i < count && b < group_end; ++i) {
+      out[i * stride] = weights.absmax_table[weights.absmax[b]] * nested + slice.offset;
+      b = slice.first_block + (first + (i + 1) * step) / kNf4Block;
+    }
+  }
+}
+
+// absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
+inline void decode_absmax_panel(const Weights& weights, int64_t panel, float* out) {
+  const int64_t rows = panel_rows(weights, panel);
+  for (int64_t r = 0; r < rows; ++r) {
+    decode_absmax_row(weights, panel * kPanelRows + r, out + r, kPanelRows);
+  }
+  for (int64_t i = 0; i < scale_blocks(weights) && rows < kPanelRows; ++i) {
+    for (int64_t r = rows; r < kPanelRows; ++r) out[i * kPanelRows + r] = 0.0f;
+  }
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

@@ -1,0 +1,60 @@
+// Activations → int8 blocks, the side branch and SwiGLU, one value at a time.
+//
+//   t[r] = weight · Σ_k a[r, k]·x[k]          a [rank, K], sum in double
+//   y[16p + i] += Σ_r b[p, r, i]·t[r]         b [panels, rank, 16], sum in float
+//   out[i] = gate[i] / (1 + e^−gate[i]) · up[i]
+#include <cmath>
+
+#include "kernels/activation_block.h"
+#include "kernels/half.h"
+#include "kernels/panels.h"
+#include "kernels/scalar/scalar.h"
+
+namespace edgelora::kernels::scalar {
+namespace {
+
+float load_factor(const Factors& factors, const void* base, int64_t index) {
+  return factors.half ? half_to_float(load_u16(base, index)) : load_f32(base, index);
+}
+
+}  // namespace
+
+void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                          int32_t* sums) {
+  for (int64_t k = 0, b = 0; k < in_features; k += kActivationBlock, ++b) {
+    const int64_t count = min_of(kActivationBlock, in_features - k);
+    sums[b] = quantize_block(x + k, count, codes + k, scales + b);
+  }
+}
+
+void side_branch_down(const Factors& factors, int64_t in_features, float weight, const float* x,
+                      float* t) {
+  for (int64_t r = 0; r < factors.rank; ++r) {
+    double sum = 0.0;
+    for (int64_t k = 0; k < in_features; ++k) {
+      sum += static_cast<double>(load_factor(factors, factors.a, r * in_features + k)) *
+             static_cast<double>(x[k]);
+    }
+    t[r] = weight * static_cast<float>(sum);
+  }
+}
+
+void side_branch_up(const Factors& factors, int64_t out_features, const float* t,
+                    int64_t panel_begin, int64_t panel_end, float* y) {
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
+    for (int64_t i = 0; i < rows; ++i) {
+      float sum = 0.0f;
+      for (int64_t r = 0; r < factors.rank; ++r) {
+        sum += load_factor(factors, factors.b, (p * factors.rank + r) * kPanelRows + i) * t[r];
+      }
+      y[p * kPanelRows + i] += sum;
+    }
+  }
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+}  // namespace edgelora::kernels::scalar

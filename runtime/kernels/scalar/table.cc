@@ -1,0 +1,12 @@
+// The scalar table: plain C++ on any machine.
+#include "kernels/scalar/scalar.h"
+#include "kernels/tables.h"
+
+namespace edgelora::kernels::scalar {
+
+const KernelTable kTable = {
+    "scalar",         quantize_activations, linear,         linear_float,
+    side_branch_down, side_branch_up,       dequantize_row, swiglu,
+};
+
+}  // namespace edgelora::kernels::scalar

@@ -1,0 +1,40 @@
+// The scratch of `linear` and `linear_float`: offsets in bytes, each a multiple of 64.
+#pragma once
+
+#include "kernels/panels.h"
+
+namespace edgelora::kernels {
+namespace {
+
+struct ScratchLayout {
+  int64_t absmax;  // nf4: float [K / nf4_step, 16]
+  int64_t terms;   // int32 or float [Kp / 32, kRowTile]
+  int64_t scales;  // float [Kp / 32, kRowTile]
+  int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
+  int64_t strip;   // float [kFloatStrip, 16]
+  int64_t bytes;   // all of it
+};
+
+inline int64_t take(int64_t& end, int64_t bytes) {
+  const int64_t begin = end;
+  end += ceil_div(bytes, 64) * 64;
+  return begin;
+}
+
+inline ScratchLayout scratch_layout(const Weights& weights) {
+  const int64_t blocks = activation_blocks(weights.in_features);
+  ScratchLayout layout{};
+  int64_t end = 0;
+  if (weights.format == Format::kNf4) {
+    layout.absmax = take(end, scale_blocks(weights) * kPanelRows * 4);
+  }
+  layout.terms = take(end, blocks * kRowTile * 4);
+  layout.scales = take(end, blocks * kRowTile * 4);
+  layout.codes = take(end, blocks * kRowTile * kActivationBlock);
+  layout.strip = take(end, kFloatStrip * kPanelRows * 4);
+  layout.bytes = end;
+  return layout;
+}
+
+}  // namespace
+}  // namespace edgelora::kernels
