@@ -1,0 +1,37 @@
+"""Values ↔ codes, and codes ↔ panels. Arrays only: no files, no framework but numpy."""
+
+from edgelora.quantize.dequantize import NF4_VALUES, dequantize
+from edgelora.quantize.int4 import quantize_int4
+from edgelora.quantize.int8 import quantize_int8
+from edgelora.quantize.matrix import (
+    NF4_BLOCK,
+    NF4_GROUP,
+    FloatMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    Nf4Matrix,
+)
+from edgelora.quantize.nf4 import quantize_nf4
+from edgelora.quantize.packing import PackedLinear, Slices, concatenate, pack, same_kind, unpack
+
+__all__ = [
+    "NF4_BLOCK",
+    "NF4_GROUP",
+    "NF4_VALUES",
+    "FloatMatrix",
+    "Int4Matrix",
+    "Int8Matrix",
+    "Matrix",
+    "Nf4Matrix",
+    "PackedLinear",
+    "Slices",
+    "concatenate",
+    "dequantize",
+    "pack",
+    "quantize_int4",
+    "quantize_int8",
+    "quantize_nf4",
+    "same_kind",
+    "unpack",
+]

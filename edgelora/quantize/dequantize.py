@@ -1,0 +1,100 @@
+"""Codes → float32 weights, operation for operation as ARCHITECTURE.md states them."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.quantize import chunks
+from edgelora.quantize.matrix import (
+    NF4_BLOCK,
+    NF4_GROUP,
+    FloatMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    Nf4Matrix,
+)
+
+# QLoRA (Dettmers et al. 2023, arXiv:2305.14314), appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact 0.
+NF4_VALUES = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+
+Float32 = NDArray[np.float32]
+
+
+def dequantize(matrix: Matrix) -> Float32:
+    """float32 [out_features, in_features]; for FloatMatrix the weights themselves, not a copy."""
+    if isinstance(matrix, FloatMatrix):
+        return matrix.weights
+    if isinstance(matrix, Nf4Matrix):
+        return _nf4(matrix)
+    return _scaled(matrix)
+
+
+def _scaled(matrix: Int4Matrix | Int8Matrix) -> Float32:
+    rows, columns = matrix.codes.shape
+    weights = np.empty((rows, columns), np.float32)
+
+    def work(part: slice) -> None:
+        values = weights[part]
+        values[...] = matrix.codes[part]
+        if isinstance(matrix, Int4Matrix) and matrix.offsets is None:
+            values -= _zeros(matrix, part)
+        values *= _spread(matrix.scales[part], matrix.block_size, columns)
+        if isinstance(matrix, Int4Matrix) and matrix.offsets is not None:
+            values += _spread(matrix.offsets[part], matrix.block_size, columns)
+
+    chunks.over(work, rows, columns)
+    return weights
+
+
+def _zeros(matrix: Int4Matrix, part: slice) -> Float32 | np.float32:
+    """What is subtracted from the codes of these rows: the zero points, or 8."""
+    if matrix.zero_points is None:
+        return np.float32(8)
+    return _spread(matrix.zero_points[part], matrix.block_size, matrix.codes.shape[1])
+
+
+def _spread(
+    per_block: NDArray[np.float16] | NDArray[np.uint8], block_size: int, columns: int
+) -> Float32:
+    """[rows, blocks] → float32 [rows, columns]."""
+    return np.repeat(per_block.astype(np.float32), block_size, axis=1)[:, :columns]
+
+
+def nf4_absmax(matrix: Nf4Matrix) -> Float32:
+    """absmax float32 [ceil(size / 64)], as bitsandbytes' dequantize_blockwise and its `+= offset` give it."""
+    nested = np.repeat(matrix.nested_absmax, NF4_GROUP)[: matrix.absmax_codes.size]
+    return matrix.absmax_table[matrix.absmax_codes] * nested + matrix.absmax_offset
+
+
+def _nf4(matrix: Nf4Matrix) -> Float32:
+    codes = matrix.codes.reshape(-1)
+    weights = np.empty(codes.size, np.float32)
+    absmax = nf4_absmax(matrix)
+
+    def work(part: slice) -> None:
+        flat = slice(part.start * NF4_BLOCK, part.stop * NF4_BLOCK)
+        values = NF4_VALUES[codes[flat]]
+        weights[flat] = values * np.repeat(absmax[part], NF4_BLOCK)[: values.size]
+
+    chunks.over(work, absmax.size, NF4_BLOCK)
+    return weights.reshape(matrix.codes.shape)

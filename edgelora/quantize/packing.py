@@ -1,0 +1,257 @@
+"""Matrices ↔ the constant inputs of operator `Linear`: panels, one or more slices in one projection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.quantize import panels
+from edgelora.quantize.matrix import (
+    NF4_BLOCK,
+    NF4_GROUP,
+    FloatMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    Nf4Matrix,
+)
+
+Element = TypeVar("Element", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """The weights of one operator `Linear` (or `Embedding`); P panels of 16 rows, Kp = in_features padded to 32.
+
+    format: int4, int8, nf4 or float; block_size: weights that share a scale, 0 for float;
+    slices: out_features of each slice, top to bottom. Arrays that the format lacks are None.
+    """
+
+    format: str
+    block_size: int
+    in_features: int
+    slices: tuple[int, ...]
+    codes: NDArray[
+        Any
+    ]  # uint8 [P, Kp/8, 64], int8 [P, Kp/4, 64], or the weights float32 [P, K, 16]
+    scales: NDArray[np.float16] | None = None  # [P, blocks, 16]
+    zero_points: NDArray[np.uint8] | None = None  # [P, blocks, 8]
+    offsets: NDArray[np.float16] | None = None  # [P, blocks, 16]
+    nested_absmax: NDArray[np.float32] | None = (
+        None  # [ceil(blocks / 256)] of each slice, one after another
+    )
+    absmax: NDArray[np.uint8] | None = (
+        None  # [len(nested_absmax) · 256], each slice padded with zeros
+    )
+    absmax_offset: NDArray[np.float32] | None = None  # [slices]
+    absmax_table: NDArray[np.float32] | None = None  # [256]
+
+    @property
+    def out_features(self) -> int:
+        return sum(self.slices)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What is there, by the name and in the order of Linear's inputs 2…6."""
+        inputs: dict[str, NDArray[Any] | None] = {
+            "codes": self.codes,
+            "scales": self.nested_absmax if self.scales is None else self.scales,
+            "zero_points": _first(self.zero_points, self.offsets, self.absmax),
+            "absmax_offset": self.absmax_offset,
+            "absmax_table": self.absmax_table,
+        }
+        return {name: array for name, array in inputs.items() if array is not None}
+
+
+def _first(*arrays: NDArray[Any] | None) -> NDArray[Any] | None:
+    return next((array for array in arrays if array is not None), None)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Matrices of one kind that share a projection, top to bottom: q, k, v, or gate, up.
+
+    ValueError: none at all, not of the same kind, or several with out_features no multiple of 16.
+    """
+
+    matrices: tuple[Matrix, ...]
+
+    def __post_init__(self) -> None:
+        if not self.matrices or not same_kind(self.matrices):
+            raise ValueError("slices of a projection must share format, block_size and in_features")
+        rows = [out_features(matrix) for matrix in self.matrices]
+        if len(rows) > 1 and any(count % panels.PANEL for count in rows):
+            raise ValueError(f"slices need out_features in multiples of 16, not {rows}")
+
+
+def concatenate(matrices: Sequence[Matrix]) -> Slices:
+    """The matrices as slices of one projection, top to bottom; ValueError as Slices says."""
+    return Slices(tuple(matrices))
+
+
+def out_features(matrix: Matrix) -> int:
+    """Rows of a matrix of any kind."""
+    return len(matrix.weights if isinstance(matrix, FloatMatrix) else matrix.codes)
+
+
+def same_kind(matrices: Sequence[Matrix]) -> bool:
+    """Whether the matrices can be slices of one projection.
+
+    They share format, block_size, in_features, and what moves zero: nothing, zero points or
+    offsets; for nf4 the absmax table.
+    """
+    return len({_kind(matrix) for matrix in matrices}) <= 1
+
+
+def _kind(matrix: Matrix) -> tuple[object, ...]:
+    if isinstance(matrix, FloatMatrix):
+        return "float", matrix.weights.shape[1]
+    columns = matrix.codes.shape[1]
+    if isinstance(matrix, Nf4Matrix):
+        return "nf4", columns, matrix.absmax_table.tobytes()
+    if isinstance(matrix, Int8Matrix):
+        return "int8", columns, matrix.block_size
+    return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None
+
+
+def pack(weights: Matrix | Slices) -> PackedLinear:
+    """One matrix, or several slices. ValueError: codes over 15; nf4 with K no multiple of 32."""
+    matrices = weights.matrices if isinstance(weights, Slices) else (weights,)
+    parts = [_pack_one(matrix) for matrix in matrices]
+    if len(parts) == 1:
+        return parts[0]
+    return PackedLinear(
+        format=parts[0].format,
+        block_size=parts[0].block_size,
+        in_features=parts[0].in_features,
+        slices=tuple(part.out_features for part in parts),
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=_join([part.scales for part in parts]),
+        zero_points=_join([part.zero_points for part in parts]),
+        offsets=_join([part.offsets for part in parts]),
+        nested_absmax=_join([part.nested_absmax for part in parts]),
+        absmax=_join([part.absmax for part in parts]),
+        absmax_offset=_join([part.absmax_offset for part in parts]),
+        absmax_table=parts[0].absmax_table,
+    )
+
+
+def _join(arrays: Sequence[NDArray[Element] | None]) -> NDArray[Element] | None:
+    """All or none of the slices have the array."""
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if present else None
+
+
+def _pack_one(matrix: Matrix) -> PackedLinear:
+    if isinstance(matrix, Int4Matrix):
+        return _pack_int4(matrix)
+    if isinstance(matrix, Int8Matrix):
+        return _pack_int8(matrix)
+    if isinstance(matrix, Nf4Matrix):
+        return _pack_nf4(matrix)
+    rows, columns = matrix.weights.shape
+    return PackedLinear("float", 0, columns, (rows,), panels.interleave(matrix.weights))
+
+
+def _pack_int4(matrix: Int4Matrix) -> PackedLinear:
+    rows, columns = matrix.codes.shape
+    zeros, offsets = matrix.zero_points, matrix.offsets
+    return PackedLinear(
+        format="int4",
+        block_size=matrix.block_size,
+        in_features=columns,
+        slices=(rows,),
+        codes=panels.pack_nibbles(matrix.codes),
+        scales=panels.interleave(matrix.scales),
+        zero_points=None if zeros is None else panels.pack_zero_points(zeros),
+        offsets=None if offsets is None else panels.interleave(offsets),
+    )
+
+
+def _pack_int8(matrix: Int8Matrix) -> PackedLinear:
+    rows, columns = matrix.codes.shape
+    return PackedLinear(
+        format="int8",
+        block_size=matrix.block_size,
+        in_features=columns,
+        slices=(rows,),
+        codes=panels.pack_bytes(matrix.codes),
+        scales=panels.interleave(matrix.scales),
+    )
+
+
+def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
+    rows, columns = matrix.codes.shape
+    if columns % panels.K_STEP:
+        raise ValueError(f"nf4 needs in_features in multiples of {panels.K_STEP}, not {columns}")
+    absmax = np.zeros(len(matrix.nested_absmax) * NF4_GROUP, np.uint8)
+    absmax[: len(matrix.absmax_codes)] = matrix.absmax_codes
+    return PackedLinear(
+        format="nf4",
+        block_size=NF4_BLOCK,
+        in_features=columns,
+        slices=(rows,),
+        codes=panels.pack_nibbles(matrix.codes),
+        nested_absmax=matrix.nested_absmax,
+        absmax=absmax,
+        absmax_offset=np.array([matrix.absmax_offset], np.float32),
+        absmax_table=matrix.absmax_table,
+    )
+
+
+def unpack(packed: PackedLinear) -> list[Matrix]:
+    """Inverse of pack: one matrix for each slice."""
+    rows, columns, codes = packed.out_features, packed.in_features, packed.codes
+    ends = np.cumsum(packed.slices)
+    parts = [
+        slice(int(end) - size, int(end)) for end, size in zip(ends, packed.slices, strict=True)
+    ]
+    if packed.format == "float":
+        weights = panels.deinterleave(codes, rows)
+        return [FloatMatrix(weights[part]) for part in parts]
+    if packed.format == "nf4":
+        return _unpack_nf4(packed, panels.unpack_nibbles(codes, rows, columns), parts)
+    assert packed.scales is not None
+    scales = panels.deinterleave(packed.scales, rows)
+    if packed.format == "int8":
+        values = panels.unpack_bytes(codes, rows, columns)
+        return [Int8Matrix(values[part], scales[part], packed.block_size) for part in parts]
+    return _unpack_int4(packed, scales, parts)
+
+
+def _unpack_int4(
+    packed: PackedLinear, scales: NDArray[np.float16], parts: list[slice]
+) -> list[Matrix]:
+    rows = packed.out_features
+    codes = panels.unpack_nibbles(packed.codes, rows, packed.in_features)
+    zeros = (
+        None if packed.zero_points is None else panels.unpack_zero_points(packed.zero_points, rows)
+    )
+    offsets = None if packed.offsets is None else panels.deinterleave(packed.offsets, rows)
+    return [
+        Int4Matrix(
+            codes[part],
+            scales[part],
+            packed.block_size,
+            zero_points=None if zeros is None else zeros[part],
+            offsets=None if offsets is None else offsets[part],
+        )
+        for part in parts
+    ]
+
+
+def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slice]) -> list[Matrix]:
+    assert packed.nested_absmax is not None and packed.absmax is not None
+    assert packed.absmax_offset is not None and packed.absmax_table is not None
+    matrices: list[Matrix] = []
+    group = 0  # where this slice's nested groups start
+    for part, offset in zip(parts, packed.absmax_offset, strict=True):
+        blocks = -(-(part.stop - part.start) * packed.in_features // NF4_BLOCK)
+        groups = -(-blocks // NF4_GROUP)
+        absmax = packed.absmax[group * NF4_GROUP : group * NF4_GROUP + blocks]
+        nested = packed.nested_absmax[group : group + groups]
+        matrices.append(Nf4Matrix(codes[part], absmax, nested, offset, packed.absmax_table))
+        group += groups
+    return matrices
