@@ -9,30 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgelora.adapter import Adapter, Branch
+from edgelora.adapter import Adapter, Branch, valid_adapter_name
+from edgelora.adapter.half import half_factors
 from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
 
 FORMAT = "edgelora-adapter"
 FORMAT_VERSION = "1"
 PANEL = 16  # rows of lora_b that lie side by side
-MAX_RELATIVE_ERROR = (
-    1e-3  # of a whole factor's norm; float16 rounding of normal values makes about 2e-4
-)
 
 Dtype = Literal["float16", "float32"]
-
-
-def valid_adapter_name(name: str) -> str:
-    """The name itself; it becomes a folder of the bundle. Raises EdgeLoraError saying which names are allowed."""
-    if name.casefold() == "base":
-        raise EdgeLoraError(f"adapter name {name!r}: reserved for the model without an adapter")
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
-        rule = "use 1 to 64 of A-Z a-z 0-9 . _ -, and no dot at either end"
-        raise EdgeLoraError(f"adapter name {name!r}: {rule}")
-    return name
 
 
 def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: Dtype) -> bytes:
@@ -64,10 +51,9 @@ def _check_fingerprint(fingerprint: str, source: str) -> None:
 
 
 def pack_panels(lora_b: Factor) -> Factor:
-    """[N, rank] → [ceil(N/16), rank, 16]: panel p, factor column r, row 16p+i; rows beyond N are zero."""
+    """[N, rank] → [ceil(N/16), rank, 16]: panel p, column r, row 16p+i; rows beyond N are zero."""
     rows, rank = lora_b.shape
-    padded = np.zeros((math.ceil(rows / PANEL) * PANEL, rank), lora_b.dtype)
-    padded[:rows] = lora_b
+    padded = np.pad(lora_b, ((0, -rows % PANEL), (0, 0)))
     return np.ascontiguousarray(padded.reshape(-1, PANEL, rank).transpose(0, 2, 1))
 
 
@@ -77,57 +63,13 @@ def unpack_panels(panels: Factor) -> Factor:
 
 
 def _as_dtype(branch: Branch, dtype: Dtype, target: str) -> tuple[Factor, Factor]:
-    """Both factors in the file's dtype; float16 may move a power of two from one factor to the other."""
-    lora_a, lora_b = branch.lora_a.astype(np.float32), branch.lora_b.astype(np.float32)
-    if dtype == "float32":
-        return lora_a, lora_b
-    if not _fits(lora_a) or not _fits(lora_b):
-        exponent = _balancing_exponent(lora_a, lora_b)
-        lora_a, lora_b = np.ldexp(lora_a, exponent), np.ldexp(lora_b, -exponent)
-    return _to_half(lora_a, f"{target}.lora_a"), _to_half(lora_b, f"{target}.lora_b")
-
-
-def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    with np.errstate(over="ignore", under="ignore"):
-        return values.astype(np.float16)
-
-
-def _fits(values: NDArray[np.float32]) -> bool:
-    half = _half(values)
-    return bool(np.isfinite(half).all()) and _relative_error(values, half) <= MAX_RELATIVE_ERROR
-
-
-def _relative_error(values: NDArray[np.float32], half: NDArray[np.float16]) -> float:
-    """|half − values| / |values|, Frobenius norms in float64; 0 for all zeros."""
-    exact = values.astype(np.float64)
-    norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(half.astype(np.float64) - exact)) / norm if norm else 0.0
-
-
-def _balancing_exponent(lora_a: NDArray[np.float32], lora_b: NDArray[np.float32]) -> int:
-    """e such that A·2ᵉ and B·2⁻ᵉ have about the same largest value; the product A·B does not change."""
-    largest_a, largest_b = float(np.abs(lora_a).max()), float(np.abs(lora_b).max())
-    if not largest_a or not largest_b:
-        return 0
-    return round((math.log2(largest_b) - math.log2(largest_a)) / 2)
-
-
-def _to_half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
-    half = _half(values)
-    if not np.isfinite(half).all():
-        largest = float(values.flat[int(np.abs(values).argmax())])
-        raise EdgeLoraError(f"{name}: {largest:g} does not fit float16; export with --format float")
-    error = _relative_error(values, half)
-    if error > MAX_RELATIVE_ERROR:
-        advice = "scale the factors up and alpha down, or export with --format float"
-        raise EdgeLoraError(
-            f"{name}: values are too small for float16 (relative error {error:.1e}); {advice}"
-        )
-    return half
+    if dtype == "float16":
+        return half_factors(branch, target)
+    return branch.lora_a.astype(np.float32), branch.lora_b.astype(np.float32)
 
 
 def _serialize(tensors: Mapping[str, Factor], metadata: Mapping[str, str]) -> bytes:
-    """safetensors with sorted names and metadata (the safetensors package orders metadata by chance)."""
+    """safetensors with sorted names and metadata (the package orders metadata by chance)."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     chunks, position = [], 0
     for name in sorted(tensors):
@@ -151,7 +93,7 @@ _DTYPES = {"float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """What adapter.safetensors says. Without the base's sizes, lora_b keeps its padding rows: [16·P, rank]."""
+    """What the file says; read without `targets`, lora_b keeps its padding: [16·P, rank]."""
 
     name: str
     base_fingerprint: str
@@ -162,7 +104,7 @@ class StoredAdapter:
 def read_adapter_file(
     path: Path, targets: Mapping[str, tuple[int, int]] | None = None
 ) -> StoredAdapter:
-    """Read a bundle's adapter; with `targets` (module path → (out, in)) also check it against the base.
+    """Read a bundle's adapter; with `targets` (module path → (out, in)), check it against the base.
 
     Raises EdgeLoraError naming the file and the field or tensor that breaks the documented layout.
     """

@@ -1,4 +1,4 @@
-"""A PEFT LoRA folder as `Adapter`: scaling resolved, factors oriented, every field and tensor accounted for."""
+"""A PEFT LoRA folder as `Adapter`: scaling resolved, factors oriented, nothing left unaccounted."""
 
 import hashlib
 import json
@@ -9,7 +9,8 @@ from typing import Any
 
 from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
 from edgelora.adapter.ledger import LedgerEntry, refusals
-from edgelora.adapter.settings import Settings, read_settings
+from edgelora.adapter.name import valid_adapter_name
+from edgelora.adapter.settings import read_settings
 from edgelora.adapter.targets import check_patterns
 from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
@@ -21,6 +22,7 @@ __all__ = [
     "adapter_ledger",
     "compare_base_name",
     "read_adapter",
+    "valid_adapter_name",
 ]
 
 CONFIG = "adapter_config.json"
@@ -71,9 +73,10 @@ class _Folder:
 
 
 def read_adapter(path: Path, targets: Targets) -> Adapter:
-    """Read a PEFT folder for a base whose linears are `targets`: module path → (out_features, in_features).
+    """Read a PEFT folder for a base whose linears (that may take an adapter) are `targets`.
 
-    Raises EdgeLoraError: one line that names every refused field and tensor, or the file that cannot be read.
+    Raises EdgeLoraError: one line that names every refused field and tensor, or the file that
+    cannot be read.
     """
     folder = _read_folder(path)
     branches, ledger = _judge(folder, targets)
@@ -84,7 +87,7 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
 
 
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:
-    """What becomes of every field and tensor; without `targets`, whatever modules the file names are taken.
+    """What becomes of every field and tensor; without `targets`, all modules in the file are taken.
 
     Raises EdgeLoraError only if the files cannot be read at all.
     """
@@ -93,7 +96,7 @@ def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ..
 
 
 def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:
-    """A warning if the adapter names another base; only the last path components count, case does not."""
+    """A warning if the adapter names another base; last path components count, case does not."""
     trained_on = adapter.base_model_name_or_path
     if not trained_on or _last_component(trained_on) == _last_component(checkpoint_name):
         return None
@@ -119,17 +122,18 @@ def _own_targets(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, in
 def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
     """All branches that can be read, and the ledger."""
     settings, ledger = read_settings(folder.config)
+    if folder.config.get("peft_type") != "LORA":
+        return {}, ledger
     pairs, refused_tensors = pair_factors(folder.tensors)
     ledger += refused_tensors
     if settings is None:
         return {}, ledger
     if bad_patterns := check_patterns(settings):
         return {}, ledger + bad_patterns
-    ledger += check_targets(pairs, settings, targets)
+    agreed, entries = check_targets(pairs, settings, targets)
+    ledger += entries
     branches = {}
-    for target in sorted(
-        target for target in pairs.keys() & targets.keys() if len(pairs[target]) == 2
-    ):
+    for target in agreed:
         branch, entries = read_branch(
             folder.tensors, pairs[target], settings, target, targets[target]
         )
@@ -179,7 +183,7 @@ def _parse_config(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(config: bytes, weights: bytes) -> str:
-    """SHA-256 over the lines `edgelora-peft 1`, `adapter_config.json <sha256>`, `adapter_model.safetensors <sha256>`."""
+    """SHA-256 over the lines `edgelora-peft 1` and, for both files, `<name> <sha256 hex>`."""
     lines = ["edgelora-peft 1", f"{CONFIG} {_sha256(config)}", f"{WEIGHTS} {_sha256(weights)}"]
     return "sha256:" + _sha256("".join(f"{line}\n" for line in lines).encode())
 

@@ -1,14 +1,19 @@
-"""Tensors of adapter_model.safetensors → one `Branch` a target, checked against the config and the base."""
+"""Tensors of adapter_model.safetensors → one `Branch` a target, checked against config and base."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.settings import Settings
-from edgelora.adapter.targets import implied_targets, rank_and_scaling, unmatched_patterns
+from edgelora.adapter.targets import (
+    implied_targets,
+    rank_and_scaling,
+    unmatched_names,
+    unmatched_patterns,
+)
 from edgelora.adapter.tensors import Factor, StoredTensor
 
 
@@ -22,7 +27,7 @@ class Branch:
 
     @property
     def rank(self) -> int:
-        return self.lora_a.shape[0]
+        return len(self.lora_a)
 
 
 # `lora_A.weight` as PEFT saves it, `lora_A.default.weight` as it is named inside a model
@@ -46,11 +51,18 @@ OTHER_TENSORS = [
     (r"", "not a LoRA factor of PEFT (base_model.model.<module>.lora_A.weight or lora_B.weight)"),
 ]
 
+EMBEDDINGS = (
+    "lm_head",
+    "model.embed_tokens",
+)  # a config may name them; the caller decides on lm_head
+NOT_IN_FILE = "named by target_modules, but the file has no lora_A and lora_B for it"
+NOT_IN_CONFIG = "in the file, but the config's target_modules do not name it"
+
 Pairs = dict[str, dict[str, str]]  # target → "A", "B" → tensor name
 
 
 def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[LedgerEntry]]:
-    """Tensor names by target and factor, and a refusal for every tensor that is none or comes twice."""
+    """Tensor names by target and factor; a refusal for every tensor that is none or comes twice."""
     pairs: Pairs = {}
     ledger = []
     for name in sorted(tensors):
@@ -80,42 +92,33 @@ def _adapter_names(tensors: Mapping[str, StoredTensor]) -> list[LedgerEntry]:
 
 
 def check_targets(
-    pairs: Pairs, settings: Settings, targets: Mapping[str, object]
-) -> list[LedgerEntry]:
-    """Refusals where the config, the file and the base do not name the same modules."""
-    implied = implied_targets(settings, sorted(targets.keys() | {"lm_head", "model.embed_tokens"}))
-    ledger = _foreign_modules(pairs, implied, targets)
-    for target in sorted(set(implied) & targets.keys() - pairs.keys()):
-        ledger.append(
-            refused(target, "named by target_modules, but the file has no lora_A and lora_B for it")
-        )
-    for target in sorted(pairs.keys() & targets.keys() - set(implied)):
-        ledger.append(
-            refused(target, "in the file, but the config's target_modules do not name it")
-        )
-    for target in sorted(pairs):
+    pairs: Pairs, settings: Settings, targets: Iterable[str]
+) -> tuple[list[str], list[LedgerEntry]]:
+    """The targets that config, file and base agree on, and refusals for all others."""
+    known = set(targets)
+    implied = set(implied_targets(settings, sorted(known | set(EMBEDDINGS))))
+    complete = {target for target, pair in pairs.items() if len(pair) == 2}
+    agreed = sorted(complete & implied & known)
+    ledger = _foreign_modules(pairs.keys() | implied, pairs, known)
+    ledger += [refused(each, NOT_IN_FILE) for each in sorted(implied & known - pairs.keys())]
+    ledger += [refused(each, NOT_IN_CONFIG) for each in sorted(pairs.keys() & known - implied)]
+    for target in sorted(pairs.keys() - complete):
         ledger += [
             refused(target, f"has no lora_{each}") for each in "AB" if each not in pairs[target]
         ]
     if not pairs:
         ledger.append(refused("adapter_model.safetensors", "holds no lora_A and lora_B"))
-    return ledger + unmatched_patterns(settings, implied)
+    ledger += unmatched_patterns(settings, implied)
+    return agreed, ledger + unmatched_names(settings, known | set(EMBEDDINGS))
 
 
-def _foreign_modules(
-    pairs: Pairs, implied: list[str], targets: Mapping[str, object]
-) -> list[LedgerEntry]:
-    foreign = sorted((pairs.keys() | set(implied)) - targets.keys())
-    matching = len(pairs.keys() & targets.keys())
+def _foreign_modules(named: set[str], pairs: Pairs, known: set[str]) -> list[LedgerEntry]:
+    matching = len(pairs.keys() & known)
     hint = f"{matching} of the adapter's {len(pairs)} modules match"
-    hint = (
-        "none of the adapter's modules match; made for another architecture?"
-        if not matching
-        else hint
-    )
-    return [
-        refused(each, f"no linear of the base that takes an adapter ({hint})") for each in foreign
-    ]
+    if not matching:
+        hint = "none of the adapter's modules match; made for another architecture?"
+    reason = f"the base has no linear of this name that takes an adapter ({hint})"
+    return [refused(each, reason) for each in sorted(named - known)]
 
 
 def read_branch(
@@ -125,7 +128,7 @@ def read_branch(
     target: str,
     size: tuple[int, int],
 ) -> tuple[Branch | None, list[LedgerEntry]]:
-    """One target's branch (None if a tensor is bad) and the ledger of its two tensors. size: (out, in)."""
+    """One target's branch (None if a tensor is bad) and its tensors' ledger; size: (out, in)."""
     rank, scaling = rank_and_scaling(settings, target)
     a, b = tensors[pair["A"]], tensors[pair["B"]]
     ledger = _check_factor(pair["A"], a, (rank, size[1])) + _check_factor(

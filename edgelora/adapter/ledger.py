@@ -1,4 +1,4 @@
-"""The ledger: every config field and every tensor of an adapter is exported, harmless or refused, with a reason."""
+"""The ledger: every config field and tensor is exported, harmless or refused, with a reason."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple

@@ -4,7 +4,6 @@ Field names, defaults and meanings are those of PEFT 0.21.2 (`peft/tuners/lora/c
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +29,10 @@ class Settings:
 
 Check = Callable[[Any], bool]
 
-CHANGED_BASE = "belongs to a changed base; save it with path_initial_model_for_weight_conversion to make it plain LoRA"
+CHANGED_BASE = (
+    "belongs to a changed base; PEFT's save_pretrained makes it plain LoRA if it is given "
+    "path_initial_model_for_weight_conversion"
+)
 
 HARMLESS = {
     "auto_mapping": "names Python classes",
@@ -81,17 +83,18 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "velora_config": ((None,), "VeLoRA is not supported"),
 }
 
-# The base these belong to is not the base that was named: PEFT writes the difference into the base weights.
+# PEFT subtracts what these start with from the base weights: the adapter fits that base only.
 BASE_CHANGING_INITS = re.compile(r"(pissa.*|olora|corda.*|loftq|lora_ga)", re.IGNORECASE)
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
-def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type]
+def _is_alpha(value: Any) -> bool:
+    """False for NaN and for what float32 cannot hold."""
+    return type(value) in (int, float) and 0 < value < 1e38
 
 
 def _is_names(value: object) -> bool:
@@ -132,7 +135,7 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
 
 
 def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[LedgerEntry]]:
-    """Settings (None if a field that they need is bad) and the ledger of every field. Never raises."""
+    """Settings (None if a field that they need is bad) and the ledger of every field."""
     values = {
         name: _or_default(config.get(name), default) for name, (default, _, _) in EXPORTED.items()
     }

@@ -1,7 +1,8 @@
-"""Which modules a PEFT config names, and each one's rank and scaling: PEFT 0.21.2's matching rules, word for word.
+"""Which modules a PEFT config names, and each one's rank and scaling: PEFT 0.21.2's own rules.
 
-Sources: `check_target_module_exists` and `_maybe_include_all_linear_layers` in peft/tuners/tuners_utils.py,
-`get_pattern_key` and `match_target_against_key` in peft/utils/other.py, `update_layer` in peft/tuners/lora/layer.py.
+Sources: `check_target_module_exists` and `_maybe_include_all_linear_layers` in
+peft/tuners/tuners_utils.py, `get_pattern_key` and `match_target_against_key` in
+peft/utils/other.py, `update_layer` in peft/tuners/lora/layer.py.
 """
 
 import math
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from edgelora.adapter.ledger import LedgerEntry, refused
+from edgelora.adapter.ledger import LedgerEntry, harmless, refused
 from edgelora.adapter.settings import Settings
 
 Value = TypeVar("Value", int, float)
@@ -19,18 +20,23 @@ ALL_LINEAR = "all-linear"
 
 
 def check_patterns(settings: Settings) -> list[LedgerEntry]:
-    """A refusal for every regex that Python cannot compile."""
-    patterns = {key: f"rank_pattern {key!r}" for key in settings.rank_pattern}
-    patterns |= {key: f"alpha_pattern {key!r}" for key in settings.alpha_pattern}
-    patterns |= {key: f"layers_pattern {key!r}" for key in settings.layers_pattern}
+    """A refusal for every regex that Python cannot compile where PEFT uses it."""
+    patterns = [(f"rank_pattern {key!r}", _ending(key)) for key in settings.rank_pattern]
+    patterns += [(f"alpha_pattern {key!r}", _ending(key)) for key in settings.alpha_pattern]
+    patterns += [(f"layers_pattern {key!r}", _layer(key)) for key in settings.layers_pattern]
     for name in ("target_modules", "exclude_modules"):
         value = getattr(settings, name)
-        patterns |= {value: name} if isinstance(value, str) else {}
-    return [
-        refused(item, "not a valid regex")
-        for pattern, item in patterns.items()
-        if not _compiles(pattern)
-    ]
+        patterns += [(f"{name} {value!r}", value)] if isinstance(value, str) else []
+    bad = [item for item, expression in patterns if not _compiles(expression)]
+    return [refused(item, "not a valid regex") for item in bad]
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _layer(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def _compiles(pattern: str) -> bool:
@@ -42,7 +48,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
-    """The modules, out of those given, that PEFT would adapt; "all-linear" leaves out the output head."""
+    """The modules, of those given, that PEFT would adapt; "all-linear" leaves out lm_head."""
     wanted = settings.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return [each for each in modules if each != HEAD and not _is_excluded(settings, each)]
@@ -81,20 +87,19 @@ def _is_in_layers(settings: Settings, module: str) -> bool:
 
 def _layer_index(patterns: tuple[str, ...], module: str) -> int | None:
     """The first numbered segment; with patterns, the one behind the first pattern that matches."""
-    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+    for expression in [_layer(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
         if found := re.match(expression, module):
             return int(found["idx"])
     return None
 
 
 def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """The value of the first pattern (in the file's order) that matches the end of the module path."""
+    """The value of the first pattern, in the file's order, that matches the module path's end."""
     return next((value for key, value in patterns.items() if _matches_end(key, module)), default)
 
 
 def _matches_end(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_ending(pattern), module) is not None
 
 
 def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
@@ -107,6 +112,17 @@ def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[Ledge
         for key in patterns
         if not any(_matches_end(key, module) for module in modules)
     ]
+
+
+def unmatched_names(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
+    """An entry for every listed name that ends no module path."""
+    modules = list(modules)
+    names = () if isinstance(settings.target_modules, str) else settings.target_modules
+    unused = [
+        name for name in names if not any(_ends_with_one_of(each, [name]) for each in modules)
+    ]
+    reason = "matches no linear of the base; PEFT skips it too"
+    return [harmless(f"target_modules {name!r}", reason) for name in unused]
 
 
 def rank_and_scaling(settings: Settings, module: str) -> tuple[int, float]:

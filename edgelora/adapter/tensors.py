@@ -1,6 +1,7 @@
 """The bytes of a safetensors file as named arrays, with every size checked before it is used.
 
-Format: https://github.com/huggingface/safetensors#format. Eight bytes of header length, a JSON header, the values.
+Format: https://github.com/huggingface/safetensors#format.
+Eight bytes of header length, a JSON header, the values.
 """
 
 import json
@@ -57,7 +58,7 @@ class StoredTensor:
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys occur once (for json.loads's object_pairs_hook). Raises ValueError naming the key."""
+    """A JSON object (an object_pairs_hook). Raises ValueError naming a key that occurs twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [key for key, _ in pairs]
@@ -69,7 +70,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_safetensors(data: bytes, source: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors by name and the `__metadata__` strings. `source` names the file in errors.
 
-    Raises EdgeLoraError on a truncated file, a bad header, or tensors that do not exactly fill the file.
+    Raises EdgeLoraError on a truncated file, a bad header, or tensors that do not fill the file.
     """
     header, values = _split(data, source)
     metadata = header.pop("__metadata__", {})
@@ -108,7 +109,7 @@ def _span(name: str, entry: object, source: str) -> tuple[int, int]:
     """Begin and end of a tensor's bytes, checked against its dtype and shape."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise EdgeLoraError(f"{source}: tensor {name} has the unknown dtype {dtype!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise EdgeLoraError(f"{source}: tensor {name} has a bad shape or bad offsets in the header")
@@ -125,7 +126,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _check_coverage(spans: dict[str, tuple[int, int]], size: int, source: str) -> None:
-    """The format's own rule: tensors follow each other without gap or overlap, up to the end of the file."""
+    """The format's own rule: tensors follow each other without gap or overlap, up to the end."""
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != position or end > size:
