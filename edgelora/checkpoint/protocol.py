@@ -1,0 +1,39 @@
+"""What every kind of base offers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.config import ModelConfig
+from edgelora.quantize.matrix import Int4Matrix, Int8Matrix, Nf4Matrix
+
+StoredAs = Literal["int4", "int8", "nf4"]
+
+
+class Checkpoint(Protocol):
+    """A base's config and tensors. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`).
+
+    Reading is safe from several threads; nothing of a tensor is kept.
+    """
+
+    path: Path
+    name: str  # for people and for comparison with an adapter's base_model_name_or_path
+    config: ModelConfig
+
+    def names(self) -> Sequence[str]:
+        """Names of all tensors, sorted; a tied lm_head is not among them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """[out_features, in_features] of a matrix, [features] of a norm or bias."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """The values, dequantized where the file holds codes."""
+
+    def stored_as(self, name: str) -> StoredAs | None:
+        """The format in which `read_quantized` gives the tensor; None where it gives None. Reads nothing."""
+
+    def read_quantized(self, name: str) -> Int4Matrix | Int8Matrix | Nf4Matrix | None:
+        """The codes as the file holds them, where our formats carry them losslessly; else None."""
