@@ -1,0 +1,113 @@
+"""Speed and memory of one bundle on this machine."""
+
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelora.model import Model, Session, load
+
+SWITCHES = 1000
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians over the repeats. Rates in tokens a second, `_ms` milliseconds, `_us` microseconds, `_mb` 10⁶ bytes.
+
+    switch_us: from the call that changes a session's adapter to the handle being in place for the next step (kv_cache kept);
+    None without adapters. resident_mb: the process's peak (VmHWM), None where the system does not tell.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token_ms: float
+    load_ms: float
+    switch_us: float | None
+    resident_mb: float | None
+    weight_mb: float
+    threads: int
+    isa: str
+    machine: str
+    prompt_tokens: int
+    new_tokens: int
+    adapter: str | None
+
+
+def bench(
+    bundle: Path,
+    *,
+    adapter: str | None = None,
+    threads: int = 0,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    repeats: int = 5,
+) -> BenchResult:
+    """Loads the bundle, then measures prefill and decode `repeats` times after one warm-up."""
+    started = time.perf_counter()
+    with load(bundle, threads=threads) as model:
+        load_ms = 1e3 * (time.perf_counter() - started)
+        prompt = [(7 * i + 11) % model.info.vocab_size for i in range(prompt_tokens)]
+        runs = [_run(model, adapter, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+        prefill, first, decode = (statistics.median(run[i] for run in runs) for i in range(3))
+        return BenchResult(
+            prefill_tokens_per_second=prompt_tokens / prefill,
+            decode_tokens_per_second=new_tokens / decode,
+            time_to_first_token_ms=1e3 * first,
+            load_ms=load_ms,
+            switch_us=_switch_us(model) if model.adapters else None,
+            resident_mb=_peak_resident_mb(),
+            weight_mb=model.info.weight_bytes / 1e6,
+            threads=model.info.threads,
+            isa=model.info.isa,
+            machine=_machine(),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            adapter=adapter,
+        )
+
+
+def _run(
+    model: Model, adapter: str | None, prompt: list[int], new_tokens: int
+) -> tuple[float, float, float]:
+    """Seconds of prefill, until the first token, of decode."""
+    with model.session(adapter=adapter) as session:
+        started = time.perf_counter()
+        session.prefill(prompt)
+        prefill = time.perf_counter() - started
+        session.decode(1, ignore_eos=True)
+        first = time.perf_counter() - started
+        session.decode(new_tokens, ignore_eos=True)
+        return prefill, first, time.perf_counter() - started - first
+
+
+def _switch_us(model: Model) -> float:
+    names = [None, *model.adapters]
+    with model.session() as session:
+        session.prefill([0])
+        return 1e6 * statistics.median(
+            _timed_switch(session, names[i % len(names)]) for i in range(1, SWITCHES)
+        )
+
+
+def _timed_switch(session: Session, name: str | None) -> float:
+    started = time.perf_counter()
+    session.set_adapter(name, keep_cache=True)
+    return time.perf_counter() - started
+
+
+def _peak_resident_mb() -> float | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

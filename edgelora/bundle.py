@@ -1,0 +1,121 @@
+"""The only writer of bundles: into a temporary folder, flushed, renamed."""
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgelora.errors import EdgeLoraError
+from edgelora.graph.tensors import WEIGHT_FILE, StoredTensor
+from edgelora.manifest import NAME, file_entries, manifest_bytes
+
+ALIGNMENT = 64  # bytes; a kernel's cache line
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class WeightFile:
+    """Appends arrays to a bundle's weight file and remembers where they lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / WEIGHT_FILE
+        self._file = self.path.open("wb")
+        self.tensors: dict[str, StoredTensor] = {}
+
+    def add(self, name: str, array: NDArray[Any]) -> str:
+        """Writes a C-contiguous array at the next multiple of 64 bytes; returns its name."""
+        offset = -self._file.tell() % ALIGNMENT + self._file.tell()
+        self._file.write(bytes(offset - self._file.tell()))
+        self._file.write(np.ascontiguousarray(array).data)
+        data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        self.tensors[name] = StoredTensor(data_type, array.shape, offset, array.nbytes)
+        return name
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Raises EdgeLoraError when `out` exists and may not be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise EdgeLoraError(f"{out}: exists already: choose another folder or pass --force")
+    if not (out / NAME).is_file():
+        raise EdgeLoraError(f"{out}: exists and is no bundle: --force replaces bundles only")
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to fill; on leaving without an error it becomes `out`, at once and whole.
+
+    On an error it is removed and `out` stays as it was. A full disk becomes an EdgeLoraError.
+    """
+    check_target(out, force=force)
+    _remove_abandoned(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _flush(partial)
+        _replace(partial, out)
+    except OSError as error:
+        raise _disk_error(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """The last file of a bundle: without it, the folder is none."""
+    (folder / NAME).write_bytes(manifest_bytes(fields | {"files": file_entries(folder)}))
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Folders left by exports that were killed."""
+    for partial in out.parent.glob(f".{out.name}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Renames partial to out; an old bundle is exchanged in one step, so that one of the two is always there."""
+    if not out.exists():
+        partial.rename(out)
+    elif not _exchange(partial, out):
+        old = out.with_name(f".{out.name}.partial-old")
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Linux's renameat2(RENAME_EXCHANGE); False where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _disk_error(out: Path, error: OSError) -> EdgeLoraError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EdgeLoraError(f"{out}: no space left on the device: nothing was written, free some")
+    return EdgeLoraError(f"{error.filename or out}: {error.strerror}: nothing was written")

@@ -1,0 +1,111 @@
+"""`edgelora export` and `edgelora add-adapter`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from edgelora.cli.group import NamedPath, err, out, unique
+from edgelora.export import ExportReport, prepare
+from edgelora.export import export as run_export
+from edgelora.plan import BLOCK_SIZES, FLAVORS, FORMATS, MODES, ExportOptions, Plan
+
+MEGABYTE = 1e6
+
+
+@click.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE")
+@click.option("--adapter", "adapters", type=NamedPath(), multiple=True, help="PEFT folder; repeat.")
+@click.option("--mode", type=click.Choice(MODES), default="side", show_default=True)
+@click.option("--format", "weight_format", type=click.Choice(FORMATS), help="[default: int4, or the base's own]")
+@click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]))
+@click.option("--zero-points", is_flag=True, help="int4 with zero points.")
+@click.option("--flavor", type=click.Choice(FLAVORS), default="edgelora", show_default=True)
+@click.option("--context-length", type=int, help="Positions of the kv_cache.")
+@click.option("--device", metavar="ID", help="Shape the plan for a device (see `edgelora devices`).")
+@click.option("--dry-run", is_flag=True, help="Print the plan with its reasons and stop.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True)
+def export(
+    base: Path,
+    output: Path,
+    adapters: tuple[tuple[str, Path], ...],
+    weight_format: str | None,
+    block_size: str | None,
+    *,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Converts BASE (a Hugging Face folder, a bitsandbytes 4-bit folder or a GGUF file) and its adapters into a bundle.
+
+    \b
+    Example:
+      edgelora export SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2 \\
+          --adapter pirate=adapters/pirate --adapter json=adapters/json
+    """
+    size = int(block_size) if block_size else None
+    options = {"format": weight_format, "block_size": size, **choices}
+    folders = unique(adapters, "--adapter")
+    if dry_run:
+        request = prepare(base, folders, ExportOptions(**options))
+        _show_plan(request.plan, as_json=as_json)
+        return
+    show_export(base, output, folders, as_json=as_json, force=force, **options)
+
+
+def show_export(
+    base: Path, output: Path, adapters: Mapping[str, Path], *, as_json: bool = False, **options: Any
+) -> None:
+    """Runs the export under a progress bar and prints what it did."""
+    with _progress_bar() as bar:
+        task = bar.add_task("weights", total=None)
+        report = run_export(
+            base,
+            output,
+            adapters=adapters,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    _show_report(report, as_json=as_json)
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+def _show_plan(plan: Plan, *, as_json: bool) -> None:
+    fields = asdict(plan)
+    reasons = fields.pop("reasons")
+    if as_json:
+        out.print_json(json.dumps(fields | {"reasons": reasons}))
+        return
+    for name, value in fields.items():
+        reason = f"  [dim]{reasons[name]}[/dim]" if name in reasons else ""
+        out.print(f"{name:18}{value!s:10}{reason}")
+
+
+def _show_report(report: ExportReport, *, as_json: bool) -> None:
+    for warning in report.warnings:
+        err.print(f"warning: {warning}", markup=False)
+    if as_json:
+        fields = asdict(report) | {"bundle": str(report.bundle)}
+        out.print_json(json.dumps(fields))
+        return
+    out.print(
+        f"{report.bundle}: {report.source_bytes / MEGABYTE:.1f} MB → {report.bundle_bytes / MEGABYTE:.1f} MB, "
+        f"{report.bits_per_weight:.2f} bits a weight, {report.plan.format}, {report.seconds:.1f} s"
+    )

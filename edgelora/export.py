@@ -1,0 +1,241 @@
+"""The orchestrator: base and adapters in, bundle out."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgelora.adapter import Adapter, compare_base_name, read_adapter, valid_adapter_name
+from edgelora.adapter_file import write_adapter
+from edgelora.bundle import WeightFile, check_target, new_folder, write_manifest
+from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
+from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
+from edgelora.config import ModelConfig
+from edgelora.errors import EdgeLoraError
+from edgelora.graph import Decoder, targets
+from edgelora.plan import ExportOptions, Plan, make_plan
+from edgelora.tokenizer import TokenizerFiles
+from edgelora.weights import WeightWriter
+
+Progress = Callable[[int, int], None]  # weights done, weights in all
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did. Sizes in bytes; bits_per_weight over all matrices of the weight file."""
+
+    bundle: Path
+    plan: Plan
+    source_bytes: int
+    bundle_bytes: int
+    bits_per_weight: float
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A base and its adapters, read and checked against each other, not yet converted."""
+
+    checkpoint: Checkpoint
+    tokenizer: TokenizerFiles
+    adapters: Mapping[str, Adapter]
+    plan: Plan
+    warnings: tuple[str, ...]
+
+
+def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) -> Request:
+    """Reads headers and adapters and decides the plan; writes nothing. Raises EdgeLoraError."""
+    checkpoint = open_checkpoint(base)
+    for name in adapters:
+        valid_adapter_name(name)
+    shapes = targets(checkpoint.config)
+    read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
+    if options.mode == "merge" and len(read) != 1:
+        raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
+    warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
+    return Request(
+        checkpoint,
+        read_tokenizer(base),
+        read,
+        make_plan(checkpoint.config, options, stored=_stored_formats(checkpoint)),
+        tuple(warning for warning in warnings if warning),
+    )
+
+
+def export(
+    base: Path | str,
+    out: Path | str,
+    *,
+    adapters: Mapping[str, Path | str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Converts `base` and PEFT `adapters` (name → folder) into the bundle folder `out`.
+
+    `options` are the fields of ExportOptions: mode, format, block_size, zero_points, flavor, context_length, device.
+    The bundle appears whole or not at all. Raises EdgeLoraError on any bad input.
+    """
+    started = time.perf_counter()
+    folders = {name: Path(path) for name, path in (adapters or {}).items()}
+    check_target(Path(out), force=force)
+    request = prepare(Path(base), folders, ExportOptions(**options))
+    with new_folder(Path(out), force=force) as folder:
+        bits = write_bundle(folder, request, progress or (lambda done, total: None))
+    return ExportReport(
+        Path(out),
+        request.plan,
+        _folder_bytes([Path(base), *folders.values()]),
+        _folder_bytes([Path(out)]),
+        bits,
+        time.perf_counter() - started,
+        request.warnings,
+    )
+
+
+def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
+    """Fills the folder; returns bits a weight."""
+    writer, fingerprint = _write_weights(folder, request, progress)
+    model = Decoder(request.checkpoint.config, writer.matrices).build(writer.file.tensors)
+    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    side = {} if request.plan.mode == "merge" else request.adapters
+    merged = request.adapters if request.plan.mode == "merge" else {}
+    for adapter in merged.values():
+        fingerprint = merged_fingerprint(fingerprint, adapter.fingerprint)
+    for name, adapter in side.items():
+        write_adapter_folder(folder, name, adapter, fingerprint, request.plan.format)
+    request.tokenizer.write(folder)
+    write_manifest(folder, _fields(request, fingerprint, side, merged))
+    return _bits_per_weight(writer)
+
+
+def write_adapter_folder(
+    folder: Path, name: str, adapter: Adapter, fingerprint: str, weight_format: str
+) -> None:
+    """adapters/<name>/adapter.safetensors inside a bundle folder."""
+    path = folder / "adapters" / name / "adapter.safetensors"
+    path.parent.mkdir(parents=True)
+    dtype = "float32" if weight_format == "float" else "float16"
+    path.write_bytes(
+        write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
+    )
+
+
+def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
+    """An adapter's line in the manifest."""
+    scalings = sorted({branch.scaling for branch in adapter.branches.values()})
+    return {
+        "path": f"adapters/{name}/adapter.safetensors",
+        "source": adapter.fingerprint,
+        "base_model_name_or_path": adapter.base_model_name_or_path,
+        "ranks": sorted({branch.lora_a.shape[0] for branch in adapter.branches.values()}),
+        "scalings": scalings,
+        "targets": len(adapter.branches),
+    }
+
+
+def _write_weights(
+    folder: Path, request: Request, progress: Progress
+) -> tuple[WeightWriter, str]:
+    checkpoint = request.checkpoint
+    total = sum(_size(checkpoint.shape(name)) for name in checkpoint.names())
+    done = 0
+
+    def advance(weights: int) -> None:
+        nonlocal done
+        done += weights
+        progress(done, total)
+
+    branches = {}
+    if request.plan.mode == "merge":
+        (adapter,) = request.adapters.values()
+        branches = dict(adapter.branches)
+    writer = WeightWriter(
+        checkpoint, request.plan, branches, WeightFile(folder), FingerprintBuilder(), advance
+    )
+    try:
+        writer.write()
+    finally:
+        writer.file.close()
+    return writer, writer.fingerprint.finish(request.tokenizer)
+
+
+def _fields(
+    request: Request,
+    fingerprint: str,
+    side: Mapping[str, Adapter],
+    merged: Mapping[str, Adapter],
+) -> dict[str, Any]:
+    config, plan = request.checkpoint.config, request.plan
+    shapes = targets(config)
+    return {
+        "flavor": plan.flavor,
+        "model": _model_fields(config, plan, request.tokenizer),
+        "base": {"name": request.checkpoint.name, "fingerprint": fingerprint},
+        "targets": [
+            {"name": name, "in_features": shape[1], "out_features": shape[0]}
+            for name, shape in shapes.items()
+        ],
+        "plan": asdict(plan),
+        "adapters": {name: adapter_entry(name, adapter) for name, adapter in side.items()},
+        "merged": {name: adapter_entry(name, adapter) for name, adapter in merged.items()},
+        "tools": {name: version(name) for name in ("edgelora", "numpy", "onnx")},
+    }
+
+
+def _model_fields(config: ModelConfig, plan: Plan, tokenizer: TokenizerFiles) -> dict[str, Any]:
+    eos = dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_token_ids])
+    return {
+        "architecture": config.architecture,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "context_length": plan.context_length,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": list(eos),
+    }
+
+
+def _stored_formats(checkpoint: Checkpoint) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in checkpoint.names():
+        stored = checkpoint.stored_as(name)
+        if stored:
+            counts[stored] = counts.get(stored, 0) + 1
+    return counts
+
+
+def _bits_per_weight(writer: WeightWriter) -> float:
+    matrices = {id(matrix): matrix for matrix in writer.matrices.values()}.values()
+    weights = sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    stored = sum(
+        writer.file.tensors[name].length
+        for matrix in matrices
+        for role, name in matrix.inputs.items()
+        if role != "bias"
+    )
+    return 8 * stored / weights
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for dim in shape:
+        size *= dim
+    return size
+
+
+def _folder_bytes(paths: Iterable[Path]) -> int:
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else path.rglob("*"))
+        if file.is_file()
+    ]
+    return sum(file.stat().st_size for file in files)
+
+

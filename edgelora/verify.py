@@ -1,0 +1,50 @@
+"""Checks a bundle to the last byte."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelora.errors import EdgeLoraError
+from edgelora.manifest import NAME, read_manifest, sha256_file
+from edgelora.model import load
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at and found right."""
+
+    what: str
+    detail: str
+
+
+def verify(bundle: Path) -> Iterator[Check]:
+    """Yields each check as it passes; raises EdgeLoraError at the first that fails.
+
+    Manifest and its digest, the SHA-256 of every file, no file that the manifest does not name, every adapter bound to the base's
+    fingerprint, and one token computed with the base and with every adapter.
+    """
+    manifest = read_manifest(bundle)
+    yield Check(NAME, "whole, digest matches")
+    for name, entry in manifest["files"].items():
+        if sha256_file(bundle / name) != entry["sha256"]:
+            raise EdgeLoraError(
+                f"{bundle / name}: SHA-256 does not match: damaged, copy the bundle again"
+            )
+        yield Check(name, f"sha256 {entry['sha256'][:12]}…, {entry['size']} bytes")
+    _refuse_strangers(bundle, manifest["files"])
+    with load(bundle) as model:
+        yield Check("base", manifest["base"]["fingerprint"])
+        for name in [None, *model.adapters]:
+            model.logits([0], adapter=name)
+            yield Check(f"adapter {name}" if name else "model", "loads, one token computed")
+
+
+def _refuse_strangers(bundle: Path, named: Iterable[str]) -> None:
+    found = {
+        path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if not path.is_dir()
+    }
+    strangers = sorted(found - set(named) - {NAME})
+    if strangers:
+        raise EdgeLoraError(
+            f"{bundle}: files that {NAME} does not name: {', '.join(strangers)}: remove them"
+        )
