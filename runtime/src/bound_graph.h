@@ -1,0 +1,54 @@
+// The model's graph with one session's kv_cache bound to it: computes positions.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "src/kv_cache.h"
+#include "src/model.h"
+
+namespace edgelora {
+
+// Some tokens that follow what the kv_cache holds.
+struct Chunk {
+  const int32_t* tokens;
+  int64_t count;     // 1…BoundGraph::kMostTokens
+  int64_t position;  // of the first token
+  int64_t adapter;   // handle
+};
+
+class BoundGraph {
+ public:
+  static constexpr int64_t kMostTokens = 512;  // of one run: bounds the memory of activations
+
+  BoundGraph(std::shared_ptr<const Model> model, int64_t context_length);
+
+  // Computes the chunk; its keys and values are in the kv_cache afterwards. Throws Error; the
+  // kv_cache before `position` stays as it was in any case.
+  void run_last(const Chunk& chunk, float* logits);  // logits of the last token [vocab_size]
+  void run_all(const Chunk& chunk, float* logits);   // logits of every token [count, vocab_size]
+
+  // Makes the current or the next run fail, until `allow`. From any thread.
+  void terminate();
+  void allow();
+
+ private:
+  void bind_input(const char* name, const OrtHandle<OrtValue>& value);
+  void bind_output(const char* name, const OrtHandle<OrtValue>& value);
+  void bind_cache();
+  void run(const Chunk& chunk, int64_t rows, float* logits);
+
+  std::shared_ptr<const Model> model_;
+  const OnnxRuntime& ort_;
+  int64_t context_length_;  // positions
+  KvCache cache_;
+  std::vector<int64_t> input_ids_;       // [kMostTokens]
+  std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
+  std::vector<int64_t> attention_mask_;  // [context_length], all 1
+  int64_t adapter_id_ = 0;
+  OrtHandle<OrtIoBinding> binding_;
+  OrtHandle<OrtRunOptions> run_options_;
+};
+
+}  // namespace edgelora

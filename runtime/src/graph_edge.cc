@@ -1,0 +1,153 @@
+#include "src/graph_edge.h"
+
+#include <map>
+
+#include "src/error.h"
+
+namespace edgelora {
+namespace {
+
+constexpr int64_t kAny = -1;  // a symbolic dimension, as ORT reports it too
+
+struct Edge {
+  ONNXTensorElementDataType type;
+  std::vector<int64_t> dims;
+
+  // A graph may leave any dimension open; a fixed one must be ours.
+  bool fits(const Edge& found) const {
+    if (type != found.type || dims.size() != found.dims.size()) return false;
+    for (size_t i = 0; i < dims.size(); ++i) {
+      if (found.dims[i] != kAny && found.dims[i] != dims[i]) return false;
+    }
+    return true;
+  }
+
+  std::string text() const {
+    std::string out = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? "float32 ["
+                      : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                          ? "int64 ["
+                          : "type " + std::to_string(type) + " [";
+    for (size_t i = 0; i < dims.size(); ++i) {
+      out += (i == 0 ? "" : ", ") + (dims[i] == kAny ? "?" : std::to_string(dims[i]));
+    }
+    return out + "]";
+  }
+};
+
+using Edges = std::map<std::string, Edge>;
+
+std::vector<std::string> cache_names(const std::string& prefix, int32_t layers) {
+  std::vector<std::string> names;
+  for (int32_t i = 0; i < layers; ++i) {
+    names.push_back(prefix + "." + std::to_string(i) + ".key");
+    names.push_back(prefix + "." + std::to_string(i) + ".value");
+  }
+  return names;
+}
+
+Edge cache_edge(const ManifestModel& model) {
+  return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+          {kAny, model.num_key_value_heads, kAny, model.head_dim}};
+}
+
+Edges expected_inputs(const ManifestModel& model) {
+  const auto int64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+  Edges edges = {{"input_ids", {int64, {kAny, kAny}}},
+                 {"attention_mask", {int64, {kAny, kAny}}},
+                 {"adapter_ids", {int64, {kAny}}},
+                 {"logits_to_keep", {int64, {kAny}}}};
+  for (const std::string& name : past_names(model.num_hidden_layers))
+    edges[name] = cache_edge(model);
+  return edges;
+}
+
+Edges expected_outputs(const ManifestModel& model) {
+  Edges edges = {{"logits", {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {kAny, kAny, model.vocab_size}}}};
+  for (const std::string& name : present_names(model.num_hidden_layers))
+    edges[name] = cache_edge(model);
+  return edges;
+}
+
+Edge read_type(const OnnxRuntime& ort, OrtTypeInfo* info) {
+  const OrtApi& api = ort.api();
+  const OrtHandle<OrtTypeInfo> owned(info, api.ReleaseTypeInfo);
+  const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+  ort.check(api.CastTypeInfoToTensorInfo(info, &tensor));
+  Edge edge{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  if (tensor == nullptr) return edge;
+  size_t rank = 0;
+  ort.check(api.GetTensorElementType(tensor, &edge.type));
+  ort.check(api.GetDimensionsCount(tensor, &rank));
+  edge.dims.resize(rank);
+  ort.check(api.GetDimensions(tensor, edge.dims.data(), rank));
+  return edge;
+}
+
+std::string take_name(const OnnxRuntime& ort, OrtAllocator* allocator, char* name) {
+  const std::string copy(name);
+  ort.check(ort.api().AllocatorFree(allocator, name));
+  return copy;
+}
+
+// One side of the session: the three functions differ between inputs and outputs only by name.
+struct Side {
+  decltype(OrtApi::SessionGetInputCount) count;
+  decltype(OrtApi::SessionGetInputName) name;
+  decltype(OrtApi::SessionGetInputTypeInfo) type;
+};
+
+Edges read_edges(const OnnxRuntime& ort, const OrtSession* session, const Side& side) {
+  OrtAllocator* allocator = nullptr;
+  ort.check(ort.api().GetAllocatorWithDefaultOptions(&allocator));
+  size_t count = 0;
+  ort.check(side.count(session, &count));
+  Edges edges;
+  for (size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    OrtTypeInfo* info = nullptr;
+    ort.check(side.name(session, i, allocator, &name));
+    const std::string key = take_name(ort, allocator, name);
+    ort.check(side.type(session, i, &info));
+    edges[key] = read_type(ort, info);
+  }
+  return edges;
+}
+
+void compare(const Edges& expected, const Edges& found, const std::string& kind,
+             std::string* problems) {
+  const auto add = [&](const std::string& problem) { *problems += "; " + kind + " " + problem; };
+  for (const auto& [name, edge] : expected) {
+    const auto match = found.find(name);
+    if (match == found.end()) {
+      add(name + " is missing");
+    } else if (!edge.fits(match->second)) {
+      add(name + " is " + match->second.text() + ", not " + edge.text());
+    }
+  }
+  for (const auto& [name, edge] : found) {
+    if (expected.count(name) == 0) add(name + " is unknown");
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> past_names(int32_t layers) {
+  return cache_names("past_key_values", layers);
+}
+
+std::vector<std::string> present_names(int32_t layers) { return cache_names("present", layers); }
+
+void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest) {
+  const OrtApi& api = ort.api();
+  const Side inputs{api.SessionGetInputCount, api.SessionGetInputName, api.SessionGetInputTypeInfo};
+  const Side outputs{api.SessionGetOutputCount, api.SessionGetOutputName,
+                     api.SessionGetOutputTypeInfo};
+  std::string problems;
+  compare(expected_inputs(manifest.model), read_edges(ort, session, inputs), "input", &problems);
+  compare(expected_outputs(manifest.model), read_edges(ort, session, outputs), "output", &problems);
+  if (problems.empty()) return;
+  throw Error(EDGELORA_BAD_FILE, manifest.path("model.onnx") + " does not fit the manifest" +
+                                     problems + "; export the bundle again");
+}
+
+}  // namespace edgelora

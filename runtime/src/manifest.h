@@ -1,0 +1,44 @@
+// manifest.json: the index of a bundle, read and checked (ARCHITECTURE.md, "The bundle").
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace edgelora {
+
+// The part of the configuration that the runtime works with.
+struct ManifestModel {
+  int32_t num_hidden_layers;
+  int32_t num_key_value_heads;
+  int32_t head_dim;
+  int32_t vocab_size;
+  int32_t context_length;              // positions
+  std::vector<int32_t> eos_token_ids;  // each in 0…vocab_size−1
+
+  // Of keys and values of one position in all layers, bytes.
+  int64_t kv_cache_bytes() const;
+};
+
+struct Manifest {
+  std::string folder;
+  std::string flavor;  // "edgelora" or "ort"
+  ManifestModel model;
+  std::string base_fingerprint;  // "sha256:" and 64 hex digits
+  std::unordered_map<std::string, std::pair<int64_t, int64_t>>
+      targets;                                  // name → {in_features, out_features}
+  std::map<std::string, std::string> adapters;  // name → relative path of its file
+  std::map<std::string, int64_t> files;         // relative path → size, bytes
+
+  // Absolute or caller-relative path of a file of the bundle.
+  std::string path(const std::string& relative) const { return folder + "/" + relative; }
+};
+
+// Reads folder/manifest.json; checks format, version, digest, every field, and that every file is
+// there, inside the folder and of its size (not its hash). Throws Error with EDGELORA_BAD_FILE.
+Manifest read_manifest(const std::string& folder);
+
+}  // namespace edgelora

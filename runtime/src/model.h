@@ -1,0 +1,42 @@
+// A loaded bundle: manifest, ONNX session, threads. Immutable and shared by its sessions.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "src/manifest.h"
+#include "src/onnxruntime_library.h"
+
+namespace edgelora {
+
+struct ModelOptions {
+  std::string onnxruntime_path;  // empty: the system's library by name
+  int threads = 0;               // 0: one for each performance core
+  bool spinning = true;
+  bool exact = false;  // float32 activations
+};
+
+class Model {
+ public:
+  // Reads and checks the bundle; throws Error.
+  Model(const std::string& bundle, const ModelOptions& options);
+
+  const Manifest& manifest() const { return manifest_; }
+  const OnnxRuntime& onnxruntime() const { return onnxruntime_; }
+  OrtSession* ort_session() const { return session_.get(); }
+  int threads() const { return threads_; }
+
+  int64_t weight_bytes() const;  // of the external weight file
+
+  // A handle of the bundle's adapter `name`, or of a file outside it; throws Error.
+  int64_t load_adapter(const std::string& name) const;
+  int64_t load_adapter_file(const std::string& path) const;
+
+ private:
+  Manifest manifest_;
+  OnnxRuntime onnxruntime_;
+  int threads_;
+  OrtHandle<OrtSession> session_;
+};
+
+}  // namespace edgelora

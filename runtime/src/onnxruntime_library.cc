@@ -1,0 +1,137 @@
+#include "src/onnxruntime_library.h"
+
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "src/error.h"
+
+namespace edgelora {
+namespace {
+
+using GetApiBase = const OrtApiBase*(ORT_API_CALL*)();
+
+#if defined(_WIN32)
+
+constexpr const char* kSystemNames[] = {"onnxruntime.dll"};
+
+GetApiBase find_entry(const char* path, std::string* reason) {
+  const HMODULE library = LoadLibraryA(path);
+  if (library == nullptr) {
+    *reason = "Windows error " + std::to_string(GetLastError());
+    return nullptr;
+  }
+  *reason = "it has no OrtGetApiBase";
+  return reinterpret_cast<GetApiBase>(GetProcAddress(library, "OrtGetApiBase"));
+}
+
+#else
+
+#if defined(__APPLE__)
+constexpr const char* kSystemNames[] = {"libonnxruntime.dylib", "libonnxruntime.1.dylib"};
+#else
+constexpr const char* kSystemNames[] = {"libonnxruntime.so", "libonnxruntime.so.1"};
+#endif
+
+// Never closed: threads and static objects of the library may outlive every model.
+GetApiBase find_entry(const char* path, std::string* reason) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  void* symbol = library == nullptr ? nullptr : dlsym(library, "OrtGetApiBase");
+  if (symbol == nullptr) {
+    const char* message = dlerror();
+    *reason = message == nullptr ? "it has no OrtGetApiBase" : message;
+  }
+  return reinterpret_cast<GetApiBase>(symbol);
+}
+
+#endif
+
+GetApiBase load(const std::string& path) {
+  std::string reason;
+  if (!path.empty()) {
+    if (GetApiBase entry = find_entry(path.c_str(), &reason)) return entry;
+    throw Error(EDGELORA_RUNTIME, "cannot load onnxruntime from " + path + ": " + reason);
+  }
+  for (const char* name : kSystemNames) {
+    if (GetApiBase entry = find_entry(name, &reason)) return entry;
+  }
+  throw Error(EDGELORA_RUNTIME, "cannot load onnxruntime: " + reason +
+                                    "; install it or set onnxruntime_path in the model options");
+}
+
+// API n came with version 1.n. GetApi writes to stderr when it refuses, so the version is asked
+// first.
+bool has_api(const char* version) {
+  char* end = nullptr;
+  const long major = std::strtol(version, &end, 10);
+  const long minor = *end == '.' ? std::strtol(end + 1, nullptr, 10) : 0;
+  return major > 1 || (major == 1 && minor >= ORT_API_VERSION);
+}
+
+const OrtApi* get_api(const OrtApiBase& base) {
+  const char* version = base.GetVersionString();
+  const OrtApi* api = has_api(version) ? base.GetApi(ORT_API_VERSION) : nullptr;
+  if (api != nullptr) return api;
+  throw Error(EDGELORA_RUNTIME, std::string("onnxruntime ") + version + " is too old: 1." +
+                                    std::to_string(ORT_API_VERSION) + " or newer is needed");
+}
+
+void ORT_API_CALL drop_message(void*, OrtLoggingLevel, const char*, const char*, const char*,
+                               const char*) {}
+
+void check_status(const OrtApi& api, OrtStatus* status) {
+  if (status == nullptr) return;
+  const OrtHandle<OrtStatus> owned(status, api.ReleaseStatus);
+  throw Error(EDGELORA_RUNTIME, std::string("onnxruntime: ") + api.GetErrorMessage(status));
+}
+
+OrtHandle<OrtEnv> create_env(const OrtApi& api) {
+  OrtEnv* env = nullptr;
+  check_status(api, api.CreateEnvWithCustomLogger(drop_message, nullptr, ORT_LOGGING_LEVEL_FATAL,
+                                                  "edgelora", &env));
+  OrtHandle<OrtEnv> owned(env, api.ReleaseEnv);
+  check_status(api, api.DisableTelemetryEvents(env));
+  return owned;
+}
+
+OrtHandle<OrtMemoryInfo> create_memory_info(const OrtApi& api) {
+  OrtMemoryInfo* memory = nullptr;
+  check_status(api, api.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory));
+  return {memory, api.ReleaseMemoryInfo};
+}
+
+OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory, void* data,
+                                  size_t element_size, std::initializer_list<int64_t> dims,
+                                  ONNXTensorElementDataType type) {
+  size_t bytes = element_size;
+  for (const int64_t dim : dims) bytes *= static_cast<size_t>(dim);
+  OrtValue* value = nullptr;
+  check_status(api, api.CreateTensorWithDataAsOrtValue(memory, data, bytes, dims.begin(),
+                                                       dims.size(), type, &value));
+  return {value, api.ReleaseValue};
+}
+
+}  // namespace
+
+OnnxRuntime::OnnxRuntime(const std::string& path)
+    : api_(get_api(*load(path)())), env_(create_env(*api_)), memory_(create_memory_info(*api_)) {}
+
+void OnnxRuntime::check(OrtStatus* status) const { check_status(*api_, status); }
+
+OrtHandle<OrtValue> OnnxRuntime::tensor(int64_t* data, std::initializer_list<int64_t> dims) const {
+  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+                       ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+}
+
+OrtHandle<OrtValue> OnnxRuntime::tensor(float* data, std::initializer_list<int64_t> dims) const {
+  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+                       ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+}
+
+}  // namespace edgelora

@@ -1,0 +1,214 @@
+#include "src/session.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "src/adapter_store.h"
+#include "src/error.h"
+
+namespace edgelora {
+namespace {
+
+size_t choose_context(const ManifestModel& model, int32_t asked) {
+  if (asked < 0 || asked > model.context_length) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "context_length is " + std::to_string(asked) +
+                                               ", not in 0…" +
+                                               std::to_string(model.context_length));
+  }
+  return static_cast<size_t>(asked == 0 ? model.context_length : asked);
+}
+
+void require_adapter(int64_t adapter) {
+  if (adapter == 0 || AdapterStore::instance().find(adapter) != nullptr) return;
+  throw Error(EDGELORA_NOT_FOUND,
+              "adapter handle " + std::to_string(adapter) + " is unknown or unloaded; set another");
+}
+
+size_t vocabulary(const Model& model) {
+  return static_cast<size_t>(model.manifest().model.vocab_size);
+}
+
+bool contains(const std::vector<int32_t>& tokens, int32_t token) {
+  return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
+}
+
+}  // namespace
+
+Session::Session(std::shared_ptr<const Model> model, int32_t context_length)
+    : model_(std::move(model)),
+      context_length_(choose_context(model_->manifest().model, context_length)),
+      graph_(model_, static_cast<int64_t>(context_length_)),
+      logits_(vocabulary(*model_)),
+      next_logits_(vocabulary(*model_)) {}
+
+void Session::set_adapter(int64_t adapter, Cache cache) {
+  require_adapter(adapter);
+  adapter_ = adapter;
+  recompute_ = cache == Cache::kRecompute && cached_ > 0 && adapter != cached_adapter_;
+}
+
+// Opens a call that computes: a cancel from now on is for it.
+void Session::begin() {
+  require_adapter(adapter_);
+  computed_ = 0;
+  cancelled_ = false;
+  graph_.allow();
+}
+
+void Session::cancel() {
+  cancelled_ = true;
+  graph_.terminate();
+}
+
+void Session::check_tokens(const int32_t* tokens, size_t count) const {
+  if (count == 0) throw Error(EDGELORA_INVALID_ARGUMENT, "no tokens: at least one is needed");
+  if (count > context_length_ - tokens_.size()) {
+    throw Error(EDGELORA_CONTEXT_FULL,
+                "the context is full: " + std::to_string(tokens_.size()) + " positions used and " +
+                    std::to_string(count) + " more asked for, context_length is " +
+                    std::to_string(context_length_) + "; rewind, or create a longer session");
+  }
+  const size_t vocab_size = vocabulary(*model_);
+  for (size_t i = 0; i < count; ++i) {
+    if (tokens[i] >= 0 && static_cast<size_t>(tokens[i]) < vocab_size) continue;
+    throw Error(EDGELORA_INVALID_ARGUMENT, "token " + std::to_string(i) + " is " +
+                                               std::to_string(tokens[i]) + ", not in 0…" +
+                                               std::to_string(vocab_size - 1));
+  }
+}
+
+// Sets the kv_cache back to where the adapter, or missing logits, make it start again.
+void Session::make_due() {
+  if (recompute_) {
+    recompute_ = false;
+    cached_ = 0;
+    logits_position_ = 0;
+  }
+  if (cached_ == tokens_.size() && !has_logits()) --cached_;
+}
+
+void Session::run_chunk(const Chunk& chunk, float* all_logits) {
+  try {
+    if (cancelled_) throw Error(EDGELORA_CANCELLED, "");
+    if (all_logits != nullptr) {
+      graph_.run_all(chunk, all_logits);
+    } else {
+      graph_.run_last(chunk, next_logits_.data());
+    }
+  } catch (const Error&) {
+    if (cancelled_) throw Error(EDGELORA_CANCELLED, "cancelled");
+    throw;
+  }
+}
+
+// Positions cached_…end; logits of all of them [end − cached_, vocab_size], or only of the last one
+// into next_logits_.
+void Session::compute(size_t end, float* all_logits) {
+  while (cached_ < end) {
+    const size_t count = std::min(end - cached_, static_cast<size_t>(BoundGraph::kMostTokens));
+    run_chunk({tokens_.data() + cached_, static_cast<int64_t>(count), static_cast<int64_t>(cached_),
+               adapter_},
+              all_logits);
+    if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
+    cached_ += count;
+    cached_adapter_ = adapter_;
+    computed_ += static_cast<int64_t>(count);
+  }
+}
+
+void Session::commit_logits() {
+  std::swap(logits_, next_logits_);
+  logits_position_ = cached_;
+}
+
+void Session::compute_due() {
+  make_due();
+  if (cached_ == tokens_.size()) return;
+  compute(tokens_.size(), nullptr);
+  commit_logits();
+}
+
+void Session::extend(const int32_t* tokens, size_t count, float* all_logits) {
+  check_tokens(tokens, count);
+  begin();
+  const Stopwatch stopwatch;
+  const size_t before = tokens_.size();
+  tokens_.insert(tokens_.end(), tokens, tokens + count);
+  try {
+    make_due();
+    if (all_logits != nullptr) {
+      compute(before, nullptr);
+      compute(tokens_.size(), all_logits);
+      std::copy_n(all_logits + (count - 1) * next_logits_.size(), next_logits_.size(),
+                  next_logits_.begin());
+    }
+    compute(tokens_.size(), nullptr);
+  } catch (...) {
+    tokens_.resize(before);
+    cached_ = std::min(cached_, before);
+    throw;
+  }
+  commit_logits();
+  timings_.prefill_seconds = stopwatch.seconds();
+  timings_.prefill_tokens = computed_;
+}
+
+void Session::prefill(const int32_t* tokens, size_t count) { extend(tokens, count, nullptr); }
+
+void Session::logits(const int32_t* tokens, size_t count, float* logits) {
+  extend(tokens, count, logits);
+}
+
+void Session::rewind(size_t position) {
+  if (position > tokens_.size()) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "cannot rewind to position " + std::to_string(position) +
+                                               ": the session holds " +
+                                               std::to_string(tokens_.size()));
+  }
+  tokens_.resize(position);
+  cached_ = std::min(cached_, position);
+  if (cached_ == 0) recompute_ = false;
+  if (logits_position_ != position) logits_position_ = 0;
+}
+
+bool Session::has_logits() const { return !recompute_ && logits_position_ == tokens_.size(); }
+
+const float* Session::last_logits() const {
+  return has_logits() && !tokens_.empty() ? logits_.data() : nullptr;
+}
+
+GenerateResult Session::generate(const GenerateOptions& options, int32_t* tokens) {
+  if (tokens_.empty())
+    throw Error(EDGELORA_INVALID_ARGUMENT, "nothing to generate after: prefill first");
+  options.sampling.check();
+  begin();
+  const Stopwatch stopwatch;
+  Sampler sampler(options.sampling, vocabulary(*model_), tokens_);
+  GenerateResult result = {0, EDGELORA_FINISH_LENGTH};
+  while (result.count < options.max_new_tokens) {
+    if (tokens_.size() == context_length_) {
+      result.finish = EDGELORA_FINISH_CONTEXT;
+      break;
+    }
+    compute_due();
+    const int32_t token = sampler.sample(logits_.data());
+    if (contains(options.stop_tokens, token)) {
+      result.finish = EDGELORA_FINISH_STOP;
+      break;
+    }
+    tokens_.push_back(token);
+    sampler.add(token);
+    if (tokens != nullptr) tokens[result.count] = token;
+    ++result.count;
+    if (options.callback != nullptr && !options.callback(token, options.user_data)) {
+      result.finish = EDGELORA_FINISH_CALLBACK;
+      break;
+    }
+  }
+  timings_.decode_seconds = stopwatch.seconds();
+  timings_.decode_tokens = computed_;
+  return result;
+}
+
+}  // namespace edgelora

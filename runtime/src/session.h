@@ -1,0 +1,84 @@
+// One sequence: its tokens, its kv_cache, its active adapter.
+//
+// The history may run ahead of the kv_cache: the last generated token is computed only when
+// something follows it, and a change of adapter makes all positions due again. Every step first
+// computes what is due.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "edgelora.h"
+#include "src/bound_graph.h"
+#include "src/model.h"
+#include "src/sampler.h"
+#include "src/timings.h"
+
+namespace edgelora {
+
+struct GenerateOptions {
+  Sampling sampling;
+  std::vector<int32_t> stop_tokens;  // the model's own included, unless they are to be ignored
+  size_t max_new_tokens;
+  EdgeLoraTokenCallback callback;  // may be null
+  void* user_data;
+};
+
+struct GenerateResult {
+  size_t count;
+  EdgeLoraFinish finish;
+};
+
+class Session {
+ public:
+  // context_length 0: the model's. Throws Error.
+  Session(std::shared_ptr<const Model> model, int32_t context_length);
+
+  enum class Cache { kRecompute, kKeep };
+  void set_adapter(int64_t adapter, Cache cache);
+
+  void prefill(const int32_t* tokens, size_t count);
+  void logits(const int32_t* tokens, size_t count, float* logits);  // [count, vocab_size]
+  void rewind(size_t position);
+  GenerateResult generate(const GenerateOptions& options, int32_t* tokens);
+
+  // From any thread.
+  void cancel();
+
+  size_t position() const { return tokens_.size(); }
+  const float* last_logits() const;  // [vocab_size], or null
+  const Timings& timings() const { return timings_; }
+  const Model& model() const { return *model_; }
+
+ private:
+  void begin();
+  void check_tokens(const int32_t* tokens, size_t count) const;
+  void extend(const int32_t* tokens, size_t count, float* all_logits);
+  void make_due();
+  void compute(size_t end, float* all_logits);
+  void run_chunk(const Chunk& chunk, float* all_logits);
+  void commit_logits();
+  void compute_due();
+  bool has_logits() const;
+
+  std::shared_ptr<const Model> model_;
+  size_t context_length_;  // positions
+  BoundGraph graph_;
+  std::vector<int32_t> tokens_;  // the history
+  size_t cached_ = 0;            // positions that the kv_cache holds, ≤ tokens_.size()
+  int64_t adapter_ = 0;          // of the next positions
+  int64_t cached_adapter_ = 0;   // of the last computed position
+  bool recompute_ = false;       // the kv_cache is another adapter's and is not to be kept
+  std::vector<float> logits_;  // [vocab_size] of the last token of the first logits_position_ ones
+  std::vector<float>
+      next_logits_;  // [vocab_size] where runs write, so that a failed one leaves logits_ alone
+  size_t logits_position_ = 0;  // 0: none
+  int64_t computed_ = 0;        // positions since the present call began
+  Timings timings_;
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace edgelora
