@@ -9,11 +9,11 @@ Float32 = NDArray[np.float32]
 
 
 def merge(weight: Float32, lora_a: Float32, lora_b: Float32, scaling: float) -> Float32:
-    """weight + scaling·(lora_b @ lora_a), float32 [out_features, in_features]; `weight` stays as it is.
+    """weight + scaling·(lora_b @ lora_a), a new float32 [out_features, in_features].
 
-    lora_a [rank, in_features], lora_b [out_features, rank]; all arithmetic in float32, as PEFT's
-    `merge_and_unload` in float32: product, times scaling, plus weight. Each element of the product is a sum over
-    `rank` alone, which BLAS threads do not split: the bytes do not depend on the number of threads.
+    lora_a [rank, in_features], lora_b [out_features, rank]; all arithmetic in float32, in the order
+    of PEFT's merge: product, times scaling, plus weight. Each element of the product is a sum over
+    `rank` alone, which BLAS threads do not split: the bytes do not depend on their number.
     ValueError: shapes that do not fit, a result that is not finite.
     """
     _check(weight, lora_a, lora_b)

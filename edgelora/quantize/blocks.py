@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_SIZES = (32, 64, 128)
+from edgelora.quantize.matrix import ceil_div
+
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # 2^-14
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 
@@ -22,36 +23,17 @@ class Vanished:
     scale: float
 
 
-def check_weights(weights: Float32) -> None:
-    """ValueError unless float32 [out_features, in_features] with at least one element."""
-    if weights.dtype != np.float32 or weights.ndim != 2 or not weights.size:
-        raise ValueError(
-            f"weights must be float32 [N, K], not {weights.dtype} {list(weights.shape)}"
-        )
-
-
-def check_block_size(block_size: int) -> None:
-    """ValueError unless 32, 64 or 128."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be 32, 64 or 128, not {block_size}")
-
-
-def block_count(in_features: int, block_size: int) -> int:
-    """Blocks of a row; the last may be partial."""
-    return -(-in_features // block_size)
-
-
 def split(weights: Float32, block_size: int) -> Float32:
-    """A copy [rows, blocks, block_size]; a partial block is filled with zeros, which change neither of its bounds."""
+    """A copy [rows, blocks, block_size]; zeros fill a partial block and change no scale."""
     rows, columns = weights.shape
-    blocks = block_count(columns, block_size)
+    blocks = ceil_div(columns, block_size)
     copy = np.zeros((rows, blocks * block_size), np.float32)
     copy[:, :columns] = weights
     return copy.reshape(rows, blocks, block_size)
 
 
 def bounds(blocks: Float32, first_row: int) -> tuple[Float32, Float32]:
-    """(low, high) of each block, [rows, blocks]; ValueError names the row that holds a NaN or an infinity."""
+    """(low, high) of each block, [rows, blocks]; ValueError names a NaN or an infinity."""
     low, high = blocks.min(axis=-1), blocks.max(axis=-1)
     finite = np.isfinite(low) & np.isfinite(high)
     if not finite.all():
@@ -63,15 +45,14 @@ def bounds(blocks: Float32, first_row: int) -> tuple[Float32, Float32]:
 
 
 def round_scales(exact: Float32, first_row: int) -> tuple[Float16, Vanished | None]:
-    """Scales rounded to float16, [rows, blocks], and the first that vanished; ValueError names one that overflows."""
+    """Float16 scales [rows, blocks], and the first that vanished; ValueError: one overflows."""
     with np.errstate(over="ignore", under="ignore"):
         scales = exact.astype(np.float16) + np.float16(0)  # + 0 turns -0 into 0
     if not np.isfinite(scales).all():
         row, block = np.argwhere(~np.isfinite(scales))[0]
         value = abs(float(exact[row, block]))
-        raise ValueError(
-            f"row {first_row + row}, block {block}: scale {value:g} exceeds float16's largest, {LARGEST:g}"
-        )
+        place = f"row {first_row + row}, block {block}"
+        raise ValueError(f"{place}: scale {value:g} exceeds float16's largest, {LARGEST:g}")
     return scales, _first_vanished(exact, scales, first_row)
 
 
@@ -84,7 +65,7 @@ def _first_vanished(exact: Float32, scales: Float16, first_row: int) -> Vanished
 
 
 def divisors(scales: Float16) -> Float32:
-    """The rounded scales as float32 [rows, blocks, 1], infinity for 0: a weight divided by it gives the code of zero."""
+    """The rounded scales as float32 [rows, blocks, 1]; infinity for 0, so that weights give 0."""
     wide = scales.astype(np.float32)[..., None]
     return np.where(wide == 0, np.float32(np.inf), wide)
 
@@ -92,8 +73,9 @@ def divisors(scales: Float16) -> Float32:
 def refuse_underflow(scales: Float16, vanished: list[Vanished | None]) -> None:
     """ValueError if a block vanished in a matrix whose every scale is below float16's normal range.
 
-    Beside a normal scale a vanished block counts for nothing: its weights are less than 2^-11 of the matrix's largest
-    (2^-25 against 2^-14, in units of a scale) and become exact zeros. Untrained embedding rows look like that.
+    Beside a normal scale a vanished block counts for nothing: its scale is at most 2^-25, so its
+    weights are at most 2^-11 of the matrix's largest, and become exact zeros. Rows of an embedding
+    that were never trained look like that.
     """
     first = next((block for block in vanished if block), None)
     if first and np.abs(scales).max() < SMALLEST_NORMAL:

@@ -1,13 +1,14 @@
-"""Work over a matrix in cache-sized pieces on all cores; numpy releases the GIL inside each operation."""
+"""Work over a matrix in cache-sized pieces, on all cores.
+
+numpy releases the GIL inside each operation.
+"""
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-CHUNK = (
-    1 << 19
-)  # weights: 2 MB of float32, a piece and its temporaries stay in the last cache level
+CHUNK = 1 << 19  # weights: 2 MB of float32, so temporaries stay in the last cache level
 
 Result = TypeVar("Result")
 
@@ -20,9 +21,10 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 def over(work: Callable[[slice], Result], count: int, size: int) -> list[Result]:
-    """work(slice) for every piece, in the order of the pieces; the first piece that raises decides the error.
+    """work(slice) for every piece, in the order of the pieces.
 
     `work` writes only its own piece, so the result does not depend on the number of threads.
+    The first piece that raises decides the error.
     """
     pieces = list(slices(count, size))
     if len(pieces) < 2:

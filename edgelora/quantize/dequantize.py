@@ -14,7 +14,7 @@ from edgelora.quantize.matrix import (
     Nf4Matrix,
 )
 
-# QLoRA (Dettmers et al. 2023, arXiv:2305.14314), appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact 0.
+# QLoRA (Dettmers et al., arXiv:2305.14314), appendix E: quantiles of N(0, 1) scaled to [-1, 1].
 NF4_VALUES = np.array(
     [
         -1.0,
@@ -81,7 +81,7 @@ def _spread(
 
 
 def nf4_absmax(matrix: Nf4Matrix) -> Float32:
-    """absmax float32 [ceil(size / 64)], as bitsandbytes' dequantize_blockwise and its `+= offset` give it."""
+    """absmax float32 [ceil(size / 64)]: product, then sum, each rounded to float32."""
     nested = np.repeat(matrix.nested_absmax, NF4_GROUP)[: matrix.absmax_codes.size]
     return matrix.absmax_table[matrix.absmax_codes] * nested + matrix.absmax_offset
 

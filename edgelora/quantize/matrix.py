@@ -1,9 +1,12 @@
 """Quantized matrices as arrays: one code for each weight, not yet packed for the kernels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+BLOCK_SIZES = (32, 64, 128)  # of int4 and int8
 
 NF4_BLOCK = 64  # weights that share an absmax
 NF4_GROUP = 256  # absmax codes that share a nested absmax
@@ -14,8 +17,9 @@ class Int4Matrix:
     """w = scale·(code − 8), or scale·(code − zero_point), or scale·code + offset.
 
     codes uint8 [out_features, in_features] in 0…15; scales float16 [out_features, blocks];
-    zero_points uint8 [out_features, blocks] in 0…15 or None; offsets float16 [out_features, blocks] or None
-    (never both). blocks = ceil(in_features / block_size), block_size 32, 64 or 128.
+    zero_points uint8 [out_features, blocks] in 0…15 or None; offsets float16 [out_features, blocks]
+    or None (never both). blocks = ceil(in_features / block_size), block_size 32, 64 or 128.
+    ValueError: another shape or dtype, a scale or offset that is not finite.
     """
 
     codes: NDArray[np.uint8]
@@ -24,23 +28,40 @@ class Int4Matrix:
     zero_points: NDArray[np.uint8] | None = None
     offsets: NDArray[np.float16] | None = None
 
+    def __post_init__(self) -> None:
+        _check_blockwise(self.codes, np.uint8, self.scales, self.block_size)
+        if self.zero_points is not None and self.offsets is not None:
+            raise ValueError("zero_points and offsets exclude each other")
+        if self.zero_points is not None:
+            _expect("zero_points", self.zero_points, np.uint8, self.scales.shape)
+        if self.offsets is not None:
+            _expect("offsets", self.offsets, np.float16, self.scales.shape)
+
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """w = scale·code. codes int8 [out_features, in_features]; scales float16 [out_features, blocks]."""
+    """w = scale·code.
+
+    codes int8 [out_features, in_features]; scales float16 [out_features, blocks], as Int4Matrix.
+    """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
     block_size: int
 
+    def __post_init__(self) -> None:
+        _check_blockwise(self.codes, np.int8, self.scales, self.block_size)
+
 
 @dataclass(frozen=True)
 class Nf4Matrix:
-    """bitsandbytes' NF4 with double quantization: w = nf4[code]·absmax, blocks of 64 over the flattened matrix.
+    """bitsandbytes' NF4 with double quantization: w = nf4[code]·absmax.
 
-    codes uint8 [out_features, in_features] in 0…15; absmax_codes uint8 [ceil(size / 64)];
-    nested_absmax float32 [ceil(len(absmax_codes) / 256)]; absmax_offset float32 scalar; absmax_table float32 [256].
-    absmax[b] = absmax_table[absmax_codes[b]]·nested_absmax[b // 256] + absmax_offset (float32 arithmetic).
+    Blocks of 64 run over the flattened matrix. codes uint8 [out_features, in_features] in 0…15;
+    absmax_codes uint8 [ceil(size / 64)]; nested_absmax float32 [ceil(len(absmax_codes) / 256)];
+    absmax_offset float32 scalar; absmax_table float32 [256].
+    absmax[b] = absmax_table[absmax_codes[b]]·nested_absmax[b // 256] + absmax_offset, in float32.
+    ValueError: another shape or dtype, a statistic that is not finite.
     """
 
     codes: NDArray[np.uint8]
@@ -49,6 +70,15 @@ class Nf4Matrix:
     absmax_offset: np.float32
     absmax_table: NDArray[np.float32]
 
+    def __post_init__(self) -> None:
+        check_matrix("codes", self.codes, np.uint8)
+        blocks = ceil_div(self.codes.size, NF4_BLOCK)
+        _expect("absmax_codes", self.absmax_codes, np.uint8, (blocks,))
+        groups = (ceil_div(blocks, NF4_GROUP),)
+        _expect("nested_absmax", self.nested_absmax, np.float32, groups)
+        _expect("absmax_table", self.absmax_table, np.float32, (256,))
+        _expect("absmax_offset", np.asarray(self.absmax_offset), np.float32, ())
+
 
 @dataclass(frozen=True)
 class FloatMatrix:
@@ -56,5 +86,44 @@ class FloatMatrix:
 
     weights: NDArray[np.float32]
 
+    def __post_init__(self) -> None:
+        check_matrix("weights", self.weights, np.float32)
+
 
 Matrix = Int4Matrix | Int8Matrix | Nf4Matrix | FloatMatrix
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Pieces of `size` that hold `count`; the last may be partial."""
+    return -(-count // size)
+
+
+def check_block_size(block_size: int) -> None:
+    """ValueError unless 32, 64 or 128."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be 32, 64 or 128, not {block_size}")
+
+
+def _check_blockwise(
+    codes: NDArray[Any], dtype: DTypeLike, scales: NDArray[np.float16], block_size: int
+) -> None:
+    check_block_size(block_size)
+    check_matrix("codes", codes, dtype)
+    rows, columns = codes.shape
+    _expect("scales", scales, np.float16, (rows, ceil_div(columns, block_size)))
+
+
+def check_matrix(name: str, array: NDArray[Any], dtype: DTypeLike) -> None:
+    """ValueError unless it has two dimensions, an element and the dtype."""
+    if array.ndim != 2 or not array.size or array.dtype != dtype:
+        wanted = f"{np.dtype(dtype)} [out_features, in_features]"
+        raise ValueError(f"{name} must be {wanted}, not {array.dtype} {list(array.shape)}")
+
+
+def _expect(name: str, array: NDArray[Any], dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+    """The dtype and shape, and finite values."""
+    if array.shape != shape or array.dtype != dtype:
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{name} must be {np.dtype(dtype)} {list(shape)}, not {found}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a value that is not finite")

@@ -1,4 +1,4 @@
-"""Matrices ↔ the constant inputs of operator `Linear`: panels, one or more slices in one projection."""
+"""Matrices ↔ the constant inputs of operator `Linear`: panels of one or more slices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,28 +23,25 @@ Element = TypeVar("Element", bound=np.generic)
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The weights of one operator `Linear` (or `Embedding`); P panels of 16 rows, Kp = in_features padded to 32.
+    """The weights of one operator `Linear` or `Embedding` (ARCHITECTURE.md, "Weights: formats").
 
+    P panels of 16 rows; in_features K is padded to a multiple of 32, Kp, in codes.
     format: int4, int8, nf4 or float; block_size: weights that share a scale, 0 for float;
-    slices: out_features of each slice, top to bottom. Arrays that the format lacks are None.
+    slices: out_features of each slice, top to bottom.
+    codes: uint8 [P, Kp/8, 64], int8 [P, Kp/4, 64], or the weights, float32 [P, K, 16].
+    nf4: the nested groups of the slices lie one after another, G of them in all.
     """
 
     format: str
     block_size: int
     in_features: int
     slices: tuple[int, ...]
-    codes: NDArray[
-        Any
-    ]  # uint8 [P, Kp/8, 64], int8 [P, Kp/4, 64], or the weights float32 [P, K, 16]
+    codes: NDArray[Any]
     scales: NDArray[np.float16] | None = None  # [P, blocks, 16]
     zero_points: NDArray[np.uint8] | None = None  # [P, blocks, 8]
     offsets: NDArray[np.float16] | None = None  # [P, blocks, 16]
-    nested_absmax: NDArray[np.float32] | None = (
-        None  # [ceil(blocks / 256)] of each slice, one after another
-    )
-    absmax: NDArray[np.uint8] | None = (
-        None  # [len(nested_absmax) · 256], each slice padded with zeros
-    )
+    nested_absmax: NDArray[np.float32] | None = None  # [G]
+    absmax: NDArray[np.uint8] | None = None  # [256·G], zeros after each slice's last code
     absmax_offset: NDArray[np.float32] | None = None  # [slices]
     absmax_table: NDArray[np.float32] | None = None  # [256]
 

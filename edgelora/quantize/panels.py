@@ -1,7 +1,8 @@
-"""Rows ↔ panels of 16 rows: the layout that every kernel reads in place (ARCHITECTURE.md, "Weights: formats").
+"""Rows ↔ panels of 16 rows, the layout that every kernel reads in place.
 
-Rows become words first (8 int4 codes, 4 int8 codes, one scale, one float), then 16 rows interleave word by word:
-rows [N, W] → panels [ceil(N/16), W, 16], element [p, w, r] = rows[16p+r, w]; rows beyond N are zero.
+ARCHITECTURE.md, "Weights: formats". Rows become words first (8 int4 codes, 4 int8 codes, one scale,
+one float), then 16 rows interleave word by word: rows [N, W] → panels [ceil(N/16), W, 16], element
+[p, w, r] = rows[16p+r, w]; rows beyond N are zero.
 """
 
 from typing import TypeVar
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.quantize import chunks
+from edgelora.quantize.matrix import ceil_div
 
 PANEL = 16  # rows
 K_STEP = 32  # codes of a row are padded with zeros to a multiple of this
@@ -24,7 +26,7 @@ def interleave(rows: NDArray[Element]) -> NDArray[Element]:
     """[N, W] → [ceil(N/16), W, 16]."""
     count, width = rows.shape
     full = count // PANEL
-    panels = np.zeros((-(-count // PANEL), width, PANEL), rows.dtype)
+    panels = np.zeros((ceil_div(count, PANEL), width, PANEL), rows.dtype)
 
     def work(part: slice) -> None:
         block = rows[part.start * PANEL : part.stop * PANEL].reshape(-1, PANEL, width)
@@ -49,7 +51,10 @@ def deinterleave(panels: NDArray[Element], count: int) -> NDArray[Element]:
 
 
 def pack_nibbles(codes: Uint8) -> Uint8:
-    """uint8 [N, K] in 0…15 → [P, Kp/8, 64]: byte 4r+j = code[16p+r, 8q+j] | code[16p+r, 8q+4+j] << 4."""
+    """uint8 [N, K] in 0…15 → [P, Kp/8, 64].
+
+    Byte 4r+j of [p, q] = code[16p+r, 8q+j] | code[16p+r, 8q+4+j] << 4.
+    """
     rows, columns = codes.shape
     words = np.empty((rows, _padded(columns) // 8), "<u4")
 
@@ -99,7 +104,7 @@ def unpack_zero_points(panels: Uint8, rows: int) -> Uint8:
 
 
 def _padded(columns: int) -> int:
-    return -(-columns // K_STEP) * K_STEP
+    return ceil_div(columns, K_STEP) * K_STEP
 
 
 def _pad_columns(codes: NDArray[Element]) -> NDArray[Element]:
