@@ -1,6 +1,10 @@
 // Registers edgelora's operators on a session's options.
 #pragma once
 
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
 struct OrtApi;
 struct OrtSessionOptions;
 struct OrtStatus;
@@ -9,11 +13,18 @@ namespace edgelora {
 
 // What the operators of one registration share.
 struct OpsOptions {
-  bool exact = false;  // accuracy="float": float32 activations, no int8 rounding
+  bool exact = false;   // accuracy="float": float32 activations, no int8 rounding
+  int32_t threads = 0;  // of the session's pool; 0: unknown, as many as the machine has
 };
 
-// Adds the custom-op domain "edgelora" to `options`. The domain lives as long as the process (one for each OrtApi and options).
-// Returns null on success, else a status owned by the caller. Thread-safe.
+// The kernels of this process: the best for this machine, or those that EDGELORA_FORCE_ISA names
+// (the only reader of it). Throws Error, naming the supported ones, if the forced ISA is unknown or
+// not supported here.
+const kernels::KernelTable& selected_kernels();
+
+// Adds the custom-op domain "edgelora" to `options`. The domain lives as long as the process (one
+// for each OrtApi and options). Returns null on success, else a status owned by the caller.
+// Thread-safe.
 OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops);
 
 }  // namespace edgelora

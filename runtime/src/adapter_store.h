@@ -5,11 +5,15 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
 
 namespace edgelora {
+
+// Every linear that an adapter may name → {K, N}.
+using Targets = std::unordered_map<std::string, std::pair<int64_t, int64_t>>;
 
 // One side branch on one target, ready for the kernels; points into the adapter's mapped file.
 struct SideBranch {
@@ -22,16 +26,21 @@ struct SideBranch {
 // A file's worth of side branches, immutable once loaded.
 class AdapterFile;
 
-// What a handle stands for: a weighted sum of adapter files (one of them with weight 1 for a plain adapter).
+// What a handle stands for: a weighted sum of adapter files (one of them with weight 1 for a plain
+// adapter).
 struct ActiveAdapter {
   struct Term {
     std::shared_ptr<const AdapterFile> file;
     float weight;
   };
-  std::vector<Term> terms;
+  std::vector<Term> terms;  // at least one, each file once, all of one base
+
+  // Of the base that all terms were made for.
+  const std::string& base_fingerprint() const;
 };
 
-// The side branches that act on one target, weight · scaling folded. Empty when the adapter leaves the target alone.
+// The side branches that act on one target, weight · scaling folded. Empty when the adapter leaves
+// the target alone.
 struct WeightedBranch {
   const SideBranch* branch;
   float weight;
@@ -41,26 +50,35 @@ class AdapterStore {
  public:
   static AdapterStore& instance();
 
-  // Maps and checks an adapter.safetensors; throws Error. Every target's K and N must equal `targets` (name → {K, N}),
-  // base_fingerprint must equal the model's.
+  // Maps and checks an adapter.safetensors; throws Error. Every target's K and N must equal
+  // `targets`, base_fingerprint must equal the model's.
   int64_t load(const std::string& path, const std::string& base_fingerprint,
-               const std::unordered_map<std::string, std::pair<int64_t, int64_t>>& targets);
+               const Targets& targets);
 
-  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives.
+  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error.
   int64_t compose(const int64_t* handles, const float* weights, int64_t count);
 
-  // Drops one reference held by the caller; running computations finish with what they hold.
+  // Drops the handle's reference; running computations finish with what they hold. Throws Error for
+  // an unknown handle.
   void unload(int64_t handle);
 
   // Null for an unknown or unloaded handle. Handle 0 (base) has no entry here: callers test for it.
+  // A session finds its adapter before each run and holds the result while it runs: then every
+  // operator resolves it.
   std::shared_ptr<const ActiveAdapter> find(int64_t handle) const;
 
+  // As find, but also an unloaded adapter that somebody still holds: what a running computation may
+  // go on with.
+  std::shared_ptr<const ActiveAdapter> resolve(int64_t handle) const;
+
   // Appends the branches of `adapter` on `target`.
-  static void branches(const ActiveAdapter& adapter, const std::string& target, std::vector<WeightedBranch>* out);
+  static void branches(const ActiveAdapter& adapter, const std::string& target,
+                       std::vector<WeightedBranch>* out);
 
  private:
   struct Impl;
   AdapterStore();
+  ~AdapterStore();
   std::unique_ptr<Impl> impl_;
 };
 

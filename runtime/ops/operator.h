@@ -1,0 +1,53 @@
+// An operator: its schema, what all nodes of a registration share, and the raw OrtCustomOp that
+// ONNX Runtime calls.
+#pragma once
+
+#include <memory>
+
+#include "kernels/kernels.h"
+#include "ops/ort.h"
+#include "ops/registration.h"
+
+namespace edgelora::ops {
+
+// Two ONNX Runtimes may live in one process: the api belongs to the registration, never to a
+// global.
+struct Shared {
+  const OrtApi* api;
+  const kernels::KernelTable* kernels;
+  bool exact;
+  int64_t threads;  // most that a node asks for; the session's pool may have fewer
+};
+
+// One node. compute is called by several threads at once.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void compute(OrtKernelContext* context) const = 0;
+};
+
+struct Input {
+  ONNXTensorElementDataType type;  // UNDEFINED: any, checked at creation
+  OrtCustomOpInputOutputCharacteristic presence;
+};
+
+// Every operator has one float32 output.
+struct Schema {
+  const char* name;
+  const Input* inputs;
+  size_t input_count;
+  std::unique_ptr<Kernel> (*create)(const Shared& shared, const NodeInfo& node);
+};
+
+extern const Schema kLinearSchema;
+extern const Schema kEmbeddingSchema;
+extern const Schema kSwiGluSchema;
+
+struct Operator : OrtCustomOp {
+  Operator(const Schema& schema, const Shared& shared);
+
+  const Schema* schema;
+  Shared shared;
+};
+
+}  // namespace edgelora::ops

@@ -1,0 +1,140 @@
+#include "ops/ort.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace edgelora::ops {
+namespace {
+
+// Throws Error that names the attribute.
+void check_attribute(const OrtApi& api, OrtStatus* status, const char* attribute) {
+  if (status == nullptr) return;
+  api.ReleaseStatus(status);
+  throw Error(EDGELORA_BAD_FILE,
+              std::string("attribute ") + attribute + " is missing or has the wrong type");
+}
+
+}  // namespace
+
+void check(const OrtApi& api, OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api.GetErrorMessage(status);
+  api.ReleaseStatus(status);
+  throw Error(EDGELORA_RUNTIME, message);
+}
+
+int64_t Shape::elements() const {
+  int64_t product = 1;
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 || __builtin_mul_overflow(product, dims[i], &product)) {
+      throw Error(EDGELORA_BAD_FILE, "a tensor of shape " + to_string(*this) + " is too large");
+    }
+  }
+  return product;
+}
+
+bool operator==(const Shape& left, const Shape& right) {
+  return left.rank == right.rank && std::equal(left.dims, left.dims + left.rank, right.dims);
+}
+
+std::string to_string(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.rank; ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape.dims[i]);
+  }
+  return text + "]";
+}
+
+Tensor view(const OrtApi& api, const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  check(api, api.GetTensorTypeAndShape(value, &raw));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)>
+      info(raw, api.ReleaseTensorTypeAndShapeInfo);
+  Tensor tensor{};
+  check(api, api.GetTensorElementType(raw, &tensor.type));
+  check(api, api.GetDimensionsCount(raw, &tensor.shape.rank));
+  if (tensor.shape.rank > Shape::kMaxRank) {
+    throw Error(EDGELORA_BAD_FILE, "a tensor has more than 8 dimensions");
+  }
+  check(api, api.GetDimensions(raw, tensor.shape.dims, tensor.shape.rank));
+  void* data = nullptr;  // the C API has no const accessor; we only read
+  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  tensor.data = data;
+  return tensor;
+}
+
+Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+  const OrtValue* value = nullptr;
+  check(api, api.KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "input " + std::to_string(index) + " is missing");
+  }
+  return view(api, value);
+}
+
+float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape) {
+  OrtValue* value = nullptr;
+  check(api, api.KernelContext_GetOutput(context, 0, shape.dims, shape.rank, &value));
+  void* data = nullptr;
+  check(api, api.GetTensorMutableData(value, &data));
+  return static_cast<float*>(data);
+}
+
+std::string NodeInfo::name() const {
+  size_t size = 0;
+  check(api_, api_.KernelInfo_GetNodeName(info_, nullptr, &size));
+  std::string name(size, '\0');
+  check(api_, api_.KernelInfo_GetNodeName(info_, name.data(), &size));
+  name.resize(size > 0 ? size - 1 : 0);  // the terminating zero
+  return name;
+}
+
+int64_t NodeInfo::integer(const char* attribute) const {
+  int64_t value = 0;
+  check_attribute(api_, api_.KernelInfoGetAttribute_int64(info_, attribute, &value), attribute);
+  return value;
+}
+
+std::vector<int64_t> NodeInfo::integers(const char* attribute) const {
+  size_t count = 0;
+  check_attribute(api_, api_.KernelInfoGetAttributeArray_int64(info_, attribute, nullptr, &count),
+                  attribute);
+  std::vector<int64_t> values(count);
+  check_attribute(api_,
+                  api_.KernelInfoGetAttributeArray_int64(info_, attribute, values.data(), &count),
+                  attribute);
+  return values;
+}
+
+std::string NodeInfo::text(const char* attribute) const {
+  size_t size = 0;
+  check_attribute(api_, api_.KernelInfoGetAttribute_string(info_, attribute, nullptr, &size),
+                  attribute);
+  std::string value(size, '\0');
+  check_attribute(api_, api_.KernelInfoGetAttribute_string(info_, attribute, value.data(), &size),
+                  attribute);
+  value.resize(size > 0 ? size - 1 : 0);
+  return value;
+}
+
+bool NodeInfo::has_input(size_t index) const {
+  size_t count = 0;
+  check(api_, api_.KernelInfo_GetInputCount(info_, &count));
+  if (index >= count) return false;
+  size_t size = 0;
+  check(api_, api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
+  return size > 1;  // an omitted optional input has the empty name
+}
+
+std::optional<Tensor> NodeInfo::constant(size_t index, const char* what) const {
+  if (!has_input(index)) return std::nullopt;
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+  if (is_constant == 0 || value == nullptr) {
+    throw Error(EDGELORA_BAD_FILE, std::string(what) + " must be a constant initializer");
+  }
+  return view(api_, value);
+}
+
+}  // namespace edgelora::ops

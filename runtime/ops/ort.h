@@ -1,0 +1,82 @@
+// The few calls of ONNX Runtime's C API that the operators need; failures become exceptions of our
+// own inside.
+#pragma once
+
+#include <onnxruntime_c_api.h>
+
+#include <cstdint>
+#include <exception>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "src/error.h"
+
+namespace edgelora::ops {
+
+// Throws Error(EDGELORA_RUNTIME) with the status' message and releases it; null passes.
+void check(const OrtApi& api, OrtStatus* status);
+
+// Runs `body` and turns whatever it throws into a status: nothing may cross into ONNX Runtime.
+template <typename Body>
+OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Error& error) {
+    return api.CreateStatus(ORT_INVALID_ARGUMENT, error.what());
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ORT_FAIL, "edgelora: out of memory");
+  } catch (const std::exception& error) {
+    return api.CreateStatus(ORT_FAIL, error.what());
+  } catch (...) {
+    return api.CreateStatus(ORT_FAIL, "edgelora: unknown exception");
+  }
+}
+
+// Dimensions without an allocation: they are read at every call of every node.
+struct Shape {
+  static constexpr size_t kMaxRank = 8;
+  size_t rank = 0;
+  int64_t dims[kMaxRank] = {};
+
+  int64_t last() const { return rank == 0 ? 1 : dims[rank - 1]; }
+  int64_t elements() const;  // throws Error on overflow
+};
+
+bool operator==(const Shape& left, const Shape& right);
+std::string to_string(const Shape& shape);  // "[4, 8, 64]"
+
+struct Tensor {
+  ONNXTensorElementDataType type;
+  Shape shape;
+  const void* data;
+};
+
+Tensor view(const OrtApi& api, const OrtValue* value);
+Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index);
+float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);
+
+// A node as seen at kernel creation.
+class NodeInfo {
+ public:
+  NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  std::string name() const;
+  int64_t integer(const char* attribute) const;
+  std::vector<int64_t> integers(const char* attribute) const;
+  std::string text(const char* attribute) const;
+
+  // Nothing when the optional input is absent; throws Error when it is not a constant. The data
+  // lives as long as the session.
+  std::optional<Tensor> constant(size_t index, const char* what) const;
+
+ private:
+  bool has_input(size_t index) const;
+
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+};
+
+}  // namespace edgelora::ops

@@ -1,0 +1,178 @@
+#include "ops/packed_weights.h"
+
+#include <initializer_list>
+#include <utility>
+
+namespace edgelora::ops {
+namespace {
+
+using kernels::Format;
+
+constexpr int64_t kPanelRows = kernels::kPanelRows;
+constexpr int64_t kNf4Block = 64;
+constexpr int64_t kNf4Group = 256;                // absmax codes that share a nested_absmax
+constexpr int64_t kLargestDimension = INT32_MAX;  // so that no product of two overflows
+
+constexpr ONNXTensorElementDataType kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+constexpr ONNXTensorElementDataType kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+constexpr ONNXTensorElementDataType kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(EDGELORA_BAD_FILE, message); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const char* name_of(ONNXTensorElementDataType type) {
+  switch (type) {
+    case kUint8:
+      return "uint8";
+    case kInt8:
+      return "int8";
+    case kHalf:
+      return "float16";
+    case kFloat:
+      return "float32";
+    default:
+      return "another type";
+  }
+}
+
+Shape shape_of(std::initializer_list<int64_t> dims) {
+  Shape shape;
+  for (const int64_t dim : dims) shape.dims[shape.rank++] = dim;
+  return shape;
+}
+
+// The data of a tensor that must have this type and shape.
+const void* expect(const Tensor& tensor, const char* what, ONNXTensorElementDataType type,
+                   const Shape& shape) {
+  if (tensor.type != type || !(tensor.shape == shape)) {
+    refuse(std::string(what) + " is " + name_of(tensor.type) + " " + to_string(tensor.shape) +
+           ", expected " + name_of(type) + " " + to_string(shape));
+  }
+  return tensor.data;
+}
+
+Tensor required(const NodeInfo& node, size_t index, const char* what) {
+  const std::optional<Tensor> tensor = node.constant(index, what);
+  if (!tensor) refuse(std::string(what) + " is missing");
+  return *tensor;
+}
+
+Format parse_format(const std::string& text) {
+  if (text == "int4") return Format::kInt4;
+  if (text == "int8") return Format::kInt8;
+  if (text == "nf4") return Format::kNf4;
+  if (text == "float") return Format::kFloat;
+  refuse("format is \"" + text + "\", expected int4, int8, nf4 or float");
+}
+
+int64_t dimension(const NodeInfo& node, const char* attribute) {
+  const int64_t value = node.integer(attribute);
+  if (value < 1 || value > kLargestDimension) {
+    refuse(std::string(attribute) + " is " + std::to_string(value) + ", expected 1 to " +
+           std::to_string(kLargestDimension));
+  }
+  return value;
+}
+
+int64_t read_block_size(const NodeInfo& node, Format format) {
+  if (format == Format::kFloat) return 0;
+  const int64_t size = node.integer("block_size");
+  if (format == Format::kNf4 && size != kNf4Block) {
+    refuse("block_size is " + std::to_string(size) + ", nf4 has 64");
+  }
+  if (size != 32 && size != 64 && size != 128) {
+    refuse("block_size is " + std::to_string(size) + ", expected 32, 64 or 128");
+  }
+  return size;
+}
+
+}  // namespace
+
+PackedWeights::PackedWeights(const NodeInfo& node, size_t codes_index, std::vector<int64_t> slices)
+    : slices_(std::move(slices)) {
+  weights_.format = parse_format(node.text("format"));
+  weights_.in_features = dimension(node, "in_features");
+  weights_.out_features = dimension(node, "out_features");
+  weights_.block_size = read_block_size(node, weights_.format);
+  check_slices();
+  weights_.slices = slices_.data();
+  weights_.slice_count = static_cast<int64_t>(slices_.size());
+  panels_ = ceil_div(weights_.out_features, kPanelRows);
+  read_codes(node, codes_index);
+  if (weights_.format == Format::kFloat) return;
+  if (weights_.format == Format::kNf4) {
+    read_nf4(node, codes_index + 1);
+  } else {
+    blocks_ = ceil_div(weights_.in_features, weights_.block_size);
+    read_scales(node, codes_index + 1);
+    read_zero_points(node, codes_index + 2);
+  }
+}
+
+void PackedWeights::check_slices() const {
+  int64_t rest = weights_.out_features;
+  for (const int64_t slice : slices_) {
+    if (slice < 1 || slice > rest) refuse("slices do not add up to out_features");
+    if (slices_.size() > 1 && slice % kPanelRows != 0) {
+      refuse("a slice has " + std::to_string(slice) + " rows, not a multiple of 16");
+    }
+    rest -= slice;
+  }
+  if (rest != 0) refuse("slices do not add up to out_features");
+}
+
+void PackedWeights::read_codes(const NodeInfo& node, size_t index) {
+  const int64_t k = weights_.in_features;
+  const int64_t padded = ceil_div(k, kernels::kActivationBlock) * kernels::kActivationBlock;
+  const Tensor codes = required(node, index, "codes");
+  switch (weights_.format) {
+    case Format::kFloat:
+      weights_.codes = expect(codes, "codes", kFloat, shape_of({panels_, k, kPanelRows}));
+      return;
+    case Format::kInt8:
+      weights_.codes = expect(codes, "codes", kInt8, shape_of({panels_, padded / 4, 64}));
+      return;
+    default:
+      weights_.codes = expect(codes, "codes", kUint8, shape_of({panels_, padded / 8, 64}));
+  }
+}
+
+void PackedWeights::read_scales(const NodeInfo& node, size_t index) {
+  const Tensor scales = required(node, index, "scales");
+  weights_.scales = static_cast<const uint16_t*>(
+      expect(scales, "scales", kHalf, shape_of({panels_, blocks_, kPanelRows})));
+}
+
+void PackedWeights::read_zero_points(const NodeInfo& node, size_t index) {
+  const std::optional<Tensor> tensor = node.constant(index, "zero_points");
+  if (!tensor) return;
+  if (weights_.format == Format::kInt8) refuse("int8 has no zero_points");
+  const bool offsets = tensor->type == kHalf;
+  weights_.format = offsets ? Format::kInt4Offsets : Format::kInt4ZeroPoints;
+  weights_.zero_points =
+      offsets ? expect(*tensor, "offsets", kHalf, shape_of({panels_, blocks_, kPanelRows}))
+              : expect(*tensor, "zero_points", kUint8, shape_of({panels_, blocks_, 8}));
+}
+
+void PackedWeights::read_nf4(const NodeInfo& node, size_t index) {
+  if (weights_.in_features % kernels::kActivationBlock != 0) {
+    refuse("nf4 needs in_features to be a multiple of 32");
+  }
+  int64_t groups = 0;  // out_features and in_features are below 2^31: no product overflows
+  for (const int64_t slice : slices_) {
+    groups += ceil_div(ceil_div(slice * weights_.in_features, kNf4Block), kNf4Group);
+  }
+  const auto floats = [&](size_t i, const char* what, int64_t count) {
+    return static_cast<const float*>(
+        expect(required(node, i, what), what, kFloat, shape_of({count})));
+  };
+  weights_.nested_absmax = floats(index, "nested_absmax", groups);
+  weights_.absmax = static_cast<const uint8_t*>(expect(
+      required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kNf4Group})));
+  weights_.absmax_offset = floats(index + 2, "absmax_offset", weights_.slice_count);
+  weights_.absmax_table = floats(index + 3, "absmax_table", 256);
+}
+
+}  // namespace edgelora::ops

@@ -1,0 +1,37 @@
+// The constant inputs of Linear and Embedding as the kernels' Weights, every size checked.
+#pragma once
+
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "ops/ort.h"
+
+namespace edgelora::ops {
+
+// Attributes and constants of one node. `weights` points into the session's initializers and into
+// `slices`.
+class PackedWeights {
+ public:
+  // Input `codes_index` is the codes, followed by the other weight inputs in the documented order.
+  // Throws Error. slices: out_features of each target.
+  PackedWeights(const NodeInfo& node, size_t codes_index, std::vector<int64_t> slices);
+  PackedWeights(const PackedWeights&) = delete;
+  PackedWeights& operator=(const PackedWeights&) = delete;
+
+  const kernels::Weights& weights() const { return weights_; }
+  int64_t panels() const { return panels_; }
+
+ private:
+  void read_codes(const NodeInfo& node, size_t index);
+  void read_scales(const NodeInfo& node, size_t index);
+  void read_zero_points(const NodeInfo& node, size_t index);
+  void read_nf4(const NodeInfo& node, size_t index);
+  void check_slices() const;
+
+  std::vector<int64_t> slices_;
+  kernels::Weights weights_{};
+  int64_t panels_ = 0;
+  int64_t blocks_ = 0;  // of a row
+};
+
+}  // namespace edgelora::ops

@@ -1,0 +1,93 @@
+#include "ops/registration.h"
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <tuple>
+
+#include "ops/operator.h"
+
+namespace edgelora {
+namespace {
+
+constexpr const char* kDomain = "edgelora";
+
+// A domain and the operators it points to.
+struct Registration {
+  explicit Registration(const ops::Shared& shared)
+      : linear(ops::kLinearSchema, shared),
+        embedding(ops::kEmbeddingSchema, shared),
+        swiglu(ops::kSwiGluSchema, shared) {
+    ops::check(*shared.api, shared.api->CreateCustomOpDomain(kDomain, &domain));
+    for (const ops::Operator* op : {&linear, &embedding, &swiglu}) {
+      ops::check(*shared.api, shared.api->CustomOpDomain_Add(domain, op));
+    }
+  }
+
+  ops::Operator linear;
+  ops::Operator embedding;
+  ops::Operator swiglu;
+  OrtCustomOpDomain* domain = nullptr;
+};
+
+// Sessions may outlive whoever registered, and a session tells nobody that it ended: domains are
+// kept, one for each combination, and never destroyed (not even at exit, when ONNX Runtime may be
+// gone already).
+OrtCustomOpDomain* domain_for(const ops::Shared& shared) {
+  using Key = std::tuple<const OrtApi*, const kernels::KernelTable*, bool, int64_t>;
+  static std::mutex mutex;
+  static auto& registrations = *new std::map<Key, std::unique_ptr<Registration>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& entry = registrations[Key(shared.api, shared.kernels, shared.exact, shared.threads)];
+  if (!entry) entry = std::make_unique<Registration>(shared);
+  return entry->domain;
+}
+
+std::string supported_isas(kernels::Features features) {
+  std::string names;
+  for (int i = 0; kernels::isa_name(i) != nullptr; ++i) {
+    if (!kernels::isa_supported(i, features)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(kernels::isa_name(i));
+  }
+  return names;
+}
+
+int64_t threads_or_all(int32_t threads) {
+  if (threads > 0) return threads;
+  const int64_t cores = std::thread::hardware_concurrency();
+  return cores > 0 ? cores : 1;
+}
+
+}  // namespace
+
+const kernels::KernelTable& selected_kernels() {
+  const char* forced = std::getenv("EDGELORA_FORCE_ISA");
+  const kernels::Features features = kernels::detect_features();
+  const kernels::KernelTable* table = kernels::select_kernels(features, forced);
+  if (table == nullptr) {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                std::string("EDGELORA_FORCE_ISA=") + (forced == nullptr ? "" : forced) +
+                    " is not available here; choose one of " + supported_isas(features));
+  }
+  return *table;
+}
+
+OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops) {
+  return ops::guarded(*api, [&] {
+    const ops::Shared shared{api, &selected_kernels(), ops.exact, threads_or_all(ops.threads)};
+    ops::check(*api, api->AddCustomOpDomain(options, domain_for(shared)));
+  });
+}
+
+}  // namespace edgelora
+
+// The entry point that ONNX Runtime looks up in a custom-op library.
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
+    OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api != nullptr) return edgelora::register_ops(api, options, {});
+  const OrtApi* first = base->GetApi(1);  // every version has it: enough to say no
+  return first->CreateStatus(ORT_FAIL, "edgelora needs a newer onnxruntime: at least 1.21");
+}

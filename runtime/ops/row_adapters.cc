@@ -1,0 +1,97 @@
+#include "ops/row_adapters.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "src/error.h"
+
+namespace edgelora::ops {
+namespace {
+
+Error not_loaded(int64_t handle) {
+  return Error(EDGELORA_NOT_FOUND, "adapter handle " + std::to_string(handle) + " is not loaded");
+}
+
+void check_fit(const SideBranch& branch, const std::string& target, int64_t in_features,
+               int64_t out_features) {
+  if (branch.in_features == in_features && branch.out_features == out_features) return;
+  throw Error(EDGELORA_INVALID_ARGUMENT,
+              target + ": the adapter is for [" + std::to_string(branch.out_features) + ", " +
+                  std::to_string(branch.in_features) + "], the model has [" +
+                  std::to_string(out_features) + ", " + std::to_string(in_features) + "]");
+}
+
+}  // namespace
+
+AdapterCache::AdapterCache(std::vector<std::string> targets, std::vector<int64_t> slices,
+                           int64_t in_features)
+    : targets_(std::move(targets)), slices_(std::move(slices)), in_features_(in_features) {}
+
+HeldAdapter AdapterCache::find(int64_t handle) {
+  HeldAdapter held;
+  held.node = cached(handle);
+  if (held.node) held.source = held.node->source.lock();
+  if (held.source) return held;
+  held.source = AdapterStore::instance().resolve(handle);
+  if (!held.source) throw not_loaded(handle);
+  held.node = resolve(handle, held.source);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  entries_[next_] = held.node;
+  next_ = (next_ + 1) % kEntries;
+  return held;
+}
+
+std::shared_ptr<const NodeAdapter> AdapterCache::cached(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& entry : entries_) {
+    if (entry && entry->handle == handle) return entry;
+  }
+  return nullptr;
+}
+
+std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
+    int64_t handle, const std::shared_ptr<const ActiveAdapter>& source) const {
+  auto node = std::make_shared<NodeAdapter>();
+  node->handle = handle;
+  node->source = source;
+  std::vector<WeightedBranch> terms;
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    terms.clear();
+    AdapterStore::branches(*source, targets_[i], &terms);
+    auto& slice = node->slices.emplace_back();
+    for (const WeightedBranch& term : terms) {
+      check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
+      slice.push_back({term.branch->factors, term.weight, node->t_size});
+      node->t_size += term.branch->factors.rank;
+    }
+  }
+  return node;
+}
+
+void RowAdapters::resolve(AdapterCache& cache, const int64_t* ids, int64_t count) {
+  release();
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] == 0 && sequences_.empty()) continue;  // a batch of the base alone touches no memory
+    sequences_.resize(static_cast<size_t>(count), nullptr);
+    if (ids[i] == 0) continue;
+    const NodeAdapter* node = hold(cache, ids[i]);
+    if (node->t_size > 0) sequences_[static_cast<size_t>(i)] = node;
+    t_size_ = std::max(t_size_, node->t_size);
+  }
+}
+
+const NodeAdapter* RowAdapters::hold(AdapterCache& cache, int64_t id) {
+  for (const HeldAdapter& held : held_) {
+    if (held.node->handle == id) return held.node.get();
+  }
+  held_.push_back(cache.find(id));
+  return held_.back().node.get();
+}
+
+void RowAdapters::release() {
+  held_.clear();
+  sequences_.clear();
+  t_size_ = 0;
+}
+
+}  // namespace edgelora::ops

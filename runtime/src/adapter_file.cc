@@ -1,0 +1,199 @@
+#include "src/adapter_file.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "src/error.h"
+#include "src/safetensors.h"
+
+namespace edgelora {
+namespace {
+
+constexpr int64_t kPanelRows = kernels::kPanelRows;
+constexpr int64_t kLargestRank = 65536;
+constexpr const char* kFormat = "edgelora-adapter";
+constexpr const char* kFormatVersion = "1";
+constexpr size_t kNamesInMessage = 4;
+
+using Scalings = std::map<std::string, float>;  // by target
+
+[[noreturn]] void refuse(const std::string& path, const std::string& what,
+                         const char* advice = "export the adapter again") {
+  throw Error(EDGELORA_BAD_FILE, path + ": " + what + "; " + advice);
+}
+
+const std::string& field(const std::string& path, const SafeTensors& file, const char* key) {
+  const auto found = file.metadata.find(key);
+  if (found == file.metadata.end()) refuse(path, std::string("no ") + key + " in its metadata");
+  return found->second;
+}
+
+void check_metadata(const std::string& path, const SafeTensors& file,
+                    const std::string& base_fingerprint) {
+  const auto format = file.metadata.find("format");
+  if (format == file.metadata.end() || format->second != kFormat) {
+    refuse(path, "not an EdgeLoRA adapter", "make one with edgelora export or add-adapter");
+  }
+  const std::string& version = field(path, file, "format_version");
+  if (version != kFormatVersion) {
+    refuse(path, "format_version is " + version + ", this library reads 1", "update edgelora");
+  }
+  field(path, file, "name");
+  const std::string& found = field(path, file, "base_fingerprint");
+  if (found != base_fingerprint) {
+    refuse(path, "made for the base " + found + ", the model is " + base_fingerprint,
+           "use the base it was exported for");
+  }
+}
+
+Scalings parse_scalings(const std::string& path, const SafeTensors& file) {
+  const std::string& text = field(path, file, "scaling");
+  const auto json =
+      parse_json_object(path + ": scaling", text.data(), text.data() + text.size(), 1);
+  Scalings scalings;
+  for (const auto& [target, value] : json.items()) {
+    const double scaling = value.is_number() ? value.get<double>() : std::nan("");
+    if (!(std::abs(scaling) <= std::numeric_limits<float>::max())) {
+      refuse(path, "scaling of " + target + " is not a finite number");
+    }
+    scalings[target] = static_cast<float>(scaling);
+  }
+  if (scalings.empty()) refuse(path, "it has no targets");
+  return scalings;
+}
+
+void check_all_known(const std::string& path, const Scalings& scalings, const Targets& targets) {
+  std::string names;
+  size_t count = 0;
+  for (const auto& [target, scaling] : scalings) {
+    if (targets.count(target) != 0) continue;
+    if (++count <= kNamesInMessage) names += (names.empty() ? "" : ", ") + target;
+  }
+  if (count > kNamesInMessage) names += " and " + std::to_string(count - kNamesInMessage) + " more";
+  if (count > 0) refuse(path, "the model has no linear " + names, "use the base it was made for");
+}
+
+const SafeTensor& factor(const std::string& path, const SafeTensors& file,
+                         const std::string& name) {
+  const auto found = file.tensors.find(name);
+  if (found == file.tensors.end()) refuse(path, name + " is missing");
+  return found->second;
+}
+
+std::string to_string(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t dim : shape) text += (text.empty() ? "" : ", ") + std::to_string(dim);
+  return "[" + text + "]";
+}
+
+void check_shapes(const std::string& path, const std::string& target, const SafeTensor& a,
+                  const SafeTensor& b, const SideBranch& branch) {
+  const int64_t rank = a.shape.empty() ? 0 : a.shape[0];
+  const int64_t panels = (branch.out_features + kPanelRows - 1) / kPanelRows;
+  if (rank < 1 || rank > kLargestRank) {
+    refuse(path, target + ".lora_a is " + to_string(a.shape) + ", its rank must be 1 to " +
+                     std::to_string(kLargestRank));
+  }
+  const std::vector<int64_t> expected_a{rank, branch.in_features};
+  const std::vector<int64_t> expected_b{panels, rank, kPanelRows};
+  if (a.shape != expected_a) {
+    refuse(path,
+           target + ".lora_a is " + to_string(a.shape) + ", expected " + to_string(expected_a));
+  }
+  if (b.shape != expected_b) {
+    refuse(path,
+           target + ".lora_b is " + to_string(b.shape) + ", expected " + to_string(expected_b));
+  }
+  if (a.dtype != b.dtype) refuse(path, target + " has one factor in F16 and one in F32");
+}
+
+// Bits without the sign; NaN and infinity have all exponent bits set. Unaligned.
+template <typename Bits>
+Bits magnitude(const uint8_t* data, int64_t index) {
+  Bits bits;
+  std::memcpy(&bits, data + index * static_cast<int64_t>(sizeof(Bits)), sizeof(Bits));
+  return static_cast<Bits>(bits & (std::numeric_limits<Bits>::max() >> 1));
+}
+
+template <typename Bits>
+bool all_finite(const SafeTensor& tensor, Bits infinity) {
+  const int64_t count = tensor.bytes / static_cast<int64_t>(sizeof(Bits));
+  Bits largest = 0;  // no early exit: this form runs at memory speed
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, magnitude<Bits>(tensor.data, i));
+  return largest < infinity;
+}
+
+void check_finite(const std::string& path, const std::string& name, const SafeTensor& tensor) {
+  const bool finite = tensor.dtype == "F16" ? all_finite<uint16_t>(tensor, 0x7c00)
+                                            : all_finite<uint32_t>(tensor, 0x7f800000);
+  if (!finite) refuse(path, name + " holds NaN or infinity", "train or export the adapter again");
+}
+
+template <typename Bits>
+bool zero_padding(const SafeTensor& b, int64_t rank, int64_t used_rows) {
+  const int64_t last = (b.shape[0] - 1) * rank * kPanelRows;  // first value of the last panel
+  for (int64_t i = 0; i < rank * kPanelRows; ++i) {
+    if (i % kPanelRows >= used_rows && magnitude<Bits>(b.data, last + i) != 0) return false;
+  }
+  return true;
+}
+
+void check_padding(const std::string& path, const std::string& name, const SafeTensor& b,
+                   const SideBranch& branch) {
+  const int64_t used = branch.out_features - (b.shape[0] - 1) * kPanelRows;  // of the last panel
+  const int64_t rank = branch.factors.rank;
+  const bool zero = branch.factors.half ? zero_padding<uint16_t>(b, rank, used)
+                                        : zero_padding<uint32_t>(b, rank, used);
+  if (!zero) refuse(path, name + " has values in its padding rows");
+}
+
+SideBranch make_branch(const std::string& path, const SafeTensors& file, const std::string& target,
+                       float scaling, const std::pair<int64_t, int64_t>& size) {
+  const SafeTensor& a = factor(path, file, target + ".lora_a");
+  const SafeTensor& b = factor(path, file, target + ".lora_b");
+  SideBranch branch{};
+  branch.in_features = size.first;
+  branch.out_features = size.second;
+  branch.scaling = scaling;
+  check_shapes(path, target, a, b, branch);
+  check_finite(path, target + ".lora_a", a);
+  check_finite(path, target + ".lora_b", b);
+  branch.factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
+  check_padding(path, target + ".lora_b", b, branch);
+  return branch;
+}
+
+// Every tensor must be a factor of a target with a scaling; missing ones are found by make_branch.
+void check_no_others(const std::string& path, const SafeTensors& file, const Scalings& scalings) {
+  for (const auto& [name, tensor] : file.tensors) {
+    const size_t dot = name.rfind('.');
+    const std::string suffix = dot == std::string::npos ? "" : name.substr(dot);
+    if ((suffix != ".lora_a" && suffix != ".lora_b") || scalings.count(name.substr(0, dot)) == 0) {
+      refuse(path, name + " is a factor of no target that has a scaling");
+    }
+  }
+}
+
+}  // namespace
+
+AdapterFile::AdapterFile(const std::string& path, const std::string& base_fingerprint,
+                         const Targets& targets)
+    : file_(path), base_fingerprint_(base_fingerprint) {
+  const SafeTensors file = parse_safetensors(path, file_.data(), file_.size());
+  check_metadata(path, file, base_fingerprint);
+  const Scalings scalings = parse_scalings(path, file);
+  check_all_known(path, scalings, targets);
+  check_no_others(path, file, scalings);
+  for (const auto& [target, scaling] : scalings) {
+    branches_.emplace(target, make_branch(path, file, target, scaling, targets.at(target)));
+  }
+}
+
+const SideBranch* AdapterFile::branch(const std::string& target) const {
+  const auto found = branches_.find(target);
+  return found == branches_.end() ? nullptr : &found->second;
+}
+
+}  // namespace edgelora

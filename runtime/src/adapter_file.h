@@ -1,0 +1,30 @@
+// One adapter.safetensors, mapped and checked. Immutable.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "src/adapter_store.h"
+#include "src/mapped_file.h"
+
+namespace edgelora {
+
+class AdapterFile {
+ public:
+  // Throws Error: one line with the file, what is wrong and what to do.
+  AdapterFile(const std::string& path, const std::string& base_fingerprint, const Targets& targets);
+
+  // Null if the adapter leaves the target alone.
+  const SideBranch* branch(const std::string& target) const;
+
+  const std::string& base_fingerprint() const { return base_fingerprint_; }
+
+ private:
+  MappedFile file_;
+  std::string base_fingerprint_;
+  std::unordered_map<std::string, SideBranch> branches_;  // by target
+};
+
+}  // namespace edgelora

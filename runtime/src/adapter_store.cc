@@ -1,0 +1,130 @@
+#include "src/adapter_store.h"
+
+#include <cmath>
+#include <mutex>
+
+#include "src/adapter_file.h"
+#include "src/error.h"
+
+namespace edgelora {
+namespace {
+
+using Adapter = std::shared_ptr<const ActiveAdapter>;
+
+Error not_loaded(int64_t handle) {
+  return Error(EDGELORA_NOT_FOUND, "adapter handle " + std::to_string(handle) + " is not loaded");
+}
+
+void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum) {
+  if (!sum->terms.empty() &&
+      term.file->base_fingerprint() != sum->terms.front().file->base_fingerprint()) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "adapters of different bases cannot be composed");
+  }
+  for (ActiveAdapter::Term& present : sum->terms) {
+    if (present.file != term.file) continue;
+    present.weight += weight;
+    return;
+  }
+  sum->terms.push_back({term.file, weight});
+}
+
+void check_weights(const ActiveAdapter& adapter) {
+  for (const ActiveAdapter::Term& term : adapter.terms) {
+    if (std::isfinite(term.weight)) continue;
+    throw Error(EDGELORA_INVALID_ARGUMENT, "the weight of an adapter is not a finite number");
+  }
+}
+
+}  // namespace
+
+const std::string& ActiveAdapter::base_fingerprint() const {
+  return terms.front().file->base_fingerprint();
+}
+
+struct AdapterStore::Impl {
+  // loaded is reset by unload; held still finds the adapter while a computation has it.
+  struct Entry {
+    Adapter loaded;
+    std::weak_ptr<const ActiveAdapter> held;
+  };
+
+  int64_t add(Adapter adapter) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    forget_expired();
+    const int64_t handle = ++last_handle;
+    entries[handle] = {adapter, adapter};
+    return handle;
+  }
+
+  void forget_expired() {
+    for (auto entry = entries.begin(); entry != entries.end();) {
+      entry = entry->second.held.expired() ? entries.erase(entry) : std::next(entry);
+    }
+  }
+
+  mutable std::mutex mutex;
+  std::unordered_map<int64_t, Entry> entries;
+  int64_t last_handle = 0;
+};
+
+AdapterStore::AdapterStore() : impl_(std::make_unique<Impl>()) {}
+AdapterStore::~AdapterStore() = default;
+
+AdapterStore& AdapterStore::instance() {
+  static auto& store = *new AdapterStore;  // never destroyed: sessions may run until the very end
+  return store;
+}
+
+int64_t AdapterStore::load(const std::string& path, const std::string& base_fingerprint,
+                           const Targets& targets) {
+  auto adapter = std::make_shared<ActiveAdapter>();
+  adapter->terms.push_back(
+      {std::make_shared<const AdapterFile>(path, base_fingerprint, targets), 1.0F});
+  return impl_->add(std::move(adapter));
+}
+
+int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int64_t count) {
+  auto sum = std::make_shared<ActiveAdapter>();
+  for (int64_t i = 0; i < count; ++i) {
+    const Adapter part = find(handles[i]);
+    if (!part) throw not_loaded(handles[i]);
+    for (const ActiveAdapter::Term& term : part->terms) {
+      add_term(term, weights[i] * term.weight, sum.get());
+    }
+  }
+  if (sum->terms.empty()) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "there are no adapters to compose");
+  }
+  check_weights(*sum);
+  return impl_->add(std::move(sum));
+}
+
+void AdapterStore::unload(int64_t handle) {
+  Adapter last;  // its files are unmapped after the lock is gone
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  const auto found = impl_->entries.find(handle);
+  if (found == impl_->entries.end() || !found->second.loaded) throw not_loaded(handle);
+  last.swap(found->second.loaded);
+}
+
+Adapter AdapterStore::find(int64_t handle) const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  const auto found = impl_->entries.find(handle);
+  return found == impl_->entries.end() ? nullptr : found->second.loaded;
+}
+
+Adapter AdapterStore::resolve(int64_t handle) const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  const auto found = impl_->entries.find(handle);
+  return found == impl_->entries.end() ? nullptr : found->second.held.lock();
+}
+
+void AdapterStore::branches(const ActiveAdapter& adapter, const std::string& target,
+                            std::vector<WeightedBranch>* out) {
+  for (const ActiveAdapter::Term& term : adapter.terms) {
+    const SideBranch* branch = term.file->branch(target);
+    if (branch != nullptr) out->push_back({branch, term.weight * branch->scaling});
+  }
+}
+
+}  // namespace edgelora
