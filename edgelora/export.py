@@ -13,6 +13,7 @@ from edgelora.bundle import WeightFile, check_target, new_folder, write_manifest
 from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
+from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
 from edgelora.graph import Decoder, targets
 from edgelora.plan import ExportOptions, Plan, make_plan
@@ -48,6 +49,7 @@ class Request:
 
 def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) -> Request:
     """Reads headers and adapters and decides the plan; writes nothing. Raises EdgeLoraError."""
+    profile = load_profile(options.device) if options.device else None
     checkpoint = open_checkpoint(base)
     for name in adapters:
         valid_adapter_name(name)
@@ -60,7 +62,7 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
         checkpoint,
         read_tokenizer(base),
         read,
-        make_plan(checkpoint.config, options, stored=_stored_formats(checkpoint)),
+        make_plan(checkpoint.config, options, stored=_stored_formats(checkpoint), profile=profile),
         tuple(warning for warning in warnings if warning),
     )
 
@@ -119,9 +121,7 @@ def write_adapter_folder(
     path = folder / "adapters" / name / "adapter.safetensors"
     path.parent.mkdir(parents=True)
     dtype = "float32" if weight_format == "float" else "float16"
-    path.write_bytes(
-        write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
-    )
+    path.write_bytes(write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype))
 
 
 def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
@@ -137,9 +137,7 @@ def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_weights(
-    folder: Path, request: Request, progress: Progress
-) -> tuple[WeightWriter, str]:
+def _write_weights(folder: Path, request: Request, progress: Progress) -> tuple[WeightWriter, str]:
     checkpoint = request.checkpoint
     total = sum(_size(checkpoint.shape(name)) for name in checkpoint.names())
     done = 0
@@ -237,5 +235,3 @@ def _folder_bytes(paths: Iterable[Path]) -> int:
         if file.is_file()
     ]
     return sum(file.stat().st_size for file in files)
-
-

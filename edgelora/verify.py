@@ -40,9 +40,7 @@ def verify(bundle: Path) -> Iterator[Check]:
 
 
 def _refuse_strangers(bundle: Path, named: Iterable[str]) -> None:
-    found = {
-        path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if not path.is_dir()
-    }
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if not path.is_dir()}
     strangers = sorted(found - set(named) - {NAME})
     if strangers:
         raise EdgeLoraError(

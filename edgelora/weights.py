@@ -150,9 +150,7 @@ class WeightWriter:
         bias = np.concatenate(list(biases)) if biases else np.zeros(0, np.float32)
         if bias.size:
             arrays["bias"] = bias
-        inputs = {
-            role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()
-        }
+        inputs = {role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()}
         self.matrices[name] = StoredMatrix(
             packed.format, packed.block_size, packed.in_features, packed.out_features, inputs
         )

@@ -85,5 +85,3 @@ def _figures(bundle: Path, threads: int) -> None:
     for path in sorted((bundle / "adapters").iterdir()):
         size = sum(file.stat().st_size for file in path.iterdir())
         out.print(f"adapter {path.name:9} {size / 1e6:.1f} MB", markup=False)
-
-

@@ -22,12 +22,19 @@ MEGABYTE = 1e6
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE")
 @click.option("--adapter", "adapters", type=NamedPath(), multiple=True, help="PEFT folder; repeat.")
 @click.option("--mode", type=click.Choice(MODES), default="side", show_default=True)
-@click.option("--format", "weight_format", type=click.Choice(FORMATS), help="[default: int4, or the base's own]")
+@click.option(
+    "--format",
+    "weight_format",
+    type=click.Choice(FORMATS),
+    help="[default: int4, or the base's own]",
+)
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]))
 @click.option("--zero-points", is_flag=True, help="int4 with zero points.")
 @click.option("--flavor", type=click.Choice(FLAVORS), default="edgelora", show_default=True)
 @click.option("--context-length", type=int, help="Positions of the kv_cache.")
-@click.option("--device", metavar="ID", help="Shape the plan for a device (see `edgelora devices`).")
+@click.option(
+    "--device", metavar="ID", help="Shape the plan for a device (see `edgelora devices`)."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan with its reasons and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True)

@@ -100,7 +100,9 @@ def _base_rows(path: Path) -> Rows:
 
 def _show_rows(rows: Rows, *, as_json: bool) -> None:
     if as_json:
-        out.print_json(json.dumps([dict(zip(("item", "verdict", "reason"), row, strict=True)) for row in rows]))
+        out.print_json(
+            json.dumps([dict(zip(("item", "verdict", "reason"), row, strict=True)) for row in rows])
+        )
         return
     table = Table(box=None, show_header=False)
     for row in rows:

@@ -21,7 +21,9 @@ _seed = click.option("--seed", type=int, default=0)
 @_bundle
 @click.option("--prompt", required=True, help="What the user says; goes through the chat template.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text instead.")
-@click.option("--adapter", "adapters", type=WeightedName(), multiple=True, help="Repeat for a weighted sum.")
+@click.option(
+    "--adapter", "adapters", type=WeightedName(), multiple=True, help="Repeat for a weighted sum."
+)
 @_max_tokens
 @_temperature
 @_seed

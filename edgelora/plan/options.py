@@ -1,0 +1,42 @@
+"""What the user asked for, checked where it is made."""
+
+from dataclasses import dataclass
+
+from edgelora.errors import EdgeLoraError
+
+FORMATS = ("int4", "nf4", "float")
+MODES = ("side", "merge")
+FLAVORS = ("edgelora", "ort")
+BLOCK_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """None leaves the decision to the plan."""
+
+    mode: str = "side"
+    format: str | None = None
+    block_size: int | None = None
+    zero_points: bool = False
+    flavor: str = "edgelora"
+    context_length: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("flavor", self.flavor, FLAVORS)
+        if self.format is not None:
+            _one_of("format", self.format, FORMATS)
+        if self.block_size is not None:
+            _one_of("block size", self.block_size, BLOCK_SIZES)
+        if self.context_length is not None and self.context_length < 1:
+            raise EdgeLoraError(f"context length {self.context_length}: at least 1")
+        if self.format == "nf4" and self.block_size not in (None, 64):
+            raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
+        if self.zero_points and self.format not in (None, "int4"):
+            raise EdgeLoraError(f"zero points with format {self.format}: only int4 has them")
+
+
+def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise EdgeLoraError(f"{what} {value!r}: one of {', '.join(map(str, allowed))}")

@@ -1,0 +1,171 @@
+"""Independent computations that EdgeLoRA's results are held against: transformers, PEFT, and weights read back from a bundle."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+PANEL_ROWS = 16
+ACTIVATION_BLOCK = 32
+
+
+def float_model(folder: Path) -> PreTrainedModel:
+    """The checkpoint in float32; transformers 4 reads `rope_theta` only, so a newer spelling is translated first."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters", None)
+    overrides = {} if rope is None else {"rope_theta": rope["rope_theta"]}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=torch.float32, attn_implementation="eager", **overrides
+    )
+    return model.eval()
+
+
+def logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:
+    """float32 [tokens, vocab_size]."""
+    with torch.no_grad():
+        out = model(torch.tensor([token_ids])).logits[0]
+    values: NDArray[np.float32] = out.float().numpy()
+    return values
+
+
+def greedy(model: torch.nn.Module, token_ids: list[int], count: int) -> list[int]:
+    """The `count` most probable next tokens, one after another, whatever they are."""
+    with torch.no_grad():
+        out = model(torch.tensor([token_ids]), use_cache=True)
+        ids: list[int] = []
+        for _ in range(count):
+            ids.append(int(out.logits[0, -1].argmax()))
+            out = model(
+                torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True
+            )
+    return ids
+
+
+def assert_close(ours: NDArray[np.float32], theirs: NDArray[np.float32], share: float) -> None:
+    """Every logit within `share` of the largest magnitude."""
+    assert ours.shape == theirs.shape
+    worst = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    assert worst <= share, (
+        f"largest difference {worst:.2e} of the largest logit, {share:.0e} allowed"
+    )
+
+
+def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Mean over rows of KL(theirs ‖ ours), nats."""
+    p, q = (torch.log_softmax(torch.tensor(x, dtype=torch.float64), -1) for x in (theirs, ours))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@contextmanager
+def int8_activations(model: torch.nn.Module) -> Iterator[None]:
+    """Rounds the input of every linear to int8 in blocks of 32, as the runtime's arithmetic does."""
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [m.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),)) for m in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def round_int8(x: torch.Tensor) -> torch.Tensor:
+    """x → scale·round(x / scale), scale = largest magnitude of 32 neighbours / 127."""
+    width = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, -width % ACTIVATION_BLOCK))
+    blocks = padded.unflatten(-1, (-1, ACTIVATION_BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(scale > 0, torch.round(blocks / scale), 0.0) * scale
+    return rounded.flatten(-2)[..., :width]
+
+
+class BundleWeights:
+    """The weights of a bundle as its file formats say (ARCHITECTURE.md), read without EdgeLoRA's code."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+        self.data = (bundle / "model.onnx.data").read_bytes()
+        self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
+
+    def array(self, name: str) -> NDArray[np.generic]:
+        tensor = self.tensors[name]
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count = int(np.prod(tensor.dims))
+        return np.frombuffer(self.data, dtype, count, int(where["offset"])).reshape(tensor.dims)
+
+    def matrices(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """(module path, float32 [out_features, in_features]) of every linear and the embedding."""
+        for node in self.graph.node:
+            if node.op_type not in ("Linear", "Embedding"):
+                continue
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            inputs = list(node.input[2 if node.op_type == "Linear" else 1 :])
+            weights = self._dequantized(attributes, inputs + [""] * 6)
+            if node.op_type == "Embedding":
+                yield node.name, weights
+                continue
+            row = 0
+            targets = attributes["targets"].decode().split(",")
+            for target, rows in zip(targets, attributes["slices"], strict=True):
+                yield target, weights[row : row + rows]
+                row += rows
+
+    def vectors(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Norm weights by checkpoint name."""
+        for name in self.tensors:
+            if name.endswith("norm.weight"):
+                yield name, self.array(name)
+
+    def _dequantized(self, attributes: dict[str, object], inputs: list[str]) -> NDArray[np.float32]:
+        rows, width = int(attributes["out_features"]), int(attributes["in_features"])  # type: ignore[call-overload]
+        kind, block = attributes["format"].decode(), int(attributes["block_size"])  # type: ignore
+        codes = self.array(inputs[0])
+        if kind == "float":
+            return codes.transpose(0, 2, 1).reshape(-1, width)[:rows].astype(np.float32)
+        values = self._codes(codes, kind)[:rows, :width]
+        scales = self._rows(inputs[1])[:rows]
+        wide = np.repeat(scales, block, axis=1)[:, :width]
+        if kind == "int8":
+            return wide * values
+        if not inputs[2]:
+            return wide * (values - 8)
+        extra = self.array(inputs[2])
+        if extra.dtype == np.float16:
+            return wide * values + np.repeat(self._rows(inputs[2])[:rows], block, 1)[:, :width]
+        points = np.concatenate([extra & 15, extra >> 4], axis=2).astype(np.float32)
+        points = points.transpose(0, 2, 1).reshape(-1, points.shape[1])[:rows]
+        return wide * (values - np.repeat(points, block, 1)[:, :width])
+
+    def _rows(self, name: str) -> NDArray[np.float32]:
+        """[P, blocks, 16] → float32 [16·P, blocks]."""
+        panels = self.array(name).astype(np.float32)
+        return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])
+
+    def _codes(self, codes: NDArray[np.generic], kind: str) -> NDArray[np.float32]:
+        """[P, quads, 64] → float32 [16·P, Kp]."""
+        panels = codes.shape[0]
+        if kind == "int8":
+            quads = codes.reshape(panels, -1, 1, PANEL_ROWS, 4)
+        else:
+            low = codes.reshape(panels, -1, 1, PANEL_ROWS, 4)
+            quads = np.concatenate([low & 15, low >> 4], axis=2)
+        ordered = quads.transpose(0, 3, 1, 2, 4)  # panel, row, quad, half, element
+        return ordered.reshape(panels * PANEL_ROWS, -1).astype(np.float32)
+
+
+def bundle_model(bundle: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """A float model with the bundle's own (dequantized) weights; `like` gives the architecture."""
+    weights = BundleWeights(bundle)
+    config = type(like.config).from_dict(like.config.to_dict() | {"tie_word_embeddings": False})
+    model = type(like)(config)
+    state = model.state_dict() | like.state_dict()
+    state |= {f"{name}.weight": torch.tensor(values) for name, values in weights.matrices()}
+    state |= {name: torch.tensor(values) for name, values in weights.vectors()}
+    model.load_state_dict(state)
+    return model.to(torch.float32).eval()

@@ -1,0 +1,120 @@
+"""With weights left in float, the graph and its side branches compute what transformers and PEFT compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import edgelora
+import oracle
+import tiny
+
+SHARE = 1e-4  # of the largest logit's magnitude: float32 itself is good for 0.8e-4 on SmolLM2
+TOKENS = [5, 17, 300, 42, 42, 0, 99, 380, 7, 256, 12, 3, 64, 65, 66, 200, 1, 31, 77, 150]
+
+ARCHITECTURES: dict[str, Callable[..., Path]] = {
+    "llama": tiny.tiny_llama,
+    "llama3_rope": tiny.tiny_llama3_rope,
+    "mistral": tiny.tiny_mistral,
+    "qwen2": tiny.tiny_qwen2,
+    "qwen3": tiny.tiny_qwen3,
+}
+ADAPTERS = {
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "one_of_a_packed_projection": {"target_modules": ["v_proj", "up_proj"]},
+    "all_linear": {"target_modules": "all-linear"},
+    "patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 6},
+        "alpha_pattern": {"gate_proj": 40},
+    },
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "lm_head": {"target_modules": ["lm_head", "q_proj"]},
+}
+
+
+def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
+    """A PEFT folder with random factors, B not zero."""
+    model = oracle.float_model(base)
+    settings = {"r": 4, "lora_alpha": 12, **settings}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(7)
+    for name, values in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(values, std=0.2)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ARCHITECTURES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+def test_logits_equal_transformers_for_the_base(base: Path, tmp_path: Path) -> None:
+    edgelora.export(base, tmp_path / "bundle", format="float")
+    with edgelora.load(tmp_path / "bundle", threads=2) as model:
+        oracle.assert_close(
+            model.logits(TOKENS), oracle.logits(oracle.float_model(base), TOKENS), SHARE
+        )
+
+
+def test_decode_continues_as_transformers_does(base: Path, tmp_path: Path) -> None:
+    edgelora.export(base, tmp_path / "bundle", format="float")
+    with edgelora.load(tmp_path / "bundle", threads=1) as model, model.session() as session:
+        session.prefill(TOKENS)
+        ids = session.decode(12, ignore_eos=True)
+    assert ids == oracle.greedy(oracle.float_model(base), TOKENS, 12)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_logits_equal_peft_for_an_adapter(base: Path, kind: str, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / kind, **ADAPTERS[kind])
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, format="float")
+    with edgelora.load(tmp_path / "bundle", threads=2) as model:
+        ours, without = model.logits(TOKENS, adapter="a"), model.logits(TOKENS)
+    plain = oracle.float_model(base)
+    oracle.assert_close(without, oracle.logits(plain, TOKENS), SHARE)
+    theirs = oracle.logits(PeftModel.from_pretrained(plain, str(adapter)), TOKENS)
+    oracle.assert_close(ours, theirs, SHARE)
+    assert np.abs(ours - without).max() > 100 * SHARE * np.abs(theirs).max()
+
+
+def test_weighted_sum_equals_peft_s_cat(base: Path, tmp_path: Path) -> None:
+    folders = {
+        "a": make_adapter(base, tmp_path / "a", target_modules="all-linear"),
+        "b": make_adapter(base, tmp_path / "b", target_modules=["q_proj", "down_proj"], r=2),
+    }
+    edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
+    with edgelora.load(tmp_path / "bundle", threads=2) as model:
+        ours = model.logits(TOKENS, adapter={"a": 0.7, "b": 0.3})
+    theirs = PeftModel.from_pretrained(
+        oracle.float_model(base), str(folders["a"]), adapter_name="a"
+    )
+    theirs.load_adapter(str(folders["b"]), adapter_name="b")
+    add_scaled_deltas(theirs, {"a": 0.7, "b": 0.3})
+    with theirs.disable_adapter():
+        oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
+
+
+def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
+    """W0 += Σ weight·delta, by PEFT's own get_delta_weight."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, weight in weights.items():
+                if hasattr(module, "get_delta_weight") and name in module.lora_A:
+                    module.get_base_layer().weight += weight * module.get_delta_weight(name)
+
+
+def test_merged_equals_peft_merge(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    edgelora.export(
+        base, tmp_path / "bundle", adapters={"a": adapter}, format="float", mode="merge"
+    )
+    with edgelora.load(tmp_path / "bundle") as model:
+        ours = model.logits(TOKENS)
+    theirs = PeftModel.from_pretrained(oracle.float_model(base), str(adapter)).merge_and_unload()
+    oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)

@@ -1,0 +1,111 @@
+"""The architecture's laws: who may import what, who may print, how long files and functions may be."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "edgelora"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+CPP = [path for kind in ("*.cc", "*.h", "*.inc", "*.c") for path in (ROOT / "runtime").rglob(kind)]
+TOP_LEVEL = {
+    "pyproject.toml", "edgelora", "runtime", "tests", "devices", "README.md", "ARCHITECTURE.md",
+    "CHANGELOG.md", "LICENSE", "dev",
+}  # fmt: skip
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "onnx", "gguf", "safetensors", "optimum"}
+RUNTIME_HALF = {"errors", "native", "text", "model", "manifest", "bench", "verify", "device"}
+ARRAY_CODE = {
+    "os",
+    "numpy",
+    "dataclasses",
+    "collections",
+    "typing",
+    "concurrent",
+    "edgelora.quantize",
+}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+def part(path: Path) -> str:
+    """The module of edgelora that a file belongs to: "graph" for edgelora/graph/nodes.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def within(name: str, allowed: set[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_follow_the_law(path: Path) -> None:
+    names, own = set(imports(path)), part(path)
+    if own in RUNTIME_HALF:
+        assert not {name for name in names if within(name, HEAVY)}
+    if own in ("quantize", "merge"):
+        assert all(within(name, ARRAY_CODE) for name in names), names
+    if own == "graph":
+        assert "pathlib" not in names and "os" not in names
+        assert not within("edgelora.checkpoint", names)
+    assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "peft")}
+    if own != "cli":
+        assert not {name for name in names if within(name, {"click", "rich", "edgelora.cli"})}
+    if own not in ("cli", "__init__"):
+        assert "edgelora.export" not in names, "export is the only orchestrator"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_the_cli_prints_or_exits(path: Path) -> None:
+    if part(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("print", "sys.exit", "exit", "click.echo")
+
+
+@pytest.mark.parametrize("path", [*MODULES, *CPP], ids=str)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", CPP, ids=str)
+def test_includes_follow_the_law(path: Path) -> None:
+    own = path.relative_to(ROOT / "runtime").parts[0]
+    names = re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), re.MULTILINE)
+    ours = [name for name in names if (ROOT / "runtime" / name).exists()]
+    if own == "include":
+        assert set(names) <= {"stdbool.h", "stddef.h", "stdint.h"}
+    if own == "kernels":
+        assert all(name.startswith("kernels/") for name in ours), ours
+        assert not [name for name in names if "onnxruntime" in name]
+    else:
+        isa_folders = [p.name for p in (ROOT / "runtime/kernels").iterdir() if p.is_dir()]
+        assert not [n for n in ours if any(n.startswith(f"kernels/{i}/") for i in isa_folders)]
+
+
+def test_top_level_stays_small() -> None:
+    visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert visible - {"build", "dist", "build-native.log"} <= TOP_LEVEL
+
+
+def test_no_junk_drawers() -> None:
+    names = {path.stem for path in [*MODULES, *CPP]}
+    assert not names & {"utils", "util", "common", "helpers", "misc"}
