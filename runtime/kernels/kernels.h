@@ -8,68 +8,75 @@
 
 namespace edgelora::kernels {
 
-inline constexpr int kPanelRows = 16;         // rows of N that a panel interleaves
-inline constexpr int kActivationBlock = 32;   // consecutive K values that share an activation scale
+inline constexpr int kPanelRows = 16;        // rows of N that a panel interleaves
+inline constexpr int kActivationBlock = 32;  // consecutive K values that share an activation scale
 
 enum class Format : uint8_t { kFloat, kInt4, kInt4ZeroPoints, kInt4Offsets, kInt8, kNf4 };
 
-// One packed linear; every pointer into memory owned by somebody else, none needs alignment beyond 2 bytes.
+// One packed linear; every pointer into memory owned by somebody else, none needs alignment beyond
+// 2 bytes.
 struct Weights {
   Format format;
-  int64_t in_features;                    // K
-  int64_t out_features;                   // N
-  int64_t block_size;                     // 32, 64 or 128 (nf4: 64)
-  const void* codes;                      // kFloat: float32 weights
-  const uint16_t* scales;                 // float16 [P, blocks, 16]; null for kFloat and kNf4
-  const void* zero_points;                // uint8 [P, blocks, 8] or float16 offsets [P, blocks, 16], by format; else null
+  int64_t in_features;     // K
+  int64_t out_features;    // N
+  int64_t block_size;      // 32, 64 or 128 (nf4: 64)
+  const void* codes;       // kFloat: float32 weights
+  const uint16_t* scales;  // float16 [P, blocks, 16]; null for kFloat and kNf4
+  const void*
+      zero_points;  // uint8 [P, blocks, 8] or float16 offsets [P, blocks, 16], by format; else null
   // nf4 only
-  const uint8_t* absmax;                  // codes, slices padded to multiples of 256
-  const float* nested_absmax;             // one for 256 absmax codes
-  const float* absmax_offset;             // [slices]
-  const float* absmax_table;              // [256]
-  const int64_t* slices;                  // [slice_count] out_features of each slice (nf4's blocks are counted in each anew)
+  const uint8_t* absmax;       // codes, slices padded to multiples of 256
+  const float* nested_absmax;  // one for 256 absmax codes
+  const float* absmax_offset;  // [slices]
+  const float* absmax_table;   // [256]
+  const int64_t*
+      slices;  // [slice_count] out_features of each slice (nf4's blocks are counted in each anew)
   int64_t slice_count;
 };
 
 // Rows of activations, quantized to int8 in blocks of 32: x ≈ scales · codes, codes in −127…127.
 struct Activations {
-  int64_t rows;                           // M
-  const int8_t* codes;                    // [M, Kp], padding is zero
-  const float* scales;                    // [M, Kp/32]; 0 for an all-zero block
-  const int32_t* sums;                    // [M, Kp/32], sum of the block's codes
+  int64_t rows;         // M
+  const int8_t* codes;  // [M, Kp], padding is zero
+  const float* scales;  // [M, Kp/32]; 0 for an all-zero block
+  const int32_t* sums;  // [M, Kp/32], sum of the block's codes
 };
 
 // One side branch factor pair of one slice. Exactly one dtype for both.
 struct Factors {
-  bool half;                              // float16, else float32; unaligned
+  bool half;  // float16, else float32; unaligned
   int64_t rank;
-  const void* a;                          // [rank, K]
-  const void* b;                          // [panels of the slice, rank, 16]
+  const void* a;  // [rank, K]
+  const void* b;  // [panels of the slice, rank, 16]
 };
 
 // The functions of one ISA.
 struct KernelTable {
-  const char* isa;                        // "scalar", "avx2", "avx512_vnni"…
+  const char* isa;  // "scalar", "avx2", "avx512_vnni"…
 
   // x [K] → codes [Kp], scales [Kp/32], sums [Kp/32]. amax/127, round half to even.
-  void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales, int32_t* sums);
+  void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                               int32_t* sums);
 
-  // y[m, 16p … 16p+15] = W·x for panels [panel_begin, panel_end); overwrites; y has row stride y_stride (floats); rows of N beyond
-  // out_features are not written. scratch: linear_scratch_bytes(weights) bytes of this thread, 64-byte aligned.
-  void (*linear)(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end, float* y,
-                 int64_t y_stride, void* scratch);
+  // y[m, 16p … 16p+15] = W·x for panels [panel_begin, panel_end); overwrites; y has row stride
+  // y_stride (floats); rows of N beyond out_features are not written. scratch:
+  // linear_scratch_bytes(weights) bytes of this thread, 64-byte aligned.
+  void (*linear)(const Weights& weights, const Activations& x, int64_t panel_begin,
+                 int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 
-  // The exact path: float32 activations [M, K] (row stride K), weights dequantized exactly as edgelora/quantize does. Also kFloat.
-  void (*linear_float)(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin, int64_t panel_end,
-                       float* y, int64_t y_stride, void* scratch);
+  // The exact path: float32 activations [M, K] (row stride K), weights dequantized exactly as
+  // edgelora/quantize does. Also kFloat.
+  void (*linear_float)(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin,
+                       int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 
   // t[r] = weight · Σ_k a[r, k] · x[k], r in 0…rank−1. weight = adapter weight · scaling.
-  void (*side_branch_down)(const Factors& factors, int64_t in_features, float weight, const float* x, float* t);
+  void (*side_branch_down)(const Factors& factors, int64_t in_features, float weight,
+                           const float* x, float* t);
 
-  // y[16p + i] += Σ_r b[p, r, i] · t[r] for panels [panel_begin, panel_end) *of the slice*; y points to the slice's first row;
-  // rows ≥ out_features of the slice are not touched.
-  void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t, int64_t panel_begin,
-                         int64_t panel_end, float* y);
+  // y[16p + i] += Σ_r b[p, r, i] · t[r] for panels [panel_begin, panel_end) *of the slice*; y
+  // points to the slice's first row; rows ≥ out_features of the slice are not touched.
+  void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
+                         int64_t panel_begin, int64_t panel_end, float* y);
 
   // One row of W as float32 [K] (embedding lookup).
   void (*dequantize_row)(const Weights& weights, int64_t row, float* out);
@@ -85,8 +92,8 @@ int64_t linear_scratch_bytes(const Weights& weights);
 using Features = uint64_t;
 Features detect_features();
 
-// The best table for the features; `forced` (may be null) names an ISA. Null if the name is unknown or the features lack it.
-// Pure: the same arguments give the same table.
+// The best table for the features; `forced` (may be null) names an ISA. Null if the name is unknown
+// or the features lack it. Pure: the same arguments give the same table.
 const KernelTable* select_kernels(Features features, const char* forced);
 
 // Name of ISA i (0, 1, … best first), or null past the end; and whether these features can run it.

@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "kernels/nf4.h"
 #include "kernels/panels.h"
+#include "kernels/row_values.h"
 #include "kernels/scalar/scalar.h"
 #include "kernels/scratch.h"
 
@@ -139,20 +140,10 @@ void linear_float(const Weights& weights, const float* x, int64_t rows, int64_t 
 }
 
 void dequantize_row(const Weights& weights, int64_t row, float* out) {
-  const int64_t panel = row / kPanelRows, r = row % kPanelRows;
-  if (weights.format != Format::kNf4) {
-    for (int64_t k = 0; k < weights.in_features; ++k)
-      out[k] = weight(weights, panel, r, k, nullptr);
-    return;
-  }
-  // The row's absmax is decoded into the front of `out` and spread from the back: there is no
-  // scratch.
-  const int64_t step = nf4_step(weights.in_features);
-  const uint8_t* codes = panel_codes(weights, panel);
-  decode_absmax_row(weights, row, out, 1);
-  for (int64_t k = weights.in_features - 1; k >= 0; --k) {
-    const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
-    out[k] = kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * out[k / step];
+  if (weights.format == Format::kNf4) return nf4_row(weights, row, out);
+  if (weights.format == Format::kFloat) return float_row(weights, row, out);
+  for (int64_t k = 0; k < weights.in_features; ++k) {
+    out[k] = weight(weights, row / kPanelRows, row % kPanelRows, k, nullptr);
   }
 }
 

@@ -1,0 +1,12 @@
+// The avx2 table: AVX2, FMA and F16C.
+#include "kernels/avx2/avx2.h"
+#include "kernels/tables.h"
+
+namespace edgelora::kernels::avx2 {
+
+const KernelTable kTable = {
+    "avx2",           quantize_activations, linear,         linear_float,
+    side_branch_down, side_branch_up,       dequantize_row, swiglu,
+};
+
+}  // namespace edgelora::kernels::avx2

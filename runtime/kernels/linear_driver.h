@@ -1,0 +1,160 @@
+// What `linear` does around one ISA's inner loop: rows in tiles, panels in turn, the last panel's
+// missing rows.
+//
+//   for each tile of up to kRowTile rows      activations rearranged once, block by block
+//     for each panel                          nf4: its absmax decoded once
+//       Isa::panel                            acc [rows, 16]
+//       acc → y
+//
+// One row needs no rearranging: [Kp / 32, 1, 32] is how it lies already.
+#pragma once
+
+#include <cassert>
+
+#include "kernels/nf4.h"
+#include "kernels/scratch.h"
+
+namespace edgelora::kernels {
+namespace {
+
+// A tile of rows of x. In blocks of 32 of K, so that a block of all rows is contiguous: rows that
+// are a power of two apart would share a few cache sets.
+struct RowTile {
+  int64_t rows;
+  int64_t blocks;        // Kp / 32
+  const int8_t* codes;   // [blocks, rows, 32]
+  const float* scales;   // [blocks, rows]
+  const int32_t* terms;  // [blocks, rows], factor · Σ codes; null if the ISA wants none
+  const float* shifts;   // [blocks, rows], scale · Σ codes; kInt4Offsets only
+};
+
+// One panel of W.
+struct PanelView {
+  const uint8_t* codes;
+  const uint16_t* scales;      // float16 [scale blocks, 16]; null for nf4
+  const float* absmax;         // absmax / 127 [scale blocks, 16]; nf4 only
+  const uint8_t* zero_points;  // [scale blocks, 8]; kInt4ZeroPoints only
+  const uint16_t* offsets;     // float16 [scale blocks, 16]; kInt4Offsets only
+  int64_t blocks;              // Kp / 32
+  int shift;                   // block of 32 b has scale block b >> shift
+};
+
+inline char* at(void* scratch, int64_t offset) { return static_cast<char*>(scratch) + offset; }
+
+inline void pack_codes(const Activations& x, int64_t first_row, int64_t blocks, RowTile* tile,
+                       void* scratch, const ScratchLayout& layout) {
+  auto* codes = reinterpret_cast<int8_t*>(at(scratch, layout.codes));
+  auto* scales = reinterpret_cast<float*>(at(scratch, layout.scales));
+  for (int64_t m = 0; m < tile->rows; ++m) {
+    const int64_t row = (first_row + m) * blocks;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t to = b * tile->rows + m;
+      std::memcpy(codes + to * kActivationBlock, x.codes + (row + b) * kActivationBlock,
+                  kActivationBlock);
+      scales[to] = x.scales[row + b];
+    }
+  }
+  tile->codes = codes;
+  tile->scales = scales;
+}
+
+inline void pack_terms(const Activations& x, int64_t first_row, int32_t factor, RowTile* tile,
+                       void* scratch, const ScratchLayout& layout) {
+  auto* terms = reinterpret_cast<int32_t*>(at(scratch, layout.terms));
+  for (int64_t m = 0; m < tile->rows; ++m) {
+    const int32_t* sums = x.sums + (first_row + m) * tile->blocks;
+    for (int64_t b = 0; b < tile->blocks; ++b) terms[b * tile->rows + m] = factor * sums[b];
+  }
+  tile->terms = terms;
+}
+
+inline void pack_shifts(const Activations& x, int64_t first_row, RowTile* tile, void* scratch,
+                        const ScratchLayout& layout) {
+  auto* shifts = reinterpret_cast<float*>(at(scratch, layout.terms));
+  for (int64_t m = 0; m < tile->rows; ++m) {
+    const int64_t row = (first_row + m) * tile->blocks;
+    for (int64_t b = 0; b < tile->blocks; ++b) {
+      shifts[b * tile->rows + m] = x.scales[row + b] * static_cast<float>(x.sums[row + b]);
+    }
+  }
+  tile->shifts = shifts;
+}
+
+// factor: what the ISA multiplies Σ codes by, 0 for nothing.
+inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t first_row,
+                         int32_t factor, void* scratch) {
+  const ScratchLayout layout = scratch_layout(weights);
+  const int64_t blocks = activation_blocks(weights.in_features);
+  RowTile tile{min_of(kRowTile, x.rows - first_row), blocks, nullptr, nullptr, nullptr, nullptr};
+  if (tile.rows == 1) {
+    tile.codes = x.codes + first_row * blocks * kActivationBlock;
+    tile.scales = x.scales + first_row * blocks;
+  } else {
+    pack_codes(x, first_row, blocks, &tile, scratch, layout);
+  }
+  if (weights.format == Format::kInt4Offsets) {
+    pack_shifts(x, first_row, &tile, scratch, layout);
+  } else if (factor != 0) {
+    pack_terms(x, first_row, factor, &tile, scratch, layout);
+  }
+  return tile;
+}
+
+inline const float* scaled_absmax(const Weights& weights, int64_t panel, void* scratch) {
+  auto* absmax = reinterpret_cast<float*>(at(scratch, scratch_layout(weights).absmax));
+  decode_absmax_panel(weights, panel, absmax);
+  const int64_t count = scale_blocks(weights) * kPanelRows;
+  for (int64_t i = 0; i < count; ++i) absmax[i] *= 1.0f / kNf4ByteScale;
+  return absmax;
+}
+
+// Of everything but absmax, which is decoded only where it is used.
+inline PanelView panel_view(const Weights& weights, int64_t panel) {
+  const int64_t first = panel * scale_blocks(weights);
+  PanelView view{};
+  view.codes = panel_codes(weights, panel);
+  view.blocks = activation_blocks(weights.in_features);
+  const int64_t size = scale_block_size(weights);
+  view.shift = size == 32 ? 0 : size == 64 ? 1 : 2;
+  if (weights.scales != nullptr) view.scales = weights.scales + first * kPanelRows;
+  if (weights.format == Format::kInt4ZeroPoints) {
+    view.zero_points = static_cast<const uint8_t*>(weights.zero_points) + first * 8;
+  } else if (weights.format == Format::kInt4Offsets) {
+    view.offsets = static_cast<const uint16_t*>(weights.zero_points) + first * kPanelRows;
+  }
+  return view;
+}
+
+inline void store_tile(const float* acc, int64_t rows, int64_t columns, float* y,
+                       int64_t y_stride) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* from = acc + m * kPanelRows;
+    float* to = y + m * y_stride;
+    if (columns == kPanelRows) {
+      std::memcpy(to, from, kPanelRows * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < columns; ++i) to[i] = from[i];
+    }
+  }
+}
+
+template <class Isa>
+void drive_linear(const Weights& weights, const Activations& x, int64_t panel_begin,
+                  int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+  assert(weights.format != Format::kFloat);
+  alignas(64) float acc[kRowTile * kPanelRows];
+  for (int64_t m = 0; m < x.rows; m += kRowTile) {
+    const int32_t factor = Isa::term_factor(weights.format);
+    const RowTile tile = pack_rows(weights, x, m, factor, scratch);
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      PanelView view = panel_view(weights, p);
+      if (weights.format == Format::kNf4) view.absmax = scaled_absmax(weights, p, scratch);
+      Isa::panel(weights.format, view, tile, acc);
+      store_tile(acc, tile.rows, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
+                 y_stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

@@ -1,0 +1,72 @@
+// Tests of every kernel of every ISA that runs here, against references written from the formulas.
+#include "kernels_test.h"
+
+#include <cstdio>
+#include <cstring>
+
+#include "kernels/features.h"
+#include "kernels/tables.h"
+#include "kernels_test_check.h"
+
+#ifdef EDGELORA_EMULATED_AVX512
+namespace edgelora::kernels::avx512_vnni_emulated {
+extern const KernelTable kTable;
+}
+#endif
+
+namespace edgelora::kernels::test {
+namespace {
+
+std::vector<TestedIsa> isas_of_this_machine() {
+  std::vector<TestedIsa> isas;
+  const Features features = detect_features();
+  for (int i = 0; isa_name(i) != nullptr; ++i) {
+    if (isa_supported(i, features)) {
+      isas.push_back({isa_name(i), select_kernels(features, isa_name(i))});
+    } else {
+      std::printf("not on this machine: %s\n", isa_name(i));
+    }
+  }
+#ifdef EDGELORA_EMULATED_AVX512
+  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable});
+#endif
+  return isas;
+}
+
+struct Family {
+  const char* name;
+  void (*run)(const std::vector<TestedIsa>& isas);
+};
+
+constexpr Family kFamilies[] = {
+    {"selection", test_selection},
+    {"linear: formats, blocks, shapes", test_linear},
+    {"linear: saturated codes", test_linear_saturated},
+    {"linear: panel ranges", test_linear_panel_ranges},
+    {"linear: NaN and Inf", test_linear_not_a_number},
+    {"linear_float: formats, blocks, shapes", test_linear_float},
+    {"dequantize_row", test_dequantize_row},
+    {"quantize_activations", test_quantize_activations},
+    {"side branch", test_side_branch},
+    {"swiglu", test_swiglu},
+};
+
+}  // namespace
+}  // namespace edgelora::kernels::test
+
+int main() {
+  using namespace edgelora::kernels::test;
+  const std::vector<TestedIsa> isas = isas_of_this_machine();
+  for (const TestedIsa& isa : isas) std::printf("tested: %s\n", isa.name.c_str());
+  for (const Family& family : kFamilies) {
+    const Counts before = counts();
+    family.run(isas);
+    std::printf("%-40s %lld passed, %lld failed\n", family.name,
+                static_cast<long long>(counts().passed - before.passed),
+                static_cast<long long>(counts().failed - before.failed));
+    std::fflush(stdout);
+  }
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(counts().passed),
+              static_cast<long long>(counts().failed));
+  return counts().failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,27 @@
+// The families of kernel tests; kernels_test.cc runs them for each ISA.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace edgelora::kernels::test {
+
+struct TestedIsa {
+  std::string name;
+  const KernelTable* table;
+};
+
+void test_linear(const std::vector<TestedIsa>& isas);
+void test_linear_saturated(const std::vector<TestedIsa>& isas);
+void test_linear_panel_ranges(const std::vector<TestedIsa>& isas);
+void test_linear_not_a_number(const std::vector<TestedIsa>& isas);
+void test_linear_float(const std::vector<TestedIsa>& isas);
+void test_dequantize_row(const std::vector<TestedIsa>& isas);
+void test_quantize_activations(const std::vector<TestedIsa>& isas);
+void test_side_branch(const std::vector<TestedIsa>& isas);
+void test_swiglu(const std::vector<TestedIsa>& isas);
+void test_selection(const std::vector<TestedIsa>& isas);
+
+}  // namespace edgelora::kernels::test

@@ -1,0 +1,292 @@
+// linear and linear_float against double sums over the same quantized bytes.
+#include <cmath>
+#include <cstring>
+
+#include "kernels_test.h"
+#include "kernels_test_matrix.h"
+
+namespace edgelora::kernels::test {
+namespace {
+
+constexpr double kEpsilon = 0x1p-24;  // half of the distance from 1 to the next float
+constexpr float kUntouched = -12345.75f;
+
+struct Expected {
+  double value;
+  double tolerance;
+};
+
+// What the integer path must give. The dots are exact integers. A block's term takes at most four
+// roundings (two scales, 1/127, the product), the running sum one for each term added to it.
+Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n) {
+  const bool nf4 = w.shape().format == Format::kNf4;
+  const int64_t features = w.shape().in_features;
+  double sum = 0.0, magnitude = 0.0;
+  for (int64_t b = 0; b < x.blocks; ++b) {
+    const int64_t end = std::min<int64_t>(features, b * 32 + 32);
+    int64_t dot = 0, codes = 0;
+    for (int64_t k = b * 32; k < end; ++k) {
+      const int integer = nf4 ? static_cast<int>(std::nearbyint(127.0 * kNf4[w.code(n, k)]))
+                              : w.code(n, k) - w.zero_point(n, k);
+      dot += integer * x.code(m, k);
+      codes += x.code(m, k);
+    }
+    const double scale = w.scale(n, b * 32) / (nf4 ? 127.0 : 1.0);
+    const double product = scale * x.scale(m, b) * static_cast<double>(dot);
+    const double shift = w.offset(n, b * 32) * x.scale(m, b) * static_cast<double>(codes);
+    sum += product + shift;
+    magnitude += std::fabs(product) + std::fabs(shift);
+  }
+  return {sum, kEpsilon * static_cast<double>(2 * x.blocks + 5) * magnitude};
+}
+
+// What the exact path must give: every weight is one exact float. Sums of up to 128 products in
+// four chains of float (32 + 3 roundings), the rest in double, the result rounded once.
+Expected float_sum(const Matrix& w, const float* x, int64_t n) {
+  double sum = 0.0, magnitude = 0.0;
+  for (int64_t k = 0; k < w.shape().in_features; ++k) {
+    const double product = static_cast<double>(w.weight(n, k)) * static_cast<double>(x[k]);
+    sum += product;
+    magnitude += std::fabs(product);
+  }
+  return {sum, kEpsilon * (36.0 * magnitude + std::fabs(sum))};
+}
+
+// y [rows, N] with three floats between rows, filled with a value that nothing may overwrite.
+struct Output {
+  Output(int64_t row_count, int64_t columns)
+      : rows(row_count),
+        stride(columns + 3),
+        memory(static_cast<size_t>(((rows - 1) * stride + columns) * 4)),
+        y(memory.as<float>()) {
+    for (size_t i = 0; i < memory.size() / 4; ++i) y[i] = kUntouched;
+  }
+  int64_t rows, stride;
+  GuardedBytes memory;
+  float* y;
+};
+
+struct Scratch {
+  explicit Scratch(const Weights& weights)
+      : memory(static_cast<size_t>((linear_scratch_bytes(weights) + 63) / 64 * 64)) {
+    std::memset(memory.as<void>(), 0xff, memory.size());  // NaN, if read before it is written
+  }
+  GuardedBytes memory;
+};
+
+void check_gaps(Output& out, int64_t columns, const std::string& name) {
+  bool untouched = true;
+  for (int64_t m = 0; m + 1 < out.rows; ++m) {
+    for (int64_t i = columns; i < out.stride; ++i) {
+      untouched = untouched && out.y[m * out.stride + i] == kUntouched;
+    }
+  }
+  KERNELS_CHECK(untouched, "%s wrote beyond N", name.c_str());
+}
+
+std::vector<Expected> expected_integer(const Matrix& w, Rows& x, int64_t rows) {
+  std::vector<Expected> all;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < w.shape().out_features(); ++n) all.push_back(integer_sum(w, x, m, n));
+  }
+  return all;
+}
+
+void compare(Output& out, const std::vector<Expected>& expected, bool exact,
+             const std::string& name) {
+  const auto columns = static_cast<int64_t>(expected.size()) / out.rows;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const auto m = static_cast<int64_t>(i) / columns, n = static_cast<int64_t>(i) % columns;
+    const double got = static_cast<double>(out.y[m * out.stride + n]);
+    const double tolerance = exact ? 0.0 : expected[i].tolerance;
+    KERNELS_CHECK(std::fabs(got - expected[i].value) <= tolerance,
+                  "%s M=%lld at [%lld, %lld]: %.9g, not %.9g ± %.3g", name.c_str(),
+                  static_cast<long long>(out.rows), static_cast<long long>(m),
+                  static_cast<long long>(n), got, expected[i].value, tolerance);
+  }
+  check_gaps(out, columns, name);
+}
+
+void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows, Fill fill) {
+  const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
+  const Matrix w(shape, fill, seed);
+  Rows x(rows, shape.in_features, fill, seed + 1);
+  const std::vector<Expected> expected = expected_integer(w, x, rows);
+  const Weights packed = w.packed();
+  for (const TestedIsa& isa : isas) {
+    Output out(rows, shape.out_features());
+    Scratch scratch(packed);
+    isa.table->linear(packed, x.activations(), 0, (shape.out_features() + 15) / 16, out.y,
+                      out.stride, scratch.memory.as<void>());
+    compare(out, expected, fill != Fill::kRandom, isa.name + " linear " + shape.name());
+  }
+}
+
+void check_linear_float(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows) {
+  const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
+  const Matrix w(shape, Fill::kRandom, seed);
+  GuardedBytes x(static_cast<size_t>(rows * shape.in_features * 4));
+  Random random(seed);
+  for (int64_t i = 0; i < rows * shape.in_features; ++i) x.as<float>()[i] = random.symmetric();
+  std::vector<Expected> expected;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < shape.out_features(); ++n) {
+      expected.push_back(float_sum(w, x.as<float>() + m * shape.in_features, n));
+    }
+  }
+  const Weights packed = w.packed();
+  for (const TestedIsa& isa : isas) {
+    Output out(rows, shape.out_features());
+    Scratch scratch(packed);
+    isa.table->linear_float(packed, x.as<float>(), rows, 0, (shape.out_features() + 15) / 16, out.y,
+                            out.stride, scratch.memory.as<void>());
+    compare(out, expected, false, isa.name + " linear_float " + shape.name());
+  }
+}
+
+constexpr Format kIntegerFormats[] = {Format::kInt4, Format::kInt4ZeroPoints, Format::kInt4Offsets,
+                                      Format::kInt8, Format::kNf4};
+constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70};
+constexpr int64_t kColumns[] = {1, 15, 16, 17, 31, 32, 33, 48, 49};
+constexpr int64_t kFeatures[] = {1, 31, 32, 33, 64, 95, 96, 128, 129, 160, 192, 257, 576};
+
+template <class Body>
+void for_each_width(Format format, Body body) {
+  for (int64_t features : kFeatures) {
+    if (format == Format::kNf4 && features % 32 != 0) continue;
+    for (int64_t block : {32, 64, 128}) {
+      if (format == Format::kNf4 && block != 64) continue;
+      body(features, block);
+    }
+  }
+}
+
+// Every N with M in turn, and every M with N in turn.
+template <class Body>
+void for_each_shape(Format format, Body body) {
+  size_t turn = 0;
+  for_each_width(format, [&](int64_t features, int64_t block) {
+    for (int64_t columns : kColumns) {
+      body(Shape{format, features, {columns}, block}, kRows[turn++ % std::size(kRows)]);
+    }
+    for (int64_t rows : kRows) {
+      body(Shape{format, features, {kColumns[turn++ % std::size(kColumns)]}, block}, rows);
+    }
+  });
+}
+
+}  // namespace
+
+void test_linear(const std::vector<TestedIsa>& isas) {
+  for (Format format : kIntegerFormats) {
+    for_each_shape(format, [&](const Shape& shape, int64_t rows) {
+      check_linear(isas, shape, rows, Fill::kRandom);
+      check_linear(isas, shape, rows, Fill::kPowers);
+    });
+  }
+  // nf4 in slices; K no multiple of 64; absmax groups that end inside a row, a panel and a slice.
+  for (const std::vector<int64_t>& slices :
+       {std::vector<int64_t>{16, 48, 32}, {32, 16}, {128, 16, 16, 17}}) {
+    for (int64_t features : {32, 96, 160, 576, 1056}) {
+      for (int64_t rows : {1, 3, 8}) {
+        check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kRandom);
+        check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kPowers);
+      }
+    }
+  }
+}
+
+void test_linear_saturated(const std::vector<TestedIsa>& isas) {
+  for (Format format : kIntegerFormats) {
+    for_each_width(format, [&](int64_t features, int64_t block) {
+      for (int64_t rows : {1, 2, 5, 33}) {
+        check_linear(isas, {format, features, {35}, block}, rows, Fill::kSaturated);
+      }
+    });
+  }
+}
+
+void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
+  for (Format format : kIntegerFormats) {
+    const Shape shape{format, 96, {70}, format == Format::kNf4 ? 64 : 32};
+    const Matrix w(shape, Fill::kPowers, 5);
+    const Weights packed = w.packed();
+    for (int64_t rows : {1, 4, 35}) {
+      Rows x(rows, shape.in_features, Fill::kPowers, 6);
+      const std::vector<Expected> expected = expected_integer(w, x, rows);
+      for (const TestedIsa& isa : isas) {
+        Output out(rows, 70);
+        Scratch scratch(packed);
+        const auto run = [&](int64_t begin, int64_t end) {
+          isa.table->linear(packed, x.activations(), begin, end, out.y, out.stride,
+                            scratch.memory.as<void>());
+        };
+        run(1, 3);
+        bool outside = true;
+        for (int64_t n = 0; n < 70; ++n) {
+          if (n < 16 || n >= 48) outside = outside && out.y[n] == kUntouched;
+        }
+        KERNELS_CHECK(outside, "%s wrote outside its panels", isa.name.c_str());
+        run(0, 1), run(3, 3), run(4, 5), run(3, 4);
+        compare(out, expected, true, isa.name + " panel ranges " + shape.name());
+      }
+    }
+  }
+}
+
+void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
+  const float kInf = HUGE_VALF, kNan = std::nanf("");
+  for (const TestedIsa& isa : isas) {
+    for (float odd : {kInf, -kInf, kNan}) {
+      for (Format format : kIntegerFormats) {
+        const Matrix w({format, 96, {17}, format == Format::kNf4 ? 64 : 32}, Fill::kRandom, 9);
+        float x[96] = {};
+        x[40] = odd;
+        int8_t codes[96];
+        float scales[3], y[17];
+        int32_t sums[3];
+        isa.table->quantize_activations(x, 96, codes, scales, sums);
+        Scratch scratch(w.packed());
+        isa.table->linear(w.packed(), {1, codes, scales, sums}, 0, 2, y, 17,
+                          scratch.memory.as<void>());
+        bool all = true;
+        for (float value : y) all = all && std::isnan(value);
+        KERNELS_CHECK(all, "%s: %g in x is lost in y", isa.name.c_str(), static_cast<double>(odd));
+      }
+    }
+  }
+}
+
+void test_linear_float(const std::vector<TestedIsa>& isas) {
+  for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+    for_each_shape(
+        format, [&](const Shape& shape, int64_t rows) { check_linear_float(isas, shape, rows); });
+  }
+  for (int64_t features : {96, 160, 1056}) {
+    check_linear_float(isas, {Format::kNf4, features, {32, 16, 64}, 64}, 3);
+  }
+}
+
+void test_dequantize_row(const std::vector<TestedIsa>& isas) {
+  for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+    for_each_width(format, [&](int64_t features, int64_t block) {
+      const Matrix w({format, features, {16, 19}, block}, Fill::kRandom, 3);
+      for (const TestedIsa& isa : isas) {
+        for (int64_t n = 0; n < 35; ++n) {
+          GuardedBytes out(static_cast<size_t>(features * 4));
+          isa.table->dequantize_row(w.packed(), n, out.as<float>());
+          bool equal = true;
+          for (int64_t k = 0; k < features; ++k) {
+            equal = equal && out.as<float>()[k] == w.weight(n, k);
+          }
+          KERNELS_CHECK(equal, "%s dequantize_row %s row %lld", isa.name.c_str(),
+                        w.shape().name().c_str(), static_cast<long long>(n));
+        }
+      }
+    });
+  }
+}
+
+}  // namespace edgelora::kernels::test

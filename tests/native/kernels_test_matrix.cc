@@ -1,0 +1,300 @@
+#include "kernels_test_matrix.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace edgelora::kernels::test {
+
+// bitsandbytes' NF4 code book.
+const double kNf4[16] = {-1.0,
+                         -0.6961928009986877,
+                         -0.5250730514526367,
+                         -0.39491748809814453,
+                         -0.28444138169288635,
+                         -0.18477343022823334,
+                         -0.09105003625154495,
+                         0.0,
+                         0.07958029955625534,
+                         0.16093020141124725,
+                         0.24611230194568634,
+                         0.33791524171829224,
+                         0.44070982933044434,
+                         0.5626170039176941,
+                         0.7229568362236023,
+                         1.0};
+
+namespace {
+
+const char* format_name(Format format) {
+  switch (format) {
+    case Format::kFloat:
+      return "float";
+    case Format::kInt4:
+      return "int4";
+    case Format::kInt4ZeroPoints:
+      return "int4 zero points";
+    case Format::kInt4Offsets:
+      return "int4 offsets";
+    case Format::kInt8:
+      return "int8";
+    case Format::kNf4:
+      return "nf4";
+  }
+  return "?";
+}
+
+int64_t panels_of(const Shape& shape) { return (shape.out_features() + 15) / 16; }
+
+}  // namespace
+
+int64_t Shape::out_features() const {
+  int64_t sum = 0;
+  for (int64_t slice : slices) sum += slice;
+  return sum;
+}
+
+std::string Shape::name() const {
+  return std::string(format_name(format)) + " N=" + std::to_string(out_features()) +
+         " K=" + std::to_string(in_features) + " block=" + std::to_string(block_size);
+}
+
+double half_value(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double magnitude =
+      exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  return (half & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+uint16_t half_bits(double value) {
+  for (int bits = 0; bits < 0x7c00; ++bits) {
+    if (half_value(static_cast<uint16_t>(bits)) == std::fabs(value)) {
+      return static_cast<uint16_t>(value < 0 ? bits | 0x8000 : bits);
+    }
+  }
+  std::abort();
+}
+
+Matrix::Matrix(const Shape& shape, Fill fill, uint64_t seed) : shape_(shape) {
+  Random random(seed);
+  fill_codes(fill, random);
+  if (shape.format == Format::kNf4) {
+    fill_absmax(fill, random);
+  } else if (shape.format != Format::kFloat) {
+    fill_scales(fill, random);
+  }
+  pack();
+}
+
+void Matrix::fill_codes(Fill fill, Random& random) {
+  const auto size = static_cast<size_t>(shape_.out_features() * shape_.in_features);
+  if (shape_.format == Format::kFloat) {
+    for (size_t i = 0; i < size; ++i) floats_.push_back(random.symmetric());
+    return;
+  }
+  const int low = shape_.format == Format::kInt8 ? -128 : 0;
+  const int high = shape_.format == Format::kInt8 ? 127 : 15;
+  // Saturated: a row is all low, all high, or both in turn.
+  for (size_t i = 0; i < size; ++i) {
+    const size_t row = i / static_cast<size_t>(shape_.in_features);
+    const bool top = row % 3 == 0 || (row % 3 == 2 && i % 2 == 0);
+    codes_.push_back(fill == Fill::kSaturated ? (top ? high : low) : random.between(low, high));
+  }
+}
+
+void Matrix::fill_scales(Fill fill, Random& random) {
+  static const uint16_t kPowers[] = {half_bits(0.25), half_bits(0.5), half_bits(1.0)};
+  const int64_t count = shape_.out_features() * shape_.blocks();
+  for (int64_t i = 0; i < count; ++i) {
+    if (fill == Fill::kRandom) {
+      // Every exponent but Inf's, subnormals and zero included; some scales are negative.
+      const int exponent = i % 7 == 0 ? 0 : random.between(8, 14);
+      const int bits = random.below(2) << 15 | exponent << 10 | random.below(1024);
+      scales_.push_back(static_cast<uint16_t>(bits));
+      offsets_.push_back(
+          static_cast<uint16_t>(random.below(2) << 15 | 11 << 10 | random.below(1024)));
+    } else {
+      scales_.push_back(fill == Fill::kPowers ? kPowers[random.below(3)] : kPowers[2]);
+      offsets_.push_back(kPowers[random.below(3)]);
+    }
+    const int extreme = random.below(2) * 15;
+    zero_points_.push_back(fill == Fill::kSaturated ? extreme : random.below(16));
+  }
+}
+
+void Matrix::fill_absmax(Fill fill, Random& random) {
+  const bool exact = fill != Fill::kRandom;
+  // 127 is the byte table's divisor: absmax / 127 is 1 or a power of two then.
+  for (int i = 0; i < 256; ++i) {
+    const float power = fill == Fill::kPowers && i % 2 != 0 ? 0.5f : 1.0f;
+    table_.push_back(exact ? 127.0f * power : random.symmetric());
+  }
+  for (int64_t slice : shape_.slices) {
+    const int64_t blocks = (slice * shape_.in_features + 63) / 64;
+    const int64_t padded = (blocks + 255) / 256 * 256;
+    for (int64_t i = 0; i < padded; ++i) {
+      absmax_.push_back(static_cast<uint8_t>(i < blocks ? random.below(256) : 0));
+    }
+    for (int64_t i = 0; i < padded / 256; ++i) nested_.push_back(exact ? 1.0f : random.unit());
+    absmax_offset_.push_back(exact ? 0.0f : random.unit());
+  }
+}
+
+int64_t Matrix::absmax_index(int64_t n, int64_t k, int64_t* slice) const {
+  int64_t first = 0;
+  *slice = 0;
+  while (n >= shape_.slices[static_cast<size_t>(*slice)]) {
+    const int64_t rows = shape_.slices[static_cast<size_t>(*slice)];
+    first += ((rows * shape_.in_features + 63) / 64 + 255) / 256 * 256;
+    n -= rows;
+    ++*slice;
+  }
+  return first + (n * shape_.in_features + k) / 64;
+}
+
+int Matrix::code(int64_t n, int64_t k) const {
+  return codes_[static_cast<size_t>(n * shape_.in_features + k)];
+}
+
+int Matrix::zero_point(int64_t n, int64_t k) const {
+  if (shape_.format == Format::kInt4) return 8;
+  if (shape_.format != Format::kInt4ZeroPoints) return 0;
+  return zero_points_[static_cast<size_t>(n * shape_.blocks() + k / shape_.block_size)];
+}
+
+double Matrix::scale(int64_t n, int64_t k) const {
+  if (shape_.format != Format::kNf4) {
+    return half_value(scales_[static_cast<size_t>(n * shape_.blocks() + k / shape_.block_size)]);
+  }
+  int64_t slice = 0;
+  const auto i = static_cast<size_t>(absmax_index(n, k, &slice));
+  const float product = table_[absmax_[i]] * nested_[i / 256];
+  return static_cast<double>(product + absmax_offset_[static_cast<size_t>(slice)]);
+}
+
+double Matrix::offset(int64_t n, int64_t k) const {
+  if (shape_.format != Format::kInt4Offsets) return 0.0;
+  return half_value(offsets_[static_cast<size_t>(n * shape_.blocks() + k / shape_.block_size)]);
+}
+
+float Matrix::weight(int64_t n, int64_t k) const {
+  if (shape_.format == Format::kFloat) {
+    return floats_[static_cast<size_t>(n * shape_.in_features + k)];
+  }
+  // A double holds the product of two floats, and rounds to the same float as one operation would.
+  const double value = shape_.format == Format::kNf4
+                           ? static_cast<double>(static_cast<float>(kNf4[code(n, k)]))
+                           : code(n, k) - zero_point(n, k);
+  const float product = static_cast<float>(scale(n, k) * value);
+  return static_cast<float>(static_cast<double>(product) + offset(n, k));
+}
+
+void Matrix::pack() {
+  const int64_t rows = shape_.out_features(), panels = panels_of(shape_), blocks = shape_.blocks();
+  const int64_t padded = (shape_.in_features + 31) / 32 * 32;
+  const auto allocate = [this](int64_t bytes, size_t slack) {
+    memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(bytes), slack));
+    return memory_.back()->as<uint8_t>();
+  };
+  const size_t slack = static_cast<size_t>(rows) % 2 * 2;  // half of the shapes: misaligned by 2
+  packed_.format = shape_.format;
+  packed_.in_features = shape_.in_features;
+  packed_.out_features = rows;
+  packed_.block_size = shape_.block_size;
+  packed_.slices = shape_.slices.data();
+  packed_.slice_count = static_cast<int64_t>(shape_.slices.size());
+
+  if (shape_.format == Format::kFloat) {
+    uint8_t* out = allocate(panels * shape_.in_features * 64, slack);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t k = 0; k < shape_.in_features; ++k) {
+        const float w = weight(n, k);
+        std::memcpy(out + ((n / 16 * shape_.in_features + k) * 16 + n % 16) * 4, &w, 4);
+      }
+    }
+    packed_.codes = out;
+    return;
+  }
+  const bool bytes = shape_.format == Format::kInt8;
+  uint8_t* codes = allocate(panels * 16 * padded / (bytes ? 1 : 2), slack);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t k = 0; k < shape_.in_features; ++k) {
+      const int64_t p = n / 16, r = n % 16;
+      if (bytes) {
+        codes[(p * (padded / 4) + k / 4) * 64 + 4 * r + k % 4] = static_cast<uint8_t>(code(n, k));
+      } else {
+        uint8_t& byte = codes[(p * (padded / 8) + k / 8) * 64 + 4 * r + k % 4];
+        byte = static_cast<uint8_t>(byte | code(n, k) << (k % 8 < 4 ? 0 : 4));
+      }
+    }
+  }
+  packed_.codes = codes;
+  if (shape_.format == Format::kNf4) {
+    const auto keep = [&allocate](const void* from, size_t size) {
+      uint8_t* to = allocate(static_cast<int64_t>(size), 0);
+      std::memcpy(to, from, size);
+      return to;
+    };
+    packed_.absmax = keep(absmax_.data(), absmax_.size());
+    packed_.nested_absmax = reinterpret_cast<float*>(keep(nested_.data(), nested_.size() * 4));
+    packed_.absmax_offset =
+        reinterpret_cast<float*>(keep(absmax_offset_.data(), absmax_offset_.size() * 4));
+    packed_.absmax_table = reinterpret_cast<float*>(keep(table_.data(), table_.size() * 4));
+    return;
+  }
+  const auto pack_halves = [&](const std::vector<uint16_t>& values) {
+    uint8_t* out = allocate(panels * blocks * 32, slack);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        std::memcpy(out + ((n / 16 * blocks + b) * 16 + n % 16) * 2,
+                    &values[static_cast<size_t>(n * blocks + b)], 2);
+      }
+    }
+    return out;
+  };
+  packed_.scales = reinterpret_cast<uint16_t*>(pack_halves(scales_));
+  if (shape_.format == Format::kInt4Offsets) packed_.zero_points = pack_halves(offsets_);
+  if (shape_.format == Format::kInt4ZeroPoints) {
+    uint8_t* out = allocate(panels * blocks * 8, 0);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        uint8_t& byte = out[(n / 16 * blocks + b) * 8 + n % 8];
+        const int zp = zero_points_[static_cast<size_t>(n * blocks + b)];
+        byte = static_cast<uint8_t>(byte | zp << (n % 16 < 8 ? 0 : 4));
+      }
+    }
+    packed_.zero_points = out;
+  }
+}
+
+Weights Matrix::packed() const { return packed_; }
+
+Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed)
+    : blocks((in_features + 31) / 32),
+      codes(static_cast<size_t>(rows * blocks * 32)),
+      scales(static_cast<size_t>(rows * blocks * 4)),
+      sums(static_cast<size_t>(rows * blocks * 4)),
+      rows_(rows) {
+  Random random(seed);
+  for (int64_t i = 0; i < rows * blocks; ++i) {
+    const bool zero = fill != Fill::kSaturated && random.below(9) == 0;
+    const float power = random.below(2) != 0 ? 1.0f : 0.5f;
+    const float positive = fill == Fill::kRandom ? 0.001f + random.unit() : power;
+    const float scale = fill == Fill::kSaturated ? 1.0f : positive;
+    scales.as<float>()[i] = zero ? 0.0f : scale;
+    int32_t sum = 0;
+    for (int64_t j = 0; j < 32; ++j) {
+      const bool padding = i % blocks * 32 + j >= in_features;
+      const bool top = i % 3 == 0 || (i % 3 == 2 && j % 2 == 0);
+      const int code = fill == Fill::kSaturated ? (top ? 127 : -127) : random.between(-127, 127);
+      codes.as<int8_t>()[i * 32 + j] = static_cast<int8_t>(padding || zero ? 0 : code);
+      sum += codes.as<int8_t>()[i * 32 + j];
+    }
+    sums.as<int32_t>()[i] = sum;
+  }
+}
+
+Activations Rows::activations() {
+  return {rows_, codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>()};
+}
+
+}  // namespace edgelora::kernels::test
