@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +28,8 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
     Raises EdgeLoraError for a bad name or fingerprint, and for values that float16 cannot hold.
     """
     _check_fingerprint(base_fingerprint, f"adapter {name}")
+    if not adapter.branches:
+        raise EdgeLoraError(f"adapter {name}: has no targets")
     tensors: dict[str, Factor] = {}
     for target, branch in adapter.branches.items():
         lora_a, lora_b = _as_dtype(branch, dtype, f"adapter {name}: {target}")
@@ -50,6 +52,12 @@ def _check_fingerprint(fingerprint: str, source: str) -> None:
         )
 
 
+def _check_scaling(scaling: Any, target: str) -> None:
+    """The runtime keeps it as float32. Infinity, NaN and huge integers fail the comparison."""
+    if type(scaling) not in (int, float) or not -1e38 < scaling < 1e38:
+        raise EdgeLoraError(f"{target}: scaling is {scaling!r}, not a finite float32 number")
+
+
 def pack_panels(lora_b: Factor) -> Factor:
     """[N, rank] → [ceil(N/16), rank, 16]: panel p, column r, row 16p+i; rows beyond N are zero."""
     rows, rank = lora_b.shape
@@ -63,6 +71,9 @@ def unpack_panels(panels: Factor) -> Factor:
 
 
 def _as_dtype(branch: Branch, dtype: Dtype, target: str) -> tuple[Factor, Factor]:
+    _check_scaling(branch.scaling, target)
+    if not np.isfinite(branch.lora_a).all() or not np.isfinite(branch.lora_b).all():
+        raise EdgeLoraError(f"{target}: lora_a or lora_b holds NaN or infinity")
     if dtype == "float16":
         return half_factors(branch, target)
     return branch.lora_a.astype(np.float32), branch.lora_b.astype(np.float32)
@@ -139,17 +150,19 @@ def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float
         raise EdgeLoraError(
             f"{source}: format version {version!r} is not {FORMAT_VERSION}; update edgelora"
         )
-    valid_adapter_name(metadata.get("name", ""))
+    try:
+        valid_adapter_name(metadata.get("name", ""))
+    except EdgeLoraError as error:
+        raise EdgeLoraError(f"{source}: {error}") from error
     _check_fingerprint(metadata.get("base_fingerprint", ""), source)
     try:
         scaling = json.loads(metadata.get("scaling", ""), object_pairs_hook=unique_object)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EdgeLoraError(f"{source}: scaling is not valid JSON ({error})") from error
     if not isinstance(scaling, dict) or not scaling:
         raise EdgeLoraError(f"{source}: scaling must map targets to numbers")
     for target, number in scaling.items():
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise EdgeLoraError(f"{source}: scaling of {target} is {number!r}, not a finite number")
+        _check_scaling(number, f"{source}: {target}")
     return {target: float(number) for target, number in sorted(scaling.items())}
 
 

@@ -33,7 +33,8 @@ def refusals(ledger: Iterable[LedgerEntry]) -> str:
     for entry in ledger:
         if entry.verdict == "refused":
             groups.setdefault(entry.reason, []).append(entry.item)
-    return "; ".join(f"{_shown(items)}: {reason}" for reason, items in groups.items())
+    line = "; ".join(f"{_shown(items)}: {reason}" for reason, items in groups.items())
+    return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
 def _shown(items: list[str]) -> str:

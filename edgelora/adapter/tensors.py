@@ -7,14 +7,14 @@ Eight bytes of header length, a JSON header, the values.
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import EdgeLoraError
 
-Factor = NDArray[np.float32] | NDArray[np.float16]
+Factor = NDArray[np.float32 | np.float16]
 
 ITEM_SIZES = {
     "F64": 8,
@@ -110,18 +110,20 @@ def _span(name: str, entry: object, source: str) -> tuple[int, int]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise EdgeLoraError(f"{source}: tensor {name} has the unknown dtype {dtype!r}")
+        raise EdgeLoraError(f"{source}: tensor {name!r} has the unknown dtype {dtype!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise EdgeLoraError(f"{source}: tensor {name} has a bad shape or bad offsets in the header")
+        raise EdgeLoraError(
+            f"{source}: tensor {name!r} has a bad shape or bad offsets in the header"
+        )
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
         raise EdgeLoraError(
-            f"{source}: tensor {name} ({dtype} {shape}) does not fit its offsets {offsets}"
+            f"{source}: tensor {name!r} ({dtype} {shape}) does not fit its offsets {offsets}"
         )
     return begin, end
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
@@ -131,7 +133,7 @@ def _check_coverage(spans: dict[str, tuple[int, int]], size: int, source: str) -
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != position or end > size:
             raise EdgeLoraError(
-                f"{source}: tensor {name} has wrong offsets, or the file is truncated"
+                f"{source}: tensor {name!r} has wrong offsets, or the file is truncated"
             )
         position = end
     if position != size:
