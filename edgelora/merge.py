@@ -1,9 +1,12 @@
 """W0 + scaling·B·A: the delta of an adapter written into a base weight."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS = 512  # rows of delta at a time: 4 MB for 2048 columns instead of a second copy of the weight
+TILE = 1 << 15  # weights: 128 KB of float32, so that delta and a product stay in the second cache
 
 Float32 = NDArray[np.float32]
 
@@ -12,29 +15,46 @@ def merge(weight: Float32, lora_a: Float32, lora_b: Float32, scaling: float) -> 
     """weight + scaling·(lora_b @ lora_a), a new float32 [out_features, in_features].
 
     lora_a [rank, in_features], lora_b [out_features, rank]; all arithmetic in float32, in the order
-    of PEFT's merge: product, times scaling, plus weight. Each element of the product is a sum over
-    `rank` alone, which BLAS threads do not split: the bytes do not depend on their number.
+    of PEFT's merge: product, times scaling, plus weight. The product is summed rank by rank with
+    numpy's elementwise operations: a BLAS gives other last bits for another number of threads (its
+    kernels at the edges of a part sum differently), and here equal inputs must give equal bytes.
     ValueError: shapes that do not fit, a result that is not finite.
     """
     _check(weight, lora_a, lora_b)
     merged = np.empty(weight.shape, np.float32)
-    lora_a = np.ascontiguousarray(lora_a, np.float32)
-    for start in range(0, len(weight), ROWS):
-        part = slice(start, start + ROWS)
-        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with its row
-            delta = np.ascontiguousarray(lora_b[part], np.float32) @ lora_a
+    step = max(1, TILE // weight.shape[1])
+
+    def work(start: int) -> None:
+        part = slice(start, start + step)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row
+            delta = _product(lora_b[part], lora_a)
             delta *= np.float32(scaling)
             np.add(weight[part], delta, out=merged[part])
         _refuse_nonfinite(merged[part], start)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(work, range(0, len(weight), step)))
     return merged
 
 
+def _product(lora_b: Float32, lora_a: Float32) -> Float32:
+    """lora_b @ lora_a, each element summed in the order of the ranks."""
+    delta = np.zeros((lora_b.shape[0], lora_a.shape[1]), np.float32)
+    product = np.empty_like(delta)
+    for column, row in zip(lora_b.T, lora_a, strict=True):
+        np.multiply(column[:, None], row, out=product)
+        delta += product
+    return delta
+
+
 def _check(weight: Float32, lora_a: Float32, lora_b: Float32) -> None:
-    shapes = [list(weight.shape), list(lora_a.shape), list(lora_b.shape)]
+    shapes = [list(array.shape) for array in (weight, lora_a, lora_b)]
+    if any(array.dtype != np.float32 for array in (weight, lora_a, lora_b)):
+        raise ValueError("weight, lora_a and lora_b must be float32")
     fits = [len(shape) for shape in shapes] == [2, 2, 2] and (
         weight.shape == (lora_b.shape[0], lora_a.shape[1]) and lora_a.shape[0] == lora_b.shape[1]
     )
-    if not fits:
+    if not fits or not weight.size:
         raise ValueError("weight {}, lora_a {}, lora_b {} do not fit".format(*shapes))
 
 
