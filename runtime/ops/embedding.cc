@@ -17,14 +17,17 @@ constexpr Input kInputs[] = {
 
 constexpr int64_t kValuesPerTicket = 16 * 1024;
 
+int64_t vocab_size(const NodeInfo& node) {
+  if (node.text("format") == "nf4") {
+    throw Error(EDGELORA_BAD_FILE, "format is \"nf4\", expected int4, int8 or float");
+  }
+  return node.integer("out_features");
+}
+
 class Embedding : public Kernel {
  public:
   Embedding(const Shared& shared, const NodeInfo& node)
-      : shared_(shared), packed_(node, kCodes, {node.integer("out_features")}) {
-    if (packed_.weights().format == kernels::Format::kNf4) {
-      throw Error(EDGELORA_BAD_FILE, "format is \"nf4\", expected int4, int8 or float");
-    }
-  }
+      : shared_(shared), packed_(node, kCodes, {vocab_size(node)}) {}
 
   void compute(OrtKernelContext* context) const override {
     const Tensor ids = input(*shared_.api, context, kIds);
