@@ -66,10 +66,18 @@ class ModelConfig:
             raise EdgeLoraError("; ".join(problems))
 
 
-_POSITIVE = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta"
-).split()
+_POSITIVE = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+]
 
 
 def read_config(
@@ -77,7 +85,8 @@ def read_config(
 ) -> ModelConfig:
     """A ModelConfig from the object in `config.json`; `source` is that file, for messages.
 
-    generation: the object in `generation_config.json`; its end tokens are added, since chat models stop on them.
+    generation: the object in `generation_config.json`; its end tokens are added (chat models
+    stop on them).
     Raises EdgeLoraError, naming every key that is missing, wrong, unsupported or unknown.
     """
     architecture = _read_architecture(values, source)
@@ -144,7 +153,7 @@ def _read_fields(
 
 
 def _read_key_value_heads(architecture: str, lookups: Lookups, heads: int) -> int:
-    """Llama's older configs have no such key; the others' defaults differ, so there it must be given."""
+    """Llama's older configs have no such key; the others' defaults differ: it must be given."""
     given = "num_key_value_heads" in lookups.values
     return lookups.integer(
         "num_key_value_heads", heads if given or architecture == "llama" else None
@@ -163,7 +172,7 @@ def _read_head_dim(architecture: str, lookups: Lookups, hidden_size: int, heads:
 
 
 def _read_biases(architecture: str, lookups: Lookups) -> dict[str, bool]:
-    """Qwen2 always has q, k, v biases and Mistral none, whatever the file says: there it may only agree."""
+    """Qwen2 always has q, k, v biases and Mistral none: the file may only agree."""
     implied = {"qwen2": True, "mistral": False}.get(architecture)
     bias = lookups.flag("attention_bias", default=bool(implied))
     if implied is not None and bias != implied:
@@ -185,9 +194,9 @@ def _read_window(architecture: str, lookups: Lookups) -> int | None:
     window = _configured_window(architecture, lookups)
     types = lookups.values.get("layer_types")
     kind = "full_attention" if window is None else "sliding_attention"
-    if types is not None and (not isinstance(types, list) or set(types) - {kind}):
+    if types is not None and (not isinstance(types, list) or any(t != kind for t in types)):
         lookups.problems.append(
-            f"layer_types other than {kind} in every layer are not supported with this sliding_window"
+            f"layer_types other than {kind} in every layer are not supported here"
         )
     return window
 
@@ -206,7 +215,7 @@ def _configured_window(architecture: str, lookups: Lookups) -> int | None:
 
 
 def _read_qwen_window(lookups: Lookups) -> int | None:
-    """Qwen's layers from max_window_layers on have the window: all of them, or none, is supported."""
+    """Qwen's layers from max_window_layers on have the window: all or none is supported."""
     if not lookups.flag("use_sliding_window", default=False):
         return None
     first, layers = lookups.values.get("max_window_layers"), lookups.values["num_hidden_layers"]

@@ -1,36 +1,106 @@
-"""Which keys of a Hugging Face `config.json` are understood, and typed look-ups that collect every problem."""
+"""The keys of a Hugging Face `config.json`, and typed look-ups that collect every problem."""
 
 from collections.abc import Mapping
 from typing import Any
 
 # Read by `config.py`, each into a field of ModelConfig or into a refusal.
 READ = frozenset(
-    """
-    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps
-    rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias
-    sliding_window use_sliding_window max_window_layers layer_types bos_token_id eos_token_id
-    quantization_config
-    """.split()
+    [
+        "architectures",
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "bos_token_id",
+        "eos_token_id",
+        "quantization_config",
+    ]
 )  # quantization_config is the checkpoint readers' subject
 
 # Training, generation, bookkeeping: they never reach the arithmetic of a forward pass.
 HARMLESS = frozenset(
-    """
-    torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
-    hidden_dropout embd_pdrop resid_pdrop attn_pdrop pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id output_attentions output_hidden_states return_dict
-    return_dict_in_generate output_scores torchscript tf_legacy_loss id2label label2id
-    num_labels finetuning_task task_specific_params problem_type tokenizer_class prefix
-    max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-    forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    gradient_checkpointing is_decoder chunk_size_feed_forward max_sequence_length
-    attn_implementation unsloth_fixed unsloth_version model_name name_or_path
-    ignore_keys_at_rope_validation transformers.js_config
-    """.split()
+    [
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "hidden_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "return_dict_in_generate",
+        "output_scores",
+        "torchscript",
+        "tf_legacy_loss",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "finetuning_task",
+        "task_specific_params",
+        "problem_type",
+        "tokenizer_class",
+        "prefix",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "gradient_checkpointing",
+        "is_decoder",
+        "chunk_size_feed_forward",
+        "max_sequence_length",
+        "attn_implementation",
+        "unsloth_fixed",
+        "unsloth_version",
+        "model_name",
+        "name_or_path",
+        "ignore_keys_at_rope_validation",
+        "transformers.js_config",
+        "is_llama_config",
+    ]
 )
 
 # Keys that would change the arithmetic, with the only value EdgeLoRA computes (null passes too).
@@ -54,6 +124,7 @@ ONLY_VALUE: Mapping[str, object] = {
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "use_mrope": False,
+    "rope_interleaved": False,
 }
 
 
@@ -85,7 +156,7 @@ def unknown(values: Mapping[str, Any]) -> list[str]:
 
 
 class Lookups:
-    """Typed look-ups in a JSON object. A problem is noted in `problems`; the look-up then returns a stand-in."""
+    """Typed look-ups in a JSON object. A problem is noted, and a stand-in returned."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -101,9 +172,9 @@ class Lookups:
     def number(self, name: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self._present(name, default)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if 0 < value < float("inf"):
-                return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and 0 < value < float("inf"):
+            return float(value)
         return self._refuse(name, value, "a positive number")
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -121,7 +192,7 @@ class Lookups:
         self._refuse(name, value, "a token id or a list of them")
         return ()
 
-    def _present(self, name: str, default: object) -> object:
+    def _present(self, name: str, default: object) -> Any:
         value = self.values.get(name)
         return default if value is None else value
 

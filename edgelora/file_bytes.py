@@ -1,6 +1,7 @@
-"""Bytes of a file, read piece by piece and never mapped: mapped pages would count as resident memory."""
+"""Bytes of a file, read piece by piece. Never mapped: mapped pages count as resident memory."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from edgelora.errors import EdgeLoraError
 
 
 class FileBytes:
-    """A file of known size. Every read is checked against that size before anything is allocated."""
+    """A file of known size. Every read is checked against it before anything is allocated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +37,7 @@ class FileBytes:
 
     def _fill(self, readinto: Any, buffer: NDArray[np.uint8]) -> None:
         """One call gives at most 2 GiB on Linux."""
-        view = memoryview(buffer)
+        view = memoryview(buffer.data)
         while len(view):
             count = readinto(view)
             if not count:
@@ -50,9 +51,15 @@ class FileBytes:
         )
 
 
+def read_all(path: Path) -> bytes:
+    """A whole small file."""
+    file = FileBytes(path)
+    return file.read(0, file.size).tobytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises EdgeLoraError for anything else, repeated keys included."""
-    return parse_json(FileBytes(path).read(0, path.stat().st_size).tobytes(), path)
+    return parse_json(read_all(path), path)
 
 
 def parse_json(data: bytes, source: Path) -> dict[str, Any]:
@@ -69,15 +76,11 @@ def parse_json(data: bytes, source: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(names) != len(set(names))
-        else []
-    )
-    if twice:
-        raise ValueError(f"{', '.join(twice)} given twice")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"given twice: {', '.join(n for n, c in counts.items() if c > 1)}")
+    return values
 
 
 def _unreadable(path: Path, error: OSError) -> EdgeLoraError:

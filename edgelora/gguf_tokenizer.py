@@ -1,7 +1,7 @@
 """The tokenizer that a GGUF file's fields describe, rebuilt in Hugging Face's format.
 
-Only byte-level BPE (tokenizer.ggml.model "gpt2"). How a text is split before the merges is a name in GGUF
-(tokenizer.ggml.pre); the splits are those of the models' own tokenizer.json.
+Only byte-level BPE (tokenizer.ggml.model "gpt2"). How a text is split before the merges is a name
+in GGUF (tokenizer.ggml.pre); the splits are those of the models' own tokenizer.json.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ _ADDS_BOS = ("llama-bpe",)  # where tokenizer.ggml.add_bos_token is absent
 
 
 def build_tokenizer(fields: Mapping[str, Any], source: Path) -> Tokenizer:
-    """Raises EdgeLoraError for a kind of tokenizer that is not supported, by name, and for broken fields."""
+    """Raises EdgeLoraError for a kind that is not supported, by name, and for broken fields."""
     pre = _check_supported(fields, source)
     tokens, types = _read_tokens(fields, source)
     vocabulary = {t: i for i, t in enumerate(tokens) if types[i] != _UNUSED}

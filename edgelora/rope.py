@@ -27,7 +27,7 @@ class RopeScaling:
 
 
 def read_rope(values: Mapping[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) from `rope_theta` + `rope_scaling`, or from transformers 5's `rope_parameters`.
+    """(rope_theta, scaling), from `rope_theta` + `rope_scaling` or from `rope_parameters`.
 
     Whatever is not supported or contradicts itself is added to `problems`.
     """
@@ -64,7 +64,8 @@ def _read_theta(
 
 def _read_scaling(block: Mapping[str, Any], prefix: str, problems: list[str]) -> RopeScaling | None:
     """One `rope_scaling` or `rope_parameters` object; `prefix` names it in messages."""
-    types = {block[name] for name in ("rope_type", "type") if block.get(name) is not None}
+    given = (block.get(name) for name in ("rope_type", "type"))
+    types = {str(kind) for kind in given if kind is not None}
     if not types:
         types = {"default"} if set(block) <= {"rope_theta", "partial_rotary_factor"} else set()
     if len(types) != 1 or not types <= set(SUPPORTED_TYPES):

@@ -9,9 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from edgelora.file_bytes import FileBytes, read_json
-from edgelora.gguf_tokenizer import build_tokenizer, special_token
 from edgelora.errors import EdgeLoraError
+from edgelora.file_bytes import read_all, read_json
+from edgelora.gguf_tokenizer import build_tokenizer, special_token
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -54,12 +54,11 @@ class TokenizerFiles:
 
 
 def from_folder(folder: Path) -> TokenizerFiles:
-    """From a Hugging Face folder. Raises EdgeLoraError, with what to do, if there is no tokenizer.json."""
+    """From a Hugging Face folder. Raises EdgeLoraError if there is no tokenizer.json."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise EdgeLoraError(f"{folder}: no {TOKENIZER_FILE}; {_how_to_create(folder)}")
-    source = FileBytes(file)
-    data = source.read(0, source.size).tobytes()
+    data = read_all(file)
     tokenizer = _parse(data, file)
     config_file = folder / CONFIG_FILE
     config = read_json(config_file) if config_file.is_file() else {}
@@ -101,11 +100,10 @@ def _id_in_config(config: Mapping[str, Any], name: str, tokenizer: Tokenizer) ->
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """From chat_template.jinja, chat_template.json or tokenizer_config.json: transformers' order."""
+    """From the first of chat_template.jinja, chat_template.json, tokenizer_config.json."""
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        source = FileBytes(file)
-        return source.read(0, source.size).tobytes().decode()
+        return read_all(file).decode()
     source_file = folder / _TEMPLATE_JSON
     if source_file.is_file():
         return _default_template(read_json(source_file).get("chat_template"), source_file)
@@ -126,7 +124,7 @@ def _default_template(template: Any, source: Path) -> str | None:
 
 
 def from_gguf(fields: Mapping[str, Any], source: Path) -> TokenizerFiles:
-    """From the fields of the GGUF file `source`. Raises EdgeLoraError for a kind that is not supported."""
+    """From the fields of the GGUF file `source`. Raises EdgeLoraError for unsupported kinds."""
     tokenizer = build_tokenizer(fields, source)
     special = {name: special_token(fields, name) for name in _NAMES_IN_CONFIG}
     config = {

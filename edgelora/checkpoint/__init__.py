@@ -1,4 +1,4 @@
-"""A base checkpoint: its config and its tensors, read one at a time under their Hugging Face names; its tokenizer."""
+"""A base checkpoint: config, tokenizer, and tensors read one at a time under their HF names."""
 
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, fingerprint, merged_fingerprint
 from edgelora.checkpoint.opening import open_checkpoint, read_tokenizer

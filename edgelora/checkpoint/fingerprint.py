@@ -1,4 +1,4 @@
-"""The fingerprint of a base: over its source tensors and its vocabulary, so that every format of it has the same."""
+"""The fingerprint of a base: over its source tensors and vocabulary, the same for every format."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class FingerprintBuilder:
         self._lines: dict[str, str] = {}
 
     def add(self, name: str, values: NDArray[np.float32]) -> None:
-        """One source tensor, before quantization, under its Hugging Face name. Safe from several threads."""
+        """One source tensor under its Hugging Face name. Safe from several threads."""
         if name in self._lines:
             raise ValueError(f"{name} was added already")
         data = np.ascontiguousarray(values, dtype="<f4")

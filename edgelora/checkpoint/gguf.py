@@ -4,11 +4,11 @@ Carried code for code, block 32, block = d [m] qs:
   Q4_0  float16 d, 16 bytes qs             w = d·(code − 8)
   Q4_1  float16 d, float16 m, 16 bytes qs  w = d·code + m
   Q8_0  float16 d, 32 int8 qs              w = d·code
-Byte i of a 4-bit block holds element i in its low nibble and element 16 + i in its high one. All other types
-are dequantized by the `gguf` package.
+Byte i of a 4-bit block holds element i in its low nibble and element 16 + i in its high one.
+All other types are dequantized by the `gguf` package.
 
-llama.cpp rotates neighbouring pairs of q and k, Hugging Face halves of a head: its converter interleaves
-the rows of each head of llama (not of qwen), and we undo that row by row, for codes as for values.
+llama.cpp rotates neighbouring pairs of q and k, Hugging Face halves of a head: its converter
+interleaves the rows of each head of llama (not of qwen), and we undo that, for codes as for values.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class GgufCheckpoint:
         return self._gguf.tensors[self._stored[name]].type
 
     def _rows(self, name: str) -> NDArray[np.uint8]:
-        """The stored bytes, uint8 [rows, bytes of a row], rows in Hugging Face's order; a vector has one row."""
+        """uint8 [rows, bytes of a row], rows in Hugging Face's order; a vector has one row."""
         raw = self._gguf.raw(self._stored[name])
         heads = _permuted_heads(name, self.config, self._gguf)
         if heads is None:
@@ -87,7 +87,7 @@ class GgufCheckpoint:
 
 
 def huggingface_order(rows: int, heads: int) -> NDArray[np.intp]:
-    """Row i of Hugging Face's matrix is row order[i] of GGUF's: pairs (2j, 2j + 1) become (j, half + j)."""
+    """Row i of Hugging Face's matrix is row order[i] of GGUF's: (2j, 2j + 1) → (j, half + j)."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -110,7 +110,7 @@ def _stored_names(gguf: GgufFile) -> dict[str, str]:
 
 
 def _refuse_split(gguf: GgufFile) -> None:
-    if gguf.fields.get("split.count", 1) > 1:
+    if gguf.fields.get("split.count", 1) not in (0, 1):
         raise EdgeLoraError(
             f"{gguf.file.path}: one part of a split model; join it with `llama-gguf-split --merge`"
         )

@@ -39,12 +39,21 @@ _LAYER_NAMES = {
 }
 # `{arch}.` keys that are read below
 _READ = frozenset(
-    """
-    block_count context_length embedding_length feed_forward_length attention.head_count
-    attention.head_count_kv attention.key_length attention.value_length
-    attention.layer_norm_rms_epsilon attention.sliding_window rope.freq_base
-    rope.dimension_count vocab_size
-    """.split()
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "vocab_size",
+    ]
 )
 # `{arch}.` keys that would change the arithmetic, with the only values EdgeLoRA computes
 _ONLY_VALUES: Mapping[str, tuple[object, ...]] = {
@@ -67,7 +76,7 @@ _FACTOR_TOLERANCE = 1e-4  # the converter computes the factors in float32
 
 
 def huggingface_name(gguf_name: str) -> str | None:
-    """`blk.0.attn_q.weight` → `model.layers.0.self_attn.q_proj.weight`; None if there is no such tensor."""
+    """`blk.0.attn_q.weight` → `model.layers.0.self_attn.q_proj.weight`; None if unknown."""
     for theirs, name in _GLOBAL_NAMES.items():
         if name == gguf_name:
             return theirs
@@ -119,7 +128,7 @@ def _read_fields(architecture: str, lookups: Lookups, gguf: GgufFile) -> dict[st
     hidden_size = lookups.integer("embedding_length")
     head_dim = _read_head_dim(lookups, hidden_size, heads)
     window = lookups.values.get("attention.sliding_window") or None
-    bos = gguf.fields.get("tokenizer.ggml.bos_token_id")
+    bos = _read_token_ids(gguf, lookups, "bos")
     return {
         "architecture": "mistral" if window and architecture == "llama" else architecture,
         "vocab_size": _read_vocab_size(lookups, gguf),
@@ -136,8 +145,8 @@ def _read_fields(architecture: str, lookups: Lookups, gguf: GgufFile) -> dict[st
         "sliding_window": _read_window(architecture, lookups, window),
         **_find_biases(architecture, gguf),
         "qk_norm": architecture == "qwen3",
-        "bos_token_id": bos,
-        "eos_token_ids": _read_stop_tokens(gguf),
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": _read_token_ids(gguf, lookups, *_STOP_TOKENS),
     }
 
 
@@ -167,7 +176,7 @@ def _read_window(architecture: str, lookups: Lookups, window: object) -> int | N
 
 
 def _find_biases(architecture: str, gguf: GgufFile) -> dict[str, bool]:
-    """GGUF has no key for them: layer 0 shows which there are, and the layout check sees to the rest."""
+    """GGUF has no key for them: layer 0 shows which there are; the layout check does the rest."""
     found = {
         name: f"blk.0.{name}.bias" in gguf.tensors for name in ("attn_q", "attn_output", "ffn_up")
     }
@@ -179,9 +188,12 @@ def _find_biases(architecture: str, gguf: GgufFile) -> dict[str, bool]:
     }
 
 
-def _read_stop_tokens(gguf: GgufFile) -> tuple[int, ...]:
-    ids = [gguf.fields.get(f"tokenizer.ggml.{name}_token_id") for name in _STOP_TOKENS]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+def _read_token_ids(gguf: GgufFile, lookups: Lookups, *names: str) -> tuple[int, ...]:
+    """The ids of the named special tokens that the file has."""
+    special = Lookups(gguf.fields)
+    ids = [i for n in names for i in special.token_ids(f"tokenizer.ggml.{n}_token_id")]
+    lookups.problems += special.problems
+    return tuple(dict.fromkeys(ids))
 
 
 def _read_rope_factors(gguf: GgufFile, fields: Mapping[str, Any]) -> RopeScaling | None:
@@ -207,8 +219,8 @@ def _read_rope_factors(gguf: GgufFile, fields: Mapping[str, Any]) -> RopeScaling
 def llama3_factors(theta: float, head_dim: int, scaling: RopeScaling) -> NDArray[np.float64]:
     """What llama3 scaling divides each rotary frequency by, [head_dim / 2].
 
-    1 where the wavelength is below original / high, factor where it is above original / low, and between
-    them 1 / ((1 − s) / factor + s) with s = (original / wavelength − low) / (high − low).
+    1 where the wavelength is below original / high, factor where it is above original / low, and
+    between them 1 / ((1 − s) / factor + s) with s = (original / wavelength − low) / (high − low).
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)

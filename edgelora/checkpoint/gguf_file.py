@@ -1,9 +1,12 @@
 """The container of a GGUF file: its fields and where its tensors lie. No tensor is read here.
 
-Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian: "GGUF", uint32 version,
-uint64 tensor count, uint64 field count; fields: string key, uint32 type, value; tensors: string name,
-uint32 n, uint64 dims [n] (fastest first), uint32 ggml type, uint64 offset into the aligned data.
-`gguf.GGUFReader` is not used: it maps the file and makes an array of every token (200 MB and 4 s for 49152).
+Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian:
+  "GGUF", uint32 version, uint64 tensor count, uint64 field count
+  fields: string key, uint32 type, value
+  tensors: string name, uint32 n, uint64 dims [n] (fastest first), uint32 type, uint64 offset
+and, from the next multiple of the alignment on, the data that the offsets count in.
+`gguf.GGUFReader` is not used: it maps the file and makes an array of every token (200 MB and 4 s
+for a vocabulary of 49152).
 """
 
 import math
@@ -17,8 +20,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from edgelora.file_bytes import FileBytes
 from edgelora.errors import EdgeLoraError
+from edgelora.file_bytes import FileBytes
 
 _VERSIONS = (2, 3)
 _SCALARS = {
@@ -52,7 +55,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The fields of a GGUF file (key → int, float, bool, str or a list of these) and its tensors by GGUF name."""
+    """Fields (key → int, float, bool, str or a list of these) and tensors by GGUF's name."""
 
     file: FileBytes
     fields: Mapping[str, Any]
@@ -118,7 +121,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Raises EdgeLoraError unless the header is well formed and every tensor lies inside the file."""
+    """Raises EdgeLoraError unless the header is sound and every tensor lies inside the file."""
     file = FileBytes(path)
     try:
         return _read(file)

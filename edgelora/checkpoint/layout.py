@@ -1,6 +1,6 @@
-"""The tensors of each architecture: their Hugging Face names and shapes. The next architecture starts here."""
+"""The tensors of each architecture, by Hugging Face name. The next architecture starts here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from edgelora.config import ModelConfig
@@ -60,6 +60,10 @@ def check_layout(found: Mapping[str, Shape], config: ModelConfig, source: Path) 
 
     A tied head that the file holds nevertheless is no extra; its bytes are the reader's to compare.
     """
+    if config.num_hidden_layers > len(found):  # before a list of that length is made
+        raise EdgeLoraError(
+            f"{source}: {len(found)} tensors cannot be {config.num_hidden_layers} layers"
+        )
     expected = expected_tensors(config)
     extra = {name for name in found.keys() - expected.keys() if not name.endswith(_IGNORED)}
     if config.tie_word_embeddings:
@@ -79,7 +83,7 @@ def check_layout(found: Mapping[str, Shape], config: ModelConfig, source: Path) 
         )
 
 
-def _named(what: str, names: "set[str] | list[str]") -> list[str]:
+def _named(what: str, names: Collection[str]) -> list[str]:
     if not names:
         return []
     ordered = sorted(names)

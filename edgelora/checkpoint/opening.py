@@ -1,21 +1,22 @@
 """Which reader a path needs, decided by what is there."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
-from edgelora.file_bytes import read_json
 from edgelora.checkpoint.gguf import GgufCheckpoint
 from edgelora.checkpoint.gguf_file import read_gguf
 from edgelora.checkpoint.protocol import Checkpoint
 from edgelora.checkpoint.safetensors import INDEX, SINGLE, SafetensorsCheckpoint
 from edgelora.config import read_config
 from edgelora.errors import EdgeLoraError
+from edgelora.file_bytes import read_json
 from edgelora.tokenizer import TOKENIZER_FILE, TokenizerFiles, from_folder, from_gguf
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_NAME_PARTS = 2  # "owner/model"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -43,7 +44,7 @@ def read_tokenizer(path: Path | str) -> TokenizerFiles:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` means; None for a Hugging Face folder. Raises EdgeLoraError for anything else."""
+    """The GGUF file that `path` means; None for a folder with config.json; else EdgeLoraError."""
     if path.is_file():
         if path.suffix == ".gguf":
             return path
@@ -57,9 +58,10 @@ def find_gguf(path: Path) -> Path | None:
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise EdgeLoraError(
-            f"{path}: {len(files)} GGUF files ({', '.join(f.name for f in files)}); name one of them"
-        )
+        names = ", ".join(file.name for file in files)
+        raise EdgeLoraError(f"{path}: {len(files)} GGUF files ({names}); name one of them")
+    if (path / "adapter_config.json").is_file():
+        raise EdgeLoraError(f"{path}: an adapter, not a base; give the base it was trained on")
     if not files:
         raise EdgeLoraError(f"{path}: neither config.json nor a .gguf file in this folder")
     return files[0]
@@ -73,7 +75,8 @@ def _open_folder(path: Path) -> Checkpoint:
     config = read_config(values, config_path, generation)
     if not (path / SINGLE).exists() and not (path / INDEX).exists():
         _refuse_pickles(sorted(path.iterdir()))
-        raise EdgeLoraError(f"{path}: neither {SINGLE} nor {INDEX} in this folder")
+        hint = "; name the .gguf file itself" if any(path.glob("*.gguf")) else ""
+        raise EdgeLoraError(f"{path}: neither {SINGLE} nor {INDEX} in this folder{hint}")
     name = _name(values, path)
     if _is_bitsandbytes(values, config_path):
         return BitsAndBytesCheckpoint(path, name, config)
@@ -83,10 +86,8 @@ def _open_folder(path: Path) -> Checkpoint:
 def _name(values: Mapping[str, Any], path: Path) -> str:
     """The hub's name where the config has kept it; never a path of the machine it came from."""
     kept = values.get("_name_or_path")
-    if isinstance(kept, str) and len([p for p in kept.split("/") if p]) == _HUB_NAME_PARTS:
-        if not kept.startswith(("/", ".", "~")) and "\\" not in kept:
-            return kept
-    return path.resolve().name
+    is_hub_name = isinstance(kept, str) and _HUB_NAME.fullmatch(kept)
+    return str(kept) if is_hub_name else path.resolve().name
 
 
 def _is_bitsandbytes(values: Mapping[str, Any], source: Path) -> bool:
@@ -109,6 +110,6 @@ def _refuse_pickles(paths: list[Path]) -> None:
     if found:
         raise EdgeLoraError(
             f"{found[0]}: pickled weights are not read, since unpickling can run code; load the "
-            "model with transformers on a machine you trust and save it with save_pretrained(folder), "
-            "which writes safetensors"
+            "model with transformers on a machine you trust, and save_pretrained(folder) writes "
+            "safetensors"
         )

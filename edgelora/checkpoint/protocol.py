@@ -14,7 +14,7 @@ StoredAs = Literal["int4", "int8", "nf4"]
 
 
 class Checkpoint(Protocol):
-    """A base's config and tensors. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`).
+    """A base's config and tensors, under Hugging Face's names (`model.norm.weight`).
 
     Reading is safe from several threads; nothing of a tensor is kept.
     """
@@ -33,7 +33,7 @@ class Checkpoint(Protocol):
         """The values, dequantized where the file holds codes."""
 
     def stored_as(self, name: str) -> StoredAs | None:
-        """The format in which `read_quantized` gives the tensor; None where it gives None. Reads nothing."""
+        """The format that `read_quantized` gives; None where it gives None. Reads nothing."""
 
     def read_quantized(self, name: str) -> Int4Matrix | Int8Matrix | Nf4Matrix | None:
         """The codes as the file holds them, where our formats carry them losslessly; else None."""

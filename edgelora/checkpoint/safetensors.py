@@ -1,7 +1,7 @@
 """A Hugging Face folder of safetensors, one file or sharded, as a Checkpoint.
 
-safetensors (https://github.com/huggingface/safetensors): uint64 n, n bytes of JSON, data. The JSON maps
-name → {dtype, shape, data_offsets [begin, end) into the data}; the tensors cover the data without gaps.
+safetensors (https://github.com/huggingface/safetensors): uint64 n, n bytes of JSON, data. The JSON
+maps name → {dtype, shape, data_offsets [begin, end)}; the tensors cover the data without gaps.
 """
 
 import math
@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.file_bytes import FileBytes, parse_json, read_json
 from edgelora.checkpoint.float_values import TO_FLOAT32
 from edgelora.checkpoint.layout import EMBEDDING, HEAD, check_layout, expected_tensors
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
+from edgelora.file_bytes import FileBytes, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_PIECE = 1 << 24  # bytes compared at a time
 _ITEM_SIZE = {  # bytes of an element
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
     "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -41,6 +42,10 @@ class StoredTensor:
     def raw(self) -> NDArray[np.uint8]:
         """uint8 [size]."""
         return self.file.read(self.offset, self.size)
+
+    def piece(self, start: int, length: int) -> NDArray[np.uint8]:
+        """At most `length` bytes from byte `start` of the tensor on."""
+        return self.file.read(self.offset + start, min(length, self.size - start))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -98,10 +103,8 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise EdgeLoraError(f"{index_path}: has no weight_map")
-    shards = {
-        shard: read_header(_shard_path(index_path, shard))
-        for shard in sorted(set(map(str, weight_map.values())))
-    }
+    weight_map = {name: str(shard) for name, shard in weight_map.items()}
+    shards = {s: read_header(_shard_path(index_path, s)) for s in sorted({*weight_map.values()})}
     _check_index(index_path, weight_map, shards)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
@@ -121,7 +124,7 @@ def _shard_path(index_path: Path, shard: str) -> Path:
 def _check_index(
     index_path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, object]]
 ) -> None:
-    absent = sorted(name for name, shard in weight_map.items() if name not in shards[str(shard)])
+    absent = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if absent:
         raise EdgeLoraError(f"{index_path}: not in the shards it names: {', '.join(absent)}")
     stray = sorted(
@@ -178,11 +181,16 @@ def check_tied_head(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
     """A head that is stored although it is tied must be the embedding, byte for byte."""
     if not config.tie_word_embeddings or HEAD not in tensors:
         return
-    head, embedding = tensors[HEAD], tensors[EMBEDDING]
-    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not np.array_equal(
-        head.raw(), embedding.raw()
-    ):
+    if not _same_values(tensors[HEAD], tensors[EMBEDDING]):
         raise EdgeLoraError(
             f"{path}: {HEAD} differs from {EMBEDDING} although tie_word_embeddings is true; "
             "set it to false in config.json if the head is its own"
         )
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Byte for byte, a piece at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pieces = range(0, one.size, _PIECE)
+    return all(np.array_equal(one.piece(at, _PIECE), other.piece(at, _PIECE)) for at in pieces)
