@@ -1,5 +1,7 @@
 """Packing against the index formulas of ARCHITECTURE.md, element by element, and back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -298,3 +300,24 @@ def test_a_matrix_checks_its_arrays() -> None:
         Nf4Matrix(
             nf4.codes, nf4.absmax_codes[1:], nf4.nested_absmax, nf4.absmax_offset, nf4.absmax_table
         )
+
+
+def test_a_packed_linear_checks_its_arrays_against_the_layout() -> None:
+    good = pack(random_int4(17, 100, 32, zero="points"))
+    with pytest.raises(ValueError, match=r"codes must be uint8 \[2, 16, 64\]"):
+        replace(good, codes=good.codes[:1])
+    with pytest.raises(ValueError, match="int4 needs scales"):
+        replace(good, scales=None)
+    with pytest.raises(ValueError, match="int4 has no offsets"):
+        replace(good, offsets=good.scales)
+    with pytest.raises(ValueError, match=r"scales must be float16 \[2, 2, 16\]"):
+        replace(good, block_size=64)
+    with pytest.raises(ValueError, match="not 'int2'"):
+        replace(good, format="int2")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        replace(good, slices=(16, 1))
+    nf4 = pack(random_nf4(300, 96))
+    with pytest.raises(ValueError, match=r"absmax must be uint8 \[512\]"):
+        replace(nf4, absmax=nf4.absmax[:450])
+    with pytest.raises(ValueError, match="nf4 has no block_size 32"):
+        replace(nf4, block_size=32)

@@ -13,7 +13,8 @@ from edgelora.quantize.matrix import (
     Nf4Matrix,
 )
 from edgelora.quantize.nf4 import quantize_nf4
-from edgelora.quantize.packing import PackedLinear, Slices, concatenate, pack, same_kind, unpack
+from edgelora.quantize.packed import PackedLinear, Slices, same_kind
+from edgelora.quantize.packing import concatenate, pack, unpack
 
 __all__ = [
     "NF4_BLOCK",

@@ -33,9 +33,9 @@ class Int4Matrix:
         if self.zero_points is not None and self.offsets is not None:
             raise ValueError("zero_points and offsets exclude each other")
         if self.zero_points is not None:
-            _expect("zero_points", self.zero_points, np.uint8, self.scales.shape)
+            check_array("zero_points", self.zero_points, np.uint8, self.scales.shape)
         if self.offsets is not None:
-            _expect("offsets", self.offsets, np.float16, self.scales.shape)
+            check_array("offsets", self.offsets, np.float16, self.scales.shape)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Nf4Matrix:
     def __post_init__(self) -> None:
         check_matrix("codes", self.codes, np.uint8)
         blocks = ceil_div(self.codes.size, NF4_BLOCK)
-        _expect("absmax_codes", self.absmax_codes, np.uint8, (blocks,))
+        check_array("absmax_codes", self.absmax_codes, np.uint8, (blocks,))
         groups = (ceil_div(blocks, NF4_GROUP),)
-        _expect("nested_absmax", self.nested_absmax, np.float32, groups)
-        _expect("absmax_table", self.absmax_table, np.float32, (256,))
-        _expect("absmax_offset", np.asarray(self.absmax_offset), np.float32, ())
+        check_array("nested_absmax", self.nested_absmax, np.float32, groups)
+        check_array("absmax_table", self.absmax_table, np.float32, (256,))
+        check_array("absmax_offset", np.asarray(self.absmax_offset), np.float32, ())
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _check_blockwise(
     check_block_size(block_size)
     check_matrix("codes", codes, dtype)
     rows, columns = codes.shape
-    _expect("scales", scales, np.float16, (rows, ceil_div(columns, block_size)))
+    check_array("scales", scales, np.float16, (rows, ceil_div(columns, block_size)))
 
 
 def check_matrix(name: str, array: NDArray[Any], dtype: DTypeLike) -> None:
@@ -120,8 +120,8 @@ def check_matrix(name: str, array: NDArray[Any], dtype: DTypeLike) -> None:
         raise ValueError(f"{name} must be {wanted}, not {array.dtype} {list(array.shape)}")
 
 
-def _expect(name: str, array: NDArray[Any], dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-    """The dtype and shape, and finite values."""
+def check_array(name: str, array: NDArray[Any], dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+    """ValueError unless it has the dtype and shape, and finite values."""
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"{name} must be {np.dtype(dtype)} {list(shape)}, not {found}")

@@ -14,9 +14,8 @@ from edgelora.quantize.matrix import NF4_BLOCK, NF4_GROUP, Nf4Matrix, ceil_div, 
 Float32 = NDArray[np.float32]
 Uint8 = NDArray[np.uint8]
 
-THRESHOLDS = (NF4_VALUES[:-1] + NF4_VALUES[1:]) / np.float32(
-    2
-)  # a value on one gets the lower code
+# A value on a threshold gets the lower code.
+THRESHOLDS = np.float32(0.5) * (NF4_VALUES[:-1] + NF4_VALUES[1:])
 SMALLEST_ABSMAX = np.float32(1e-38)  # bitsandbytes divides by no less
 LAST_BIN = 65535  # bitsandbytes sorts [-1, 1] into 65536 bins, each with one code
 
@@ -97,7 +96,7 @@ def double_quantize(absmax: Float32, offset: np.float32) -> tuple[Uint8, Float32
     padded = np.zeros((groups, NF4_GROUP), np.float32)
     padded.reshape(-1)[: centred.size] = centred
     nested = np.abs(padded).max(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scaled = padded * (np.float32(1) / nested)[:, None]
     codes = _bin_codes()[_bins(scaled)]
     codes[nested == 0] = 0

@@ -1,8 +1,7 @@
 """Matrices ↔ the constant inputs of operator `Linear`: panels of one or more slices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,101 +15,16 @@ from edgelora.quantize.matrix import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    ceil_div,
 )
+from edgelora.quantize.packed import PackedLinear, Slices
 
 Element = TypeVar("Element", bound=np.generic)
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """The weights of one operator `Linear` or `Embedding` (ARCHITECTURE.md, "Weights: formats").
-
-    P panels of 16 rows; in_features K is padded to a multiple of 32, Kp, in codes.
-    format: int4, int8, nf4 or float; block_size: weights that share a scale, 0 for float;
-    slices: out_features of each slice, top to bottom.
-    codes: uint8 [P, Kp/8, 64], int8 [P, Kp/4, 64], or the weights, float32 [P, K, 16].
-    nf4: the nested groups of the slices lie one after another, G of them in all.
-    """
-
-    format: str
-    block_size: int
-    in_features: int
-    slices: tuple[int, ...]
-    codes: NDArray[Any]
-    scales: NDArray[np.float16] | None = None  # [P, blocks, 16]
-    zero_points: NDArray[np.uint8] | None = None  # [P, blocks, 8]
-    offsets: NDArray[np.float16] | None = None  # [P, blocks, 16]
-    nested_absmax: NDArray[np.float32] | None = None  # [G]
-    absmax: NDArray[np.uint8] | None = None  # [256·G], zeros after each slice's last code
-    absmax_offset: NDArray[np.float32] | None = None  # [slices]
-    absmax_table: NDArray[np.float32] | None = None  # [256]
-
-    @property
-    def out_features(self) -> int:
-        return sum(self.slices)
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What is there, by the name and in the order of Linear's inputs 2…6."""
-        inputs: dict[str, NDArray[Any] | None] = {
-            "codes": self.codes,
-            "scales": self.nested_absmax if self.scales is None else self.scales,
-            "zero_points": _first(self.zero_points, self.offsets, self.absmax),
-            "absmax_offset": self.absmax_offset,
-            "absmax_table": self.absmax_table,
-        }
-        return {name: array for name, array in inputs.items() if array is not None}
-
-
-def _first(*arrays: NDArray[Any] | None) -> NDArray[Any] | None:
-    return next((array for array in arrays if array is not None), None)
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Matrices of one kind that share a projection, top to bottom: q, k, v, or gate, up.
-
-    ValueError: none at all, not of the same kind, or several with out_features no multiple of 16.
-    """
-
-    matrices: tuple[Matrix, ...]
-
-    def __post_init__(self) -> None:
-        if not self.matrices or not same_kind(self.matrices):
-            raise ValueError("slices of a projection must share format, block_size and in_features")
-        rows = [out_features(matrix) for matrix in self.matrices]
-        if len(rows) > 1 and any(count % panels.PANEL for count in rows):
-            raise ValueError(f"slices need out_features in multiples of 16, not {rows}")
 
 
 def concatenate(matrices: Sequence[Matrix]) -> Slices:
     """The matrices as slices of one projection, top to bottom; ValueError as Slices says."""
     return Slices(tuple(matrices))
-
-
-def out_features(matrix: Matrix) -> int:
-    """Rows of a matrix of any kind."""
-    return len(matrix.weights if isinstance(matrix, FloatMatrix) else matrix.codes)
-
-
-def same_kind(matrices: Sequence[Matrix]) -> bool:
-    """Whether the matrices can be slices of one projection.
-
-    They share format, block_size, in_features, and what moves zero: nothing, zero points or
-    offsets; for nf4 the absmax table.
-    """
-    return len({_kind(matrix) for matrix in matrices}) <= 1
-
-
-def _kind(matrix: Matrix) -> tuple[object, ...]:
-    if isinstance(matrix, FloatMatrix):
-        return "float", matrix.weights.shape[1]
-    columns = matrix.codes.shape[1]
-    if isinstance(matrix, Nf4Matrix):
-        return "nf4", columns, matrix.absmax_table.tobytes()
-    if isinstance(matrix, Int8Matrix):
-        return "int8", columns, matrix.block_size
-    return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None
 
 
 def pack(weights: Matrix | Slices) -> PackedLinear:
@@ -181,8 +95,6 @@ def _pack_int8(matrix: Int8Matrix) -> PackedLinear:
 
 def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
     rows, columns = matrix.codes.shape
-    if columns % panels.K_STEP:
-        raise ValueError(f"nf4 needs in_features in multiples of {panels.K_STEP}, not {columns}")
     absmax = np.zeros(len(matrix.nested_absmax) * NF4_GROUP, np.uint8)
     absmax[: len(matrix.absmax_codes)] = matrix.absmax_codes
     return PackedLinear(
@@ -210,7 +122,7 @@ def unpack(packed: PackedLinear) -> list[Matrix]:
         return [FloatMatrix(weights[part]) for part in parts]
     if packed.format == "nf4":
         return _unpack_nf4(packed, panels.unpack_nibbles(codes, rows, columns), parts)
-    assert packed.scales is not None
+    assert packed.scales is not None  # PackedLinear has checked it
     scales = panels.deinterleave(packed.scales, rows)
     if packed.format == "int8":
         values = panels.unpack_bytes(codes, rows, columns)
@@ -240,13 +152,13 @@ def _unpack_int4(
 
 
 def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slice]) -> list[Matrix]:
-    assert packed.nested_absmax is not None and packed.absmax is not None
+    assert packed.nested_absmax is not None and packed.absmax is not None  # checked, as above
     assert packed.absmax_offset is not None and packed.absmax_table is not None
     matrices: list[Matrix] = []
     group = 0  # where this slice's nested groups start
     for part, offset in zip(parts, packed.absmax_offset, strict=True):
-        blocks = -(-(part.stop - part.start) * packed.in_features // NF4_BLOCK)
-        groups = -(-blocks // NF4_GROUP)
+        blocks = ceil_div((part.stop - part.start) * packed.in_features, NF4_BLOCK)
+        groups = ceil_div(blocks, NF4_GROUP)
         absmax = packed.absmax[group * NF4_GROUP : group * NF4_GROUP + blocks]
         nested = packed.nested_absmax[group : group + groups]
         matrices.append(Nf4Matrix(codes[part], absmax, nested, offset, packed.absmax_table))
