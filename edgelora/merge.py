@@ -6,28 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+FACTORS = {"float32", "float16"}
 TILE = 1 << 15  # weights: 128 KB of float32, so that delta and a product stay in the second cache
 
 Float32 = NDArray[np.float32]
+Factor = NDArray[np.float32 | np.float16]
 
 
-def merge(weight: Float32, lora_a: Float32, lora_b: Float32, scaling: float) -> Float32:
+def merge(weight: Float32, lora_a: Factor, lora_b: Factor, scaling: float) -> Float32:
     """weight + scaling·(lora_b @ lora_a), a new float32 [out_features, in_features].
 
-    lora_a [rank, in_features], lora_b [out_features, rank]; all arithmetic in float32, in the order
-    of PEFT's merge: product, times scaling, plus weight. The product is summed rank by rank with
+    lora_a [rank, in_features], lora_b [out_features, rank], float32 or float16 (which is widened
+    exactly); all arithmetic in float32, in the order of PEFT's merge: product, times scaling, plus weight. The product is summed rank by rank with
     numpy's elementwise operations: a BLAS gives other last bits for another number of threads (its
     kernels at the edges of a part sum differently), and here equal inputs must give equal bytes.
     ValueError: shapes that do not fit, a result that is not finite.
     """
     _check(weight, lora_a, lora_b)
+    wide_a, wide_b = lora_a.astype(np.float32), lora_b.astype(np.float32)
     merged = np.empty(weight.shape, np.float32)
     step = max(1, TILE // weight.shape[1])
 
     def work(start: int) -> None:
         part = slice(start, start + step)
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row
-            delta = _product(lora_b[part], lora_a)
+            delta = _product(wide_b[part], wide_a)
             delta *= np.float32(scaling)
             np.add(weight[part], delta, out=merged[part])
         _refuse_nonfinite(merged[part], start)
@@ -47,10 +50,10 @@ def _product(lora_b: Float32, lora_a: Float32) -> Float32:
     return delta
 
 
-def _check(weight: Float32, lora_a: Float32, lora_b: Float32) -> None:
+def _check(weight: Float32, lora_a: Factor, lora_b: Factor) -> None:
     shapes = [list(array.shape) for array in (weight, lora_a, lora_b)]
-    if any(array.dtype != np.float32 for array in (weight, lora_a, lora_b)):
-        raise ValueError("weight, lora_a and lora_b must be float32")
+    if weight.dtype != np.float32 or not {lora_a.dtype.name, lora_b.dtype.name} <= FACTORS:
+        raise ValueError("weight must be float32, lora_a and lora_b float32 or float16")
     fits = [len(shape) for shape in shapes] == [2, 2, 2] and (
         weight.shape == (lora_b.shape[0], lora_a.shape[1]) and lora_a.shape[0] == lora_b.shape[1]
     )

@@ -50,6 +50,13 @@ def test_merge_sums_in_the_order_of_the_ranks() -> None:
         assert merged[row, column] == weight[row, column] + np.float32(0.3) * total
 
 
+def test_factors_in_float16_are_widened() -> None:
+    weight, lora_a, lora_b = factors(9, 33, 6)
+    half_a, half_b = lora_a.astype(np.float16), lora_b.astype(np.float16)
+    expected = merge(weight, half_a.astype(np.float32), half_b.astype(np.float32), 0.5)
+    np.testing.assert_array_equal(merge(weight, half_a, half_b, 0.5), expected)
+
+
 def test_merge_of_nothing_changes_nothing() -> None:
     weight, lora_a, lora_b = factors(40, 30, 4)
     before = weight.copy()
@@ -91,7 +98,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         merge(weight[0], lora_a, lora_b, 1.0)
     with pytest.raises(ValueError, match="must be float32"):
-        merge(weight, lora_a.astype(np.float16), lora_b, 1.0)
+        merge(weight, lora_a.astype(np.float64), lora_b, 1.0)
 
 
 def test_a_merged_weight_that_is_not_finite_is_refused_with_its_row() -> None:
