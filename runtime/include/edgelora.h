@@ -6,10 +6,11 @@
  * Ownership: what a `_create`, `_load` function returns belongs to the caller, who releases it with the matching `_free`
  * (adapters: `_unload`). Pointers passed in are only read during the call unless said otherwise.
  * Errors: every function that can fail returns a status; on any other than EDGELORA_OK, edgelora_last_error() is a one-line
- * message of the calling thread. Out-parameters are written only on success.
+ * message of the calling thread. Out-parameters are written only on success (arrays: their contents are undefined after a failure).
  * Threads: functions on a model and on adapters may be called from any thread at any time. A session is used by one thread at a time;
  * only edgelora_session_cancel may be called beside it. Several sessions of one model may run at once.
- * Versioning: option structs begin with their size; initialise them with the `_init` function of this header's version.
+ * Versioning: structs begin with their size, set by their `_init` function or by the caller to sizeof; a size that the library
+ * does not know is refused.
  */
 #ifndef EDGELORA_H_
 #define EDGELORA_H_
@@ -67,7 +68,7 @@ EDGELORA_API void edgelora_model_options_init(EdgeLoraModelOptions* options);
 /* Loads the bundle folder (checks structure and sizes, maps the weights). options may be NULL. */
 EDGELORA_API EdgeLoraStatus edgelora_model_load(const char* bundle, const EdgeLoraModelOptions* options, EdgeLoraModel** model);
 
-/* All its sessions must have been freed. NULL is allowed. */
+/* Sessions of it may still be in use: what they share is released with the last of them. NULL is allowed. */
 EDGELORA_API void edgelora_model_free(EdgeLoraModel* model);
 
 typedef struct EdgeLoraModelInfo {
@@ -79,8 +80,10 @@ typedef struct EdgeLoraModelInfo {
   int64_t weight_bytes;       /* of the external weight file */
   int64_t kv_cache_bytes;     /* for one position of one session */
   int32_t eos_token_count;
-  const int32_t* eos_token_ids; /* lives as long as the model */
+  const int32_t* eos_token_ids; /* lives as long as the model; may be NULL if there are none */
   const char* isa;            /* kernels in use; static storage */
+  int32_t adapter_count;
+  const char* const* adapter_names; /* those of the bundle, sorted; UTF-8; lives as long as the model; may be NULL if there are none */
 } EdgeLoraModelInfo;
 
 EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model, EdgeLoraModelInfo* info);
@@ -113,8 +116,8 @@ EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const 
                                                     EdgeLoraSession** session);
 EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
 
-/* Adapter of the next positions. If it differs from the one in use and the kv_cache holds positions, they are computed anew with it
- * before the next step, unless keep_cache. */
+/* Adapter of the next positions. If it differs from the one that computed the last position in the kv_cache, all positions are
+ * computed anew with it before the next step, unless keep_cache. Setting the former one again before any step undoes that. */
 EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session, EdgeLoraAdapter adapter, bool keep_cache);
 
 /* Appends tokens; afterwards the logits of the last one are at hand. At least one token. On error the session is as before. */
@@ -123,10 +126,12 @@ EDGELORA_API EdgeLoraStatus edgelora_session_prefill(EdgeLoraSession* session, c
 /* As prefill, and copies the logits of *every* appended token: logits [count, vocab_size]. */
 EDGELORA_API EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, const int32_t* tokens, size_t count, float* logits);
 
-/* Logits of the last position [vocab_size], or NULL before the first prefill; valid until the session's next call. */
+/* Logits of the last position [vocab_size], valid until the session's next call. NULL if they are not at hand: before the first
+ * prefill, after a rewind, after a change of adapter that computes anew, and after a generate that ended by length, callback or
+ * context (its last token is computed when something follows it). */
 EDGELORA_API const float* edgelora_session_last_logits(const EdgeLoraSession* session);
 
-/* Positions in the kv_cache. */
+/* Positions of the sequence: tokens prefilled and generated. */
 EDGELORA_API size_t edgelora_session_position(const EdgeLoraSession* session);
 
 /* Forgets all positions after `position` (0: everything). */
@@ -158,15 +163,19 @@ typedef enum EdgeLoraFinish {
 } EdgeLoraFinish;
 
 /* Generates up to max_new_tokens after a prefill; delivers each token to callback (may be NULL) and to tokens (may be NULL; room for
- * max_new_tokens). sampling may be NULL (greedy). The last delivered token is part of the sequence: the next prefill goes on after it. */
+ * max_new_tokens). sampling, count and finish may be NULL (sampling: greedy). Every delivered token is part of the sequence: the
+ * next prefill or generate goes on after it. On an error, EDGELORA_CANCELLED too, the tokens delivered until then stay in it:
+ * edgelora_session_position tells how many. */
 EDGELORA_API EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session, const EdgeLoraSampling* sampling,
                                                       size_t max_new_tokens, int32_t* tokens, size_t* count,
                                                       EdgeLoraFinish* finish, EdgeLoraTokenCallback callback, void* user_data);
 
-/* Makes a running generate or prefill of this session return EDGELORA_CANCELLED soon. From any thread. */
+/* Makes a running generate, prefill or logits of this session return EDGELORA_CANCELLED soon; nothing if none runs. From any
+ * thread. The session stays usable. */
 EDGELORA_API void edgelora_session_cancel(EdgeLoraSession* session);
 
-/* Durations of the session's last prefill and generate, for benchmarks. */
+/* Durations of the session's last prefill (or logits) and generate, for benchmarks. Tokens: the positions computed in that time.
+ * A generate of n tokens right after a prefill computes n − 1: the first token comes from the prefill's logits. */
 typedef struct EdgeLoraTimings {
   size_t size;
   double prefill_seconds;

@@ -97,6 +97,8 @@ EdgeLoraModelInfo model_info(const edgelora::Model& model) {
   info.eos_token_count = static_cast<int32_t>(shape.eos_token_ids.size());
   info.eos_token_ids = shape.eos_token_ids.data();
   info.isa = edgelora::selected_kernels().isa;
+  info.adapter_count = static_cast<int32_t>(model.adapter_names().size());
+  info.adapter_names = model.adapter_names().data();
   return info;
 }
 

@@ -60,6 +60,12 @@ OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& 
   return {session, ort.api().ReleaseSession};
 }
 
+std::vector<const char*> name_pointers(const Manifest& manifest) {
+  std::vector<const char*> names;
+  for (const auto& entry : manifest.adapters) names.push_back(entry.first.c_str());
+  return names;
+}
+
 std::string known_names(const Manifest& manifest) {
   std::string names;
   for (const auto& [name, path] : manifest.adapters) names += (names.empty() ? "" : ", ") + name;
@@ -70,6 +76,7 @@ std::string known_names(const Manifest& manifest) {
 
 Model::Model(const std::string& bundle, const ModelOptions& options)
     : manifest_(read_checked_manifest(bundle)),
+      adapter_names_(name_pointers(manifest_)),
       onnxruntime_(options.onnxruntime_path),
       threads_(choose_threads(options.threads)),
       session_(create_session(onnxruntime_, manifest_.path("model.onnx"),

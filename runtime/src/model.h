@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
@@ -27,6 +28,7 @@ class Model {
   int threads() const { return threads_; }
 
   int64_t weight_bytes() const;  // of the external weight file
+  const std::vector<const char*>& adapter_names() const { return adapter_names_; }
 
   // A handle of the bundle's adapter `name`, or of a file outside it; throws Error.
   int64_t load_adapter(const std::string& name) const;
@@ -34,6 +36,7 @@ class Model {
 
  private:
   Manifest manifest_;
+  std::vector<const char*> adapter_names_;  // keys of manifest_.adapters
   OnnxRuntime onnxruntime_;
   int threads_;
   OrtHandle<OrtSession> session_;
