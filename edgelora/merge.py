@@ -17,10 +17,11 @@ def merge(weight: Float32, lora_a: Factor, lora_b: Factor, scaling: float) -> Fl
     """weight + scaling·(lora_b @ lora_a), a new float32 [out_features, in_features].
 
     lora_a [rank, in_features], lora_b [out_features, rank], float32 or float16 (which is widened
-    exactly); all arithmetic in float32, in the order of PEFT's merge: product, times scaling, plus weight. The product is summed rank by rank with
-    numpy's elementwise operations: a BLAS gives other last bits for another number of threads (its
-    kernels at the edges of a part sum differently), and here equal inputs must give equal bytes.
-    ValueError: shapes that do not fit, a result that is not finite.
+    exactly). All arithmetic is float32, in the order of PEFT's merge: product, times scaling, plus
+    weight. The product is summed rank by rank with numpy's elementwise operations: a BLAS gives
+    other last bits for another number of threads (its kernels at the edges of a part sum
+    differently), and here equal inputs must give equal bytes.
+    ValueError: shapes or dtypes that do not fit, a result that is not finite.
     """
     _check(weight, lora_a, lora_b)
     wide_a, wide_b = lora_a.astype(np.float32), lora_b.astype(np.float32)
