@@ -109,6 +109,21 @@ def test_delta_equals_peft_merge(tmp_path: Path, config: dict[str, Any]) -> None
 
 # PEFT expands "all-linear" from the model itself: the merge test covers it.
 BY_NAME = {key: each for key, each in VARIANTS.items() if each["target_modules"] != "all-linear"}
+BY_NAME |= {  # the first number of a path is the layer: experts.0 is in layer 1
+    "experts": {"target_modules": ["w1"], "layers_to_transform": [1]},
+    "experts_zero": {"target_modules": ["w1"], "layers_to_transform": [0]},
+    "experts_of_pattern": {
+        "target_modules": ["w1"],
+        "layers_to_transform": 0,
+        "layers_pattern": ["experts", "layers"],
+    },
+    "layer_eleven": {"target_modules": ["q_proj"], "layers_to_transform": [11, 0]},
+    "any_pattern": {
+        "target_modules": ["w1"],
+        "layers_to_transform": [1],
+        "layers_pattern": r"(layers|experts)",
+    },
+}
 
 
 @pytest.mark.parametrize("config", BY_NAME.values(), ids=BY_NAME.keys())
