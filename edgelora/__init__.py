@@ -9,7 +9,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.model import Model, Session, load
 
 if TYPE_CHECKING:
-    from edgelora.export import ExportReport, export
+    from edgelora.exporter import ExportReport, export
 
 __all__ = ["EdgeLoraError", "ExportReport", "Model", "Session", "export", "load"]
 
@@ -20,4 +20,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'edgelora' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("edgelora.export"), name)
+    return getattr(importlib.import_module("edgelora.exporter"), name)

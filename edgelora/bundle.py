@@ -2,9 +2,10 @@
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgelora.adapter import Branch
 from edgelora.errors import EdgeLoraError
 from edgelora.graph.tensors import WEIGHT_FILE, StoredTensor
-from edgelora.manifest import NAME, file_entries, manifest_bytes
+from edgelora.manifest import HEAD_FIELDS, NAME, file_entries, manifest_bytes
 
 ALIGNMENT = 64  # bytes; a kernel's cache line
 _AT_FDCWD = -100
@@ -76,6 +78,57 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     """The last file of a bundle: without it, the folder is none."""
     (folder / NAME).write_bytes(manifest_bytes(fields | {"files": file_entries(folder)}))
+
+
+def adapter_path(name: str) -> str:
+    """Where a bundle keeps an adapter, relative to its folder."""
+    return f"adapters/{name}/adapter.safetensors"
+
+
+def adapter_entry(
+    name: str, branches: Mapping[str, Branch], source: str | None, base: str | None
+) -> dict[str, Any]:
+    """An adapter's line in the manifest. source: fingerprint of its PEFT folder; base: the name it gave."""
+    return {
+        "path": adapter_path(name),
+        "source": source,
+        "base_model_name_or_path": base,
+        "ranks": sorted({branch.rank for branch in branches.values()}),
+        "scalings": sorted({branch.scaling for branch in branches.values()}),
+        "targets": len(branches),
+    }
+
+
+def add_files(bundle: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> None:
+    """Puts files into a bundle, then exchanges its manifest (`fields` of the old one, changed).
+
+    Killed in between, the bundle is as before, with a file that its manifest does not name.
+    """
+    entries = dict(fields["files"])
+    try:
+        for name, data in files.items():
+            write_in_place(bundle / name, data)
+            digest = hashlib.sha256(data).hexdigest()
+            entries[name] = {"size": len(data), "sha256": digest}
+        kept = {key: value for key, value in fields.items() if key not in HEAD_FIELDS}
+        new = manifest_bytes(kept | {"files": dict(sorted(entries.items()))})
+        write_in_place(bundle / NAME, new)
+    except OSError as error:
+        raise _disk_error(bundle, error) from error
+
+
+def write_in_place(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _remove_abandoned(out: Path) -> None:

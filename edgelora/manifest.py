@@ -10,6 +10,7 @@ from edgelora.errors import EdgeLoraError
 NAME = "manifest.json"
 FORMAT = "edgelora-bundle"
 FORMAT_VERSION = 1
+HEAD_FIELDS = ("format", "format_version", "digest")
 _NO_DIGEST = "0" * 64
 
 

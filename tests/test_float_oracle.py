@@ -45,7 +45,7 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
     for name, values in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(values, std=0.2)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

@@ -62,7 +62,7 @@ def test_imports_follow_the_law(path: Path) -> None:
     if own != "cli":
         assert not {name for name in names if within(name, {"click", "rich", "edgelora.cli"})}
     if own not in ("cli", "__init__"):
-        assert "edgelora.export" not in names, "export is the only orchestrator"
+        assert "edgelora.exporter" not in names, "export is the only orchestrator"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

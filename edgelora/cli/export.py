@@ -9,9 +9,10 @@ from typing import Any
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from edgelora.adding import add_adapter as bind_adapter
 from edgelora.cli.group import NamedPath, err, out, unique
-from edgelora.export import ExportReport, prepare
-from edgelora.export import export as run_export
+from edgelora.exporter import ExportReport, prepare
+from edgelora.exporter import export as run_export
 from edgelora.plan import BLOCK_SIZES, FLAVORS, FORMATS, MODES, ExportOptions, Plan
 
 MEGABYTE = 1e6
@@ -115,4 +116,23 @@ def _show_report(report: ExportReport, *, as_json: bool) -> None:
     out.print(
         f"{report.bundle}: {report.source_bytes / MEGABYTE:.1f} MB → {report.bundle_bytes / MEGABYTE:.1f} MB, "
         f"{report.bits_per_weight:.2f} bits a weight, {report.plan.format}, {report.seconds:.1f} s"
+    )
+
+
+@click.command("add-adapter")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("adapter", type=NamedPath())
+@click.option("--force", is_flag=True, help="Replace the adapter of that name.")
+def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None:
+    """Binds one more adapter (a PEFT folder, or an adapter.safetensors of the same base) to BUNDLE.
+
+    \b
+    Example:  edgelora add-adapter smollm2 formal=adapters/formal
+    """
+    added = bind_adapter(bundle, *adapter, force=force)
+    if added.warning:
+        err.print(f"warning: {added.warning}", markup=False)
+    out.print(
+        f"{bundle}: {adapter[0]} added, {added.entry['targets']} targets, {added.size / MEGABYTE:.1f} MB",
+        markup=False,
     )

@@ -75,7 +75,7 @@ def _fail(line: str, code: int) -> None:
     sys.exit(code)
 
 
-class NamedPath(click.ParamType):
+class NamedPath(click.ParamType[tuple[str, Path]]):
     """NAME=PATH."""
 
     name = "name=path"
@@ -89,7 +89,7 @@ class NamedPath(click.ParamType):
         return name, Path(path)
 
 
-class WeightedName(click.ParamType):
+class WeightedName(click.ParamType[tuple[str, float]]):
     """NAME or NAME:WEIGHT."""
 
     name = "name[:weight]"

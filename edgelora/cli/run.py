@@ -47,7 +47,7 @@ def run(
     Example:  edgelora run smollm2 --prompt "What is the sea?" --adapter pirate:0.7 --adapter butler:0.3
     """
     weights = unique(adapters, "--adapter")
-    settings = {
+    settings: dict[str, Any] = {
         "adapter": weights or None,
         "max_new_tokens": max_tokens,
         "temperature": temperature,

@@ -144,11 +144,11 @@ class Decoder:
 
     def _logits(self, x: str, residual: str) -> None:
         """Only the rows that are asked for reach the last norm and lm_head."""
-        rows = [
+        kept, kept_residual = (
             self.nodes.add("Gather", [value, "logits_to_keep"], f"kept.{kind}", axis=1)
             for value, kind in ((x, "x"), (residual, "residual"))
-        ]
-        normed, _ = self._norm(*rows, FINAL_NORM.removesuffix(".weight"))
+        )
+        normed, _ = self._norm(kept, kept_residual, FINAL_NORM.removesuffix(".weight"))
         logits = self._project(normed, head(self.config))[0]
         self.nodes.nodes[-1].output[0] = "logits"
         assert logits == "lm_head"
@@ -167,7 +167,8 @@ class Decoder:
         return [logits, *self._cache("present", "total_sequence")]
 
     def _cache(self, prefix: str, length: str) -> list[onnx.ValueInfoProto]:
-        dims = ["batch", self.config.num_key_value_heads, length, self.config.head_dim]
+        config = self.config
+        dims: list[str | int] = ["batch", config.num_key_value_heads, length, config.head_dim]
         return [
             _value(f"{prefix}.{layer}.{kind}", TensorProto.FLOAT, dims)
             for layer in range(self.config.num_hidden_layers)

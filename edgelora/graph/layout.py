@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from edgelora.config import ModelConfig
 
-PANEL_ROWS = 16  # rows that a packed panel interleaves: a packed projection's slices are multiples of it
+PANEL_ROWS = (
+    16  # rows that a packed panel interleaves: a packed projection's slices are multiples of it
+)
 
 
 @dataclass(frozen=True)

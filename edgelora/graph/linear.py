@@ -16,9 +16,7 @@ ROLES = (  # operator inputs 2…7, by position
 )
 
 
-def linear(
-    nodes: Nodes, x: str, name: str, linears: Sequence[Linear], matrix: StoredMatrix
-) -> str:
+def linear(nodes: Nodes, x: str, name: str, linears: Sequence[Linear], matrix: StoredMatrix) -> str:
     """y [batch, sequence, Σ out_features] of the linears packed in `matrix`."""
     inputs = [x, "adapter_ids", *(matrix.inputs.get(role, "") for role in ROLES)]
     while not inputs[-1]:

@@ -1,6 +1,7 @@
 """Collects nodes and initializers of one ONNX graph."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -27,7 +28,7 @@ class Nodes:
         *,
         domain: str = "",
         outputs: Sequence[str] | None = None,
-        **attributes: object,
+        **attributes: Any,
     ) -> str:
         """Appends a node; returns its first output, named as the node unless `outputs` says otherwise."""
         outputs = outputs or [name]

@@ -12,7 +12,7 @@ def inverse_frequencies(config: ModelConfig) -> NDArray[np.float32]:
     """theta^(−2i/head_dim), float32 [head_dim / 2]; rounded where transformers rounds."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.power(np.float64(config.rope_theta), exponents).astype(np.float32)
-    frequencies = (np.float32(1.0) / powers).astype(np.float32)
+    frequencies: NDArray[np.float32] = (np.float32(1.0) / powers).astype(np.float32)
     if config.rope_scaling is None:
         return frequencies
     return scale_llama3(frequencies, config.rope_scaling)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.adapter import Adapter, compare_base_name, read_adapter, valid_adapter_name
-from edgelora.adapter_file import write_adapter
-from edgelora.bundle import WeightFile, check_target, new_folder, write_manifest
+from edgelora.adapter_file import Dtype, write_adapter
+from edgelora.bundle import (
+    WeightFile,
+    adapter_entry,
+    adapter_path,
+    check_target,
+    new_folder,
+    write_manifest,
+)
 from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
@@ -118,23 +125,10 @@ def write_adapter_folder(
     folder: Path, name: str, adapter: Adapter, fingerprint: str, weight_format: str
 ) -> None:
     """adapters/<name>/adapter.safetensors inside a bundle folder."""
-    path = folder / "adapters" / name / "adapter.safetensors"
+    path = folder / adapter_path(name)
     path.parent.mkdir(parents=True)
-    dtype = "float32" if weight_format == "float" else "float16"
+    dtype: Dtype = "float32" if weight_format == "float" else "float16"
     path.write_bytes(write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype))
-
-
-def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
-    """An adapter's line in the manifest."""
-    scalings = sorted({branch.scaling for branch in adapter.branches.values()})
-    return {
-        "path": f"adapters/{name}/adapter.safetensors",
-        "source": adapter.fingerprint,
-        "base_model_name_or_path": adapter.base_model_name_or_path,
-        "ranks": sorted({branch.lora_a.shape[0] for branch in adapter.branches.values()}),
-        "scalings": scalings,
-        "targets": len(adapter.branches),
-    }
 
 
 def _write_weights(folder: Path, request: Request, progress: Progress) -> tuple[WeightWriter, str]:
@@ -178,9 +172,18 @@ def _fields(
             for name, shape in shapes.items()
         ],
         "plan": asdict(plan),
-        "adapters": {name: adapter_entry(name, adapter) for name, adapter in side.items()},
-        "merged": {name: adapter_entry(name, adapter) for name, adapter in merged.items()},
+        "adapters": _entries(side),
+        "merged": _entries(merged),
         "tools": {name: version(name) for name in ("edgelora", "numpy", "onnx")},
+    }
+
+
+def _entries(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    return {
+        name: adapter_entry(
+            name, adapter.branches, adapter.fingerprint, adapter.base_model_name_or_path
+        )
+        for name, adapter in adapters.items()
     }
 
 
