@@ -1,4 +1,6 @@
-// A file mapped read-only into memory.
+// A file mapped read-only into memory: clean pages that the system may drop and read again.
+// Replace such a file by renaming another over it; one that is shortened in place kills the process
+// (SIGBUS) at the next read.
 #pragma once
 
 #include <cstdint>
