@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bitsandbytes.functional
 import numpy as np
 import onnx
 import torch
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 PANEL_ROWS = 16
+NF4 = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy()
+BYTE_NF4 = np.round(NF4 * 127).astype(np.float32) / np.float32(127)
 ACTIVATION_BLOCK = 32
 
 
@@ -64,8 +67,15 @@ def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 @contextmanager
 def int8_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Rounds the input of every linear to int8 in blocks of 32, as the runtime's arithmetic does."""
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    """Rounds the input of every base linear to int8 in blocks of 32, as the runtime's arithmetic does.
+
+    The factors of an adapter see the input as it is.
+    """
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name
+    ]
     hooks = [m.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),)) for m in linears]
     try:
         yield
@@ -87,7 +97,9 @@ def round_int8(x: torch.Tensor) -> torch.Tensor:
 class BundleWeights:
     """The weights of a bundle as its file formats say (ARCHITECTURE.md), read without EdgeLoRA's code."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, nf4: NDArray[np.float32] = NF4) -> None:
+        """nf4: the codebook, BYTE_NF4 for what the int8 kernels look up."""
+        self.nf4 = nf4
         self.graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         self.data = (bundle / "model.onnx.data").read_bytes()
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -129,6 +141,8 @@ class BundleWeights:
         if kind == "float":
             return codes.transpose(0, 2, 1).reshape(-1, width)[:rows].astype(np.float32)
         values = self._codes(codes, kind)[:rows, :width]
+        if kind == "nf4":
+            return self._nf4(values.astype(np.intp), attributes["slices"], inputs)
         scales = self._rows(inputs[1])[:rows]
         wide = np.repeat(scales, block, axis=1)[:, :width]
         if kind == "int8":
@@ -141,6 +155,23 @@ class BundleWeights:
         points = np.concatenate([extra & 15, extra >> 4], axis=2).astype(np.float32)
         points = points.transpose(0, 2, 1).reshape(-1, points.shape[1])[:rows]
         return wide * (values - np.repeat(points, block, 1)[:, :width])
+
+    def _nf4(
+        self, codes: NDArray[np.intp], slices: list[int], inputs: list[str]
+    ) -> NDArray[np.float32]:
+        """bitsandbytes' arithmetic in float32, slice by slice; blocks of 64 of the flattened slice."""
+        nested, absmax, offsets, table = (self.array(name) for name in inputs[1:5])
+        parts, row, group = [], 0, 0
+        for rows, offset in zip(slices, offsets, strict=True):
+            part = codes[row : row + rows]
+            blocks = -(-part.size // 64)
+            groups = -(-blocks // 256)
+            stored = absmax[256 * group : 256 * group + blocks]
+            scale = table[stored] * np.repeat(nested[group : group + groups], 256)[:blocks] + offset
+            wide = np.repeat(scale.astype(np.float32), 64)[: part.size].reshape(part.shape)
+            parts.append(self.nf4[part] * wide)
+            row, group = row + rows, group + groups
+        return np.concatenate(parts)
 
     def _rows(self, name: str) -> NDArray[np.float32]:
         """[P, blocks, 16] → float32 [16·P, blocks]."""
@@ -159,9 +190,11 @@ class BundleWeights:
         return ordered.reshape(panels * PANEL_ROWS, -1).astype(np.float32)
 
 
-def bundle_model(bundle: Path, like: PreTrainedModel) -> PreTrainedModel:
+def bundle_model(
+    bundle: Path, like: PreTrainedModel, nf4: NDArray[np.float32] = NF4
+) -> PreTrainedModel:
     """A float model with the bundle's own (dequantized) weights; `like` gives the architecture."""
-    weights = BundleWeights(bundle)
+    weights = BundleWeights(bundle, nf4)
     config = type(like.config).from_dict(like.config.to_dict() | {"tie_word_embeddings": False})
     model = type(like)(config)
     state = model.state_dict() | like.state_dict()

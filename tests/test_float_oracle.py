@@ -1,5 +1,6 @@
 """With weights left in float, the graph and its side branches compute what transformers and PEFT compute."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 import edgelora
 import oracle
@@ -37,16 +39,23 @@ ADAPTERS = {
 
 
 def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
-    """A PEFT folder with random factors, B not zero."""
+    """A PEFT folder with random factors that float16 can hold, B not zero."""
     model = oracle.float_model(base)
     settings = {"r": 4, "lora_alpha": 12, **settings}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on a tied lm_head
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(7)
     for name, values in adapted.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(values, std=0.2)
+            values.data = (0.2 * torch.randn_like(values)).half().float()
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """PEFT's own reading of the folder."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -78,7 +87,7 @@ def test_logits_equal_peft_for_an_adapter(base: Path, kind: str, tmp_path: Path)
         ours, without = model.logits(TOKENS, adapter="a"), model.logits(TOKENS)
     plain = oracle.float_model(base)
     oracle.assert_close(without, oracle.logits(plain, TOKENS), SHARE)
-    theirs = oracle.logits(PeftModel.from_pretrained(plain, str(adapter)), TOKENS)
+    theirs = oracle.logits(with_adapter(plain, adapter), TOKENS)
     oracle.assert_close(ours, theirs, SHARE)
     assert np.abs(ours - without).max() > 100 * SHARE * np.abs(theirs).max()
 
@@ -91,9 +100,7 @@ def test_weighted_sum_equals_peft_s_cat(base: Path, tmp_path: Path) -> None:
     edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
     with edgelora.load(tmp_path / "bundle", threads=2) as model:
         ours = model.logits(TOKENS, adapter={"a": 0.7, "b": 0.3})
-    theirs = PeftModel.from_pretrained(
-        oracle.float_model(base), str(folders["a"]), adapter_name="a"
-    )
+    theirs = with_adapter(oracle.float_model(base), folders["a"], "a")
     theirs.load_adapter(str(folders["b"]), adapter_name="b")
     add_scaled_deltas(theirs, {"a": 0.7, "b": 0.3})
     with theirs.disable_adapter():
@@ -116,5 +123,5 @@ def test_merged_equals_peft_merge(base: Path, tmp_path: Path) -> None:
     )
     with edgelora.load(tmp_path / "bundle") as model:
         ours = model.logits(TOKENS)
-    theirs = PeftModel.from_pretrained(oracle.float_model(base), str(adapter)).merge_and_unload()
+    theirs = with_adapter(oracle.float_model(base), adapter).merge_and_unload()
     oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
