@@ -57,7 +57,7 @@ void drive_linear_float(const Weights& weights, const float* x, int64_t rows, in
     const int64_t count = min_of(kRowTile, rows - m);
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       for (double& total : totals) total = 0.0;
-      if (weights.format == Format::kNf4) decode_absmax_panel(weights, p, absmax);
+      if (weights.format == Format::kNf4) decode_absmax_panel(weights, p, 1.0f, absmax);
       float_panel<Isa>(weights, x + m * weights.in_features, count, p, absmax, strip, totals);
       store_totals(totals, count, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
                    y_stride);

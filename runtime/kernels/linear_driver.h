@@ -102,9 +102,7 @@ inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t f
 
 inline const float* scaled_absmax(const Weights& weights, int64_t panel, void* scratch) {
   auto* absmax = reinterpret_cast<float*>(at(scratch, scratch_layout(weights).absmax));
-  decode_absmax_panel(weights, panel, absmax);
-  const int64_t count = scale_blocks(weights) * kPanelRows;
-  for (int64_t i = 0; i < count; ++i) absmax[i] *= 1.0f / kNf4ByteScale;
+  decode_absmax_panel(weights, panel, 1.0f / kNf4ByteScale, absmax);
   return absmax;
 }
 

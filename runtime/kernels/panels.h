@@ -81,28 +81,38 @@ inline Nf4Slice nf4_slice(const Weights& weights, int64_t row) {
   return slice;
 }
 
-// absmax of one row, one for each nf4_step of K, to out[0], out[stride], …
-inline void decode_absmax_row(const Weights& weights, int64_t row, float* out, int64_t stride) {
+// factor · absmax of one row, one for each nf4_step of K, to out[0], out[stride], …
+inline void decode_absmax_row(const Weights& weights, int64_t row, float factor, float* out,
+                              int64_t stride) {
   const Nf4Slice slice = nf4_slice(weights, row);
+  const float* table = weights.absmax_table;
   const int64_t step = nf4_step(weights.in_features);
-  const int64_t first = (row - slice.first_row) * weights.in_features;  // flattened
-  const int64_t count = weights.in_features / step;
-  for (int64_t i = 0; i < count;) {
-    const int64_t block = slice.first_block + (first + i * step) / kNf4Block;
-    const int64_t group_end = (block / kNf4Group + 1) * kNf4Group;
-    const float nested = weights.nested_absmax[block / kNf4Group];
-    for (int64_t b = block; i < count && b < group_end; ++i) {
-      out[i * stride] = weights.absmax_table[weights.absmax[b]] * nested + slice.offset;
-      b = slice.first_block + (first + (i + 1) * step) / kNf4Block;
+  const int64_t halves =
+      kNf4Block / step;  // steps in a block: 1, or 2 where a row may start in one
+  const int64_t end = weights.in_features / step;
+  int64_t at = (row - slice.first_row) * weights.in_features / step;  // steps before, in the slice
+  for (int64_t i = 0; i < end;) {
+    const int64_t group = (slice.first_block + at / halves) / kNf4Group;
+    const float nested = weights.nested_absmax[group];
+    const int64_t group_end = ((group + 1) * kNf4Group - slice.first_block) * halves;
+    const int64_t count = min_of(end - i, group_end - at);
+    const uint8_t* codes = weights.absmax + slice.first_block;
+    float* to = out + i * stride;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < count; ++j) {
+      const uint8_t code = halves == 1 ? codes[at + j] : codes[(at + j) >> 1];
+      to[j * stride] = (table[code] * nested + slice.offset) * factor;
     }
+    i += count;
+    at += count;
   }
 }
 
-// absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
-inline void decode_absmax_panel(const Weights& weights, int64_t panel, float* out) {
+// factor · absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
+inline void decode_absmax_panel(const Weights& weights, int64_t panel, float factor, float* out) {
   const int64_t rows = panel_rows(weights, panel);
   for (int64_t r = 0; r < rows; ++r) {
-    decode_absmax_row(weights, panel * kPanelRows + r, out + r, kPanelRows);
+    decode_absmax_row(weights, panel * kPanelRows + r, factor, out + r, kPanelRows);
   }
   for (int64_t i = 0; i < scale_blocks(weights) && rows < kPanelRows; ++i) {
     for (int64_t r = rows; r < kPanelRows; ++r) out[i * kPanelRows + r] = 0.0f;

@@ -14,7 +14,7 @@ namespace {
 inline void nf4_row(const Weights& weights, int64_t row, float* out) {
   const int64_t r = row % kPanelRows, step = nf4_step(weights.in_features);
   const uint8_t* codes = panel_codes(weights, row / kPanelRows);
-  decode_absmax_row(weights, row, out, 1);
+  decode_absmax_row(weights, row, 1.0f, out, 1);
   for (int64_t k = weights.in_features - 1; k >= 0; --k) {
     const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
     out[k] = kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * out[k / step];

@@ -30,9 +30,16 @@ namespace {
 constexpr int64_t kInt4BlockBytes = 256;  // codes of 16 rows × 32 K
 constexpr int64_t kInt8BlockBytes = 512;
 
+constexpr bool signed_codes(Format format) {
+  return format == Format::kInt8 || format == Format::kNf4;
+}
+
 __m256i low_nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 
 __m256i high_nibbles(__m256i bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
+
+// Keeps additions where they stand: GCC would make all products first, and spill most of them.
+void keep_order(__m256i* a, __m256i* b) { __asm__("" : "+x"(*a), "+x"(*b)); }
 
 __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
@@ -103,8 +110,10 @@ Dots int4_dots(const uint8_t* codes, const int8_t* x) {
     const __m256i c0 = load_bytes(codes + 64 * q), c1 = load_bytes(codes + 64 * q + 32);
     sum0 = _mm256_add_epi16(sum0, _mm256_maddubs_epi16(low_nibbles(c0), x0));
     sum1 = _mm256_add_epi16(sum1, _mm256_maddubs_epi16(low_nibbles(c1), x0));
+    keep_order(&sum0, &sum1);
     sum0 = _mm256_add_epi16(sum0, _mm256_maddubs_epi16(high_nibbles(c0), x1));
     sum1 = _mm256_add_epi16(sum1, _mm256_maddubs_epi16(high_nibbles(c1), x1));
+    keep_order(&sum0, &sum1);
   }
   return {widen(sum0), widen(sum1)};
 }
@@ -117,6 +126,7 @@ Dots int8_dots(const uint8_t* codes, const int8_t* x) {
     const __m256i w0 = load_bytes(codes + 64 * q), w1 = load_bytes(codes + 64 * q + 32);
     sum0 = _mm256_add_epi32(sum0, signed_dot(_mm256_abs_epi8(w0), w0, xq));
     sum1 = _mm256_add_epi32(sum1, signed_dot(_mm256_abs_epi8(w1), w1, xq));
+    keep_order(&sum0, &sum1);
   }
   return {sum0, sum1};
 }
@@ -135,8 +145,10 @@ Dots nf4_dots(const uint8_t* codes, const int8_t* x) {
     const __m256i c0 = load_bytes(codes + 64 * q), c1 = load_bytes(codes + 64 * q + 32);
     sum0 = _mm256_add_epi32(sum0, nf4_dot(low_nibbles(c0), m0, x0));
     sum1 = _mm256_add_epi32(sum1, nf4_dot(low_nibbles(c1), m0, x0));
+    keep_order(&sum0, &sum1);
     sum0 = _mm256_add_epi32(sum0, nf4_dot(high_nibbles(c0), m1, x1));
     sum1 = _mm256_add_epi32(sum1, nf4_dot(high_nibbles(c1), m1, x1));
+    keep_order(&sum0, &sum1);
   }
   return {sum0, sum1};
 }
@@ -160,96 +172,85 @@ void one_row(const PanelView& panel, const RowTile& x, float* acc) {
   _mm256_store_ps(acc + 8, acc1);
 }
 
-// Eight registers of bytes: 8 rows × 32 K.
-struct HalfCodes {
-  __m256i of[8];
+// Bytes of one block as unsigned nibbles (int4) or signed bytes: [8 q][16 rows][4 K], K = 4q + j.
+struct alignas(64) BlockBytes {
+  uint8_t of[kInt8BlockBytes];
 };
 
-HalfCodes unpack_int4(const uint8_t* codes, int half) {
-  HalfCodes out;
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __m256i bytes = load_bytes(codes + 64 * q + 32 * half);
-    out.of[2 * q] = low_nibbles(bytes);
-    out.of[2 * q + 1] = high_nibbles(bytes);
+// int8 lies so already; nibbles and table bytes are put into `out`.
+template <Format kFormat>
+const uint8_t* block_bytes(const uint8_t* panel_codes, int64_t b, BlockBytes* out) {
+  if constexpr (kFormat == Format::kInt8) return panel_codes + b * kInt8BlockBytes;
+  const uint8_t* codes = panel_codes + b * kInt4BlockBytes;
+  for (int i = 0; i < 8; ++i) {  // line i / 2, half i % 2
+    const __m256i bytes = load_bytes(codes + 32 * i);
+    __m256i low = low_nibbles(bytes), high = high_nibbles(bytes);
+    if constexpr (kFormat == Format::kNf4) low = nf4_bytes(low), high = nf4_bytes(high);
+    uint8_t* to = out->of + i / 2 * 128 + i % 2 * 32;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), high);
   }
-  return out;
+  return out->of;
 }
 
+// sum + 4 K of 8 rows of W times one row of x: int16 lanes for nibbles, else int32.
 template <Format kFormat>
-void int4_half_block(const PanelView& panel, const RowTile& x, int64_t b, int half, float* acc) {
-  const HalfCodes w = unpack_int4(panel.codes + b * kInt4BlockBytes, half);
-  const HalfScales scales = load_scales<kFormat>(panel, b, half);
-  const int8_t* codes = x.codes + b * x.rows * kActivationBlock;
-  for (int64_t m = 0; m < x.rows; ++m, codes += kActivationBlock) {
-    __m256i even = _mm256_maddubs_epi16(w.of[0], broadcast4(codes));
-    __m256i odd = _mm256_maddubs_epi16(w.of[1], broadcast4(codes + 4));
-#pragma GCC unroll 3
-    for (int q = 1; q < 4; ++q) {
-      even = _mm256_add_epi16(even, _mm256_maddubs_epi16(w.of[2 * q], broadcast4(codes + 8 * q)));
-      odd = _mm256_add_epi16(odd,
-                             _mm256_maddubs_epi16(w.of[2 * q + 1], broadcast4(codes + 8 * q + 4)));
-    }
-    const __m256i dot = widen(_mm256_add_epi16(even, odd));
-    float* out = acc + m * kPanelRows + half * 8;
-    _mm256_store_ps(out, add_block<kFormat>(_mm256_load_ps(out), dot, scales, x, b * x.rows + m));
+__m256i add_products(__m256i sum, __m256i w, __m256i magnitude, __m256i x) {
+  if constexpr (signed_codes(kFormat)) {
+    return _mm256_add_epi32(sum, signed_dot(magnitude, w, x));
   }
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
 }
 
-// Signed bytes [8, 32]: 8 rows × 32 K, where sign_epi8 reads them as a memory operand.
-struct alignas(32) SignedBytes {
-  int8_t of[8][32];
-};
-
-template <Format kFormat>
-SignedBytes signed_bytes(const uint8_t* panel_codes, int64_t b, int half) {
-  SignedBytes out;
-  __m256i w[8];
-  if constexpr (kFormat == Format::kNf4) {
-    const HalfCodes codes = unpack_int4(panel_codes + b * kInt4BlockBytes, half);
-    for (int q = 0; q < 8; ++q) w[q] = nf4_bytes(codes.of[q]);
-  } else {
-    const uint8_t* codes = panel_codes + b * kInt8BlockBytes + 32 * half;
-    for (int q = 0; q < 8; ++q) w[q] = load_bytes(codes + 64 * q);
-  }
-  for (int q = 0; q < 8; ++q) _mm256_store_si256(reinterpret_cast<__m256i*>(out.of[q]), w[q]);
-  return out;
-}
-
-template <Format kFormat>
-void signed_half_block(const PanelView& panel, const RowTile& x, int64_t b, int half, float* acc) {
-  const SignedBytes w = signed_bytes<kFormat>(panel.codes, b, half);
-  __m256i magnitude[8];
+// kRows rows of x times 16 rows of W, one block; i is [block, first row] in the tile.
+template <Format kFormat, int kRows>
+void block_of_rows(const uint8_t* w, const HalfScales scales[2], const RowTile& x, int64_t i,
+                   float* acc) {
+  constexpr bool kNibbles = !signed_codes(kFormat);
+  const int8_t* codes = x.codes + i * kActivationBlock;
+  __m256i sums[kRows][2] = {};
 #pragma GCC unroll 8
-  for (int q = 0; q < 8; ++q) magnitude[q] = _mm256_abs_epi8(load_bytes(w.of[q]));
-  const HalfScales scales = load_scales<kFormat>(panel, b, half);
-  const int8_t* codes = x.codes + b * x.rows * kActivationBlock;
-  for (int64_t m = 0; m < x.rows; ++m, codes += kActivationBlock) {
-    __m256i even = signed_dot(magnitude[0], load_bytes(w.of[0]), broadcast4(codes));
-    __m256i odd = signed_dot(magnitude[1], load_bytes(w.of[1]), broadcast4(codes + 4));
-#pragma GCC unroll 6
-    for (int q = 2; q < 8; ++q) {
-      const __m256i dot = signed_dot(magnitude[q], load_bytes(w.of[q]), broadcast4(codes + 4 * q));
-      __m256i& sum = q % 2 == 0 ? even : odd;
-      sum = _mm256_add_epi32(sum, dot);
+  for (int q = 0; q < 8; ++q) {
+    const __m256i w0 = load_bytes(w + 64 * q), w1 = load_bytes(w + 64 * q + 32);
+    const __m256i m0 = kNibbles ? w0 : _mm256_abs_epi8(w0);
+    const __m256i m1 = kNibbles ? w1 : _mm256_abs_epi8(w1);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i xr = broadcast4(codes + r * kActivationBlock + 4 * q);
+      sums[r][0] = add_products<kFormat>(sums[r][0], w0, m0, xr);
+      sums[r][1] = add_products<kFormat>(sums[r][1], w1, m1, xr);
+      keep_order(&sums[r][0], &sums[r][1]);
     }
-    const __m256i dot = _mm256_add_epi32(even, odd);
-    float* out = acc + m * kPanelRows + half * 8;
-    _mm256_store_ps(out, add_block<kFormat>(_mm256_load_ps(out), dot, scales, x, b * x.rows + m));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i dot = kNibbles ? widen(sums[r][half]) : sums[r][half];
+      float* out = acc + r * kPanelRows + half * 8;
+      const __m256 sum = add_block<kFormat>(_mm256_load_ps(out), dot, scales[half], x, i + r);
+      _mm256_store_ps(out, sum);
+    }
   }
 }
 
 template <Format kFormat>
 void many_rows(const PanelView& panel, const RowTile& x, float* acc) {
   for (int64_t i = 0; i < x.rows * kPanelRows; ++i) acc[i] = 0.0f;
+  constexpr int kTileRows = signed_codes(kFormat) ? 2 : 4;  // what sixteen registers hold
+  BlockBytes bytes;
   for (int64_t b = 0; b < panel.blocks; ++b) {
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (kFormat == Format::kInt8 || kFormat == Format::kNf4) {
-        signed_half_block<kFormat>(panel, x, b, half, acc);
-      } else {
-        int4_half_block<kFormat>(panel, x, b, half, acc);
-      }
+    const uint8_t* w = block_bytes<kFormat>(panel.codes, b, &bytes);
+    const HalfScales scales[2] = {load_scales<kFormat>(panel, b, 0),
+                                  load_scales<kFormat>(panel, b, 1)};
+    int64_t m = 0;
+    for (; kTileRows == 4 && m + 4 <= x.rows; m += 4) {
+      block_of_rows<kFormat, kTileRows>(w, scales, x, b * x.rows + m, acc + m * kPanelRows);
     }
+    for (; m + 2 <= x.rows; m += 2) {
+      block_of_rows<kFormat, 2>(w, scales, x, b * x.rows + m, acc + m * kPanelRows);
+    }
+    if (m < x.rows) block_of_rows<kFormat, 1>(w, scales, x, b * x.rows + m, acc + m * kPanelRows);
   }
 }
 

@@ -78,7 +78,7 @@ float* panel_absmax(const Weights& weights, int64_t panel, void* scratch) {
   if (weights.format != Format::kNf4) return nullptr;
   auto* absmax =
       reinterpret_cast<float*>(static_cast<char*>(scratch) + scratch_layout(weights).absmax);
-  decode_absmax_panel(weights, panel, absmax);
+  decode_absmax_panel(weights, panel, 1.0f, absmax);
   return absmax;
 }
 
