@@ -15,11 +15,13 @@
 // One row of x (decode): one pass over the panel, both halves at once; it runs at memory bandwidth.
 //   sum0, sum1   int16 or int32, rows 0–7 and 8–15 of one block
 //   acc0, acc1   float, the row's running y
-// Several rows (prefill): the codes of 8 rows × 32 K are unpacked into 8 registers, then used for
-// all
-//   rows of the tile; acc [rows, 16] lives in L1. 8 loads + 8 maddubs + 12 others for 256 products:
-//   5 to 5.5 cycles where the machine issues two loads, two maddubs and four vector operations
-//   each.
+// Several rows (prefill): a block's codes are unpacked once for all rows of the tile (up to 32),
+// then
+//   4 rows of x (int8, nf4: 2) meet 16 rows of W at a time.
+//   sums [4][2]   int16 (int4) or int32 (int8, nf4)
+//   acc           float [rows, 16], in L1
+//   For 256 products int4 takes 8 maddubs, 8 additions and 6 loads, then 5 operations to scale: the
+//   additions compete with maddubs for two of the four ports (1.6 such pairs a cycle on Zen 3).
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/registers.h"
 #include "kernels/linear_driver.h"
