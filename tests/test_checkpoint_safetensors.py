@@ -1,4 +1,4 @@
-"""Hugging Face folders: values as transformers reads them, and every kind of damage refused in one line."""
+"""Hugging Face folders: values as transformers reads them; every damage refused in one line."""
 
 import json
 import struct
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from edgelora.checkpoint import open_checkpoint
 from edgelora.errors import EdgeLoraError
@@ -65,8 +66,6 @@ def test_bfloat16_special_values_are_read_exactly(tmp_path: Path) -> None:
     tensors = {n: v.to(torch.bfloat16) for n, v in load_float(path).state_dict().items()}
     special = torch.tensor([0.0, -0.0, 1e-40, 3e38, -3e38, float("inf")], dtype=torch.bfloat16)
     tensors["model.norm.weight"][: len(special)] = special
-    from safetensors.torch import save_file as save_torch
-
     save_torch(tensors, path / WEIGHTS, metadata={"format": "pt"})
     found = open_checkpoint(path).read("model.norm.weight")[: len(special)]
     assert np.array_equal(found.view(np.uint32), special.float().numpy().view(np.uint32))
