@@ -67,7 +67,7 @@ def _read(
         dtype="float32" if manifest["plan"]["format"] == "float" else "float16",
     )
     entry = adapter_entry(
-        name, adapter.branches, adapter.fingerprint, adapter.base_model_name_or_path
+        adapter_path(name), adapter.branches, adapter.fingerprint, adapter.base_model_name_or_path
     )
     return data, entry, compare_base_name(adapter, manifest["base"]["name"])
 
@@ -87,4 +87,4 @@ def _read_bound(
             f"{file}: made for the base {stored.base_fingerprint}, but {bundle} holds {ours}"
         )
     branches = read_adapter_file(file, targets).branches
-    return file.read_bytes(), adapter_entry(name, branches, None, None), None
+    return file.read_bytes(), adapter_entry(adapter_path(name), branches, None, None), None

@@ -20,6 +20,7 @@ from edgelora.graph.tensors import WEIGHT_FILE, StoredTensor
 from edgelora.manifest import HEAD_FIELDS, NAME, file_entries, manifest_bytes
 
 ALIGNMENT = 64  # bytes; a kernel's cache line
+SHARED = 1 << 20  # bytes from which equal arrays are stored once
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -30,16 +31,30 @@ class WeightFile:
     def __init__(self, folder: Path) -> None:
         self.path = folder / WEIGHT_FILE
         self._file = self.path.open("wb")
+        self._offsets: dict[bytes, int] = {}  # of large arrays, by SHA-256
         self.tensors: dict[str, StoredTensor] = {}
 
     def add(self, name: str, array: NDArray[Any]) -> str:
-        """Writes a C-contiguous array at the next multiple of 64 bytes; returns its name."""
-        offset = -self._file.tell() % ALIGNMENT + self._file.tell()
-        self._file.write(bytes(offset - self._file.tell()))
-        self._file.write(np.ascontiguousarray(array).data)
+        """Writes an array at the next multiple of 64 bytes; returns its name.
+
+        An array with the bytes of an earlier large one is not written again: a tied head costs nothing.
+        """
+        array = np.ascontiguousarray(array)
+        digest = hashlib.sha256(array.data.cast("B")).digest() if array.nbytes >= SHARED else b""
+        offset = self._offsets.get(digest)
+        if offset is None:
+            offset = self._append(array)
+            if digest:
+                self._offsets[digest] = offset
         data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         self.tensors[name] = StoredTensor(data_type, array.shape, offset, array.nbytes)
         return name
+
+    def _append(self, array: NDArray[Any]) -> int:
+        offset = -self._file.tell() % ALIGNMENT + self._file.tell()
+        self._file.write(bytes(offset - self._file.tell()))
+        self._file.write(array.data)
+        return offset
 
     def close(self) -> None:
         self._file.close()
@@ -80,17 +95,18 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     (folder / NAME).write_bytes(manifest_bytes(fields | {"files": file_entries(folder)}))
 
 
-def adapter_path(name: str) -> str:
+def adapter_path(name: str, flavor: str = "edgelora") -> str:
     """Where a bundle keeps an adapter, relative to its folder."""
-    return f"adapters/{name}/adapter.safetensors"
+    kind = "onnx_adapter" if flavor == "ort" else "safetensors"
+    return f"adapters/{name}/adapter.{kind}"
 
 
 def adapter_entry(
-    name: str, branches: Mapping[str, Branch], source: str | None, base: str | None
+    path: str, branches: Mapping[str, Branch], source: str | None, base: str | None
 ) -> dict[str, Any]:
     """An adapter's line in the manifest. source: fingerprint of its PEFT folder; base: the name it gave."""
     return {
-        "path": adapter_path(name),
+        "path": path,
         "source": source,
         "base_model_name_or_path": base,
         "ranks": sorted({branch.rank for branch in branches.values()}),

@@ -22,7 +22,8 @@ from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerpri
 from edgelora.config import ModelConfig
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
-from edgelora.graph import Decoder, targets
+from edgelora.graph import Decoder, OwnOps, StockOps, targets
+from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan, make_plan
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter
@@ -108,26 +109,28 @@ def export(
 def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
     """Fills the folder; returns bits a weight."""
     writer, fingerprint = _write_weights(folder, request, progress)
-    model = Decoder(request.checkpoint.config, writer.matrices).build(writer.file.tensors)
+    ops = OwnOps() if request.plan.flavor == "edgelora" else StockOps()
+    model = Decoder(request.checkpoint.config, writer.matrices, ops).build(writer.file.tensors)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     side = {} if request.plan.mode == "merge" else request.adapters
     merged = request.adapters if request.plan.mode == "merge" else {}
     for adapter in merged.values():
         fingerprint = merged_fingerprint(fingerprint, adapter.fingerprint)
     for name, adapter in side.items():
-        write_adapter_folder(folder, name, adapter, fingerprint, request.plan.format)
+        _write_adapter(folder, name, adapter, fingerprint, request.plan)
     request.tokenizer.write(folder)
     write_manifest(folder, _fields(request, fingerprint, side, merged))
     return _bits_per_weight(writer)
 
 
-def write_adapter_folder(
-    folder: Path, name: str, adapter: Adapter, fingerprint: str, weight_format: str
-) -> None:
-    """adapters/<name>/adapter.safetensors inside a bundle folder."""
-    path = folder / adapter_path(name)
+def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:
+    """adapters/<name>/adapter.safetensors, or adapter.onnx_adapter for the ort flavor."""
+    path = folder / adapter_path(name, plan.flavor)
     path.parent.mkdir(parents=True)
-    dtype: Dtype = "float32" if weight_format == "float" else "float16"
+    if plan.flavor == "ort":
+        write_onnx_adapter(adapter, path)
+        return
+    dtype: Dtype = "float32" if plan.format == "float" else "float16"
     path.write_bytes(write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype))
 
 
@@ -172,16 +175,19 @@ def _fields(
             for name, shape in shapes.items()
         ],
         "plan": asdict(plan),
-        "adapters": _entries(side),
-        "merged": _entries(merged),
+        "adapters": _entries(side, plan.flavor),
+        "merged": _entries(merged, plan.flavor),
         "tools": {name: version(name) for name in ("edgelora", "numpy", "onnx")},
     }
 
 
-def _entries(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+def _entries(adapters: Mapping[str, Adapter], flavor: str) -> dict[str, Any]:
     return {
         name: adapter_entry(
-            name, adapter.branches, adapter.fingerprint, adapter.base_model_name_or_path
+            adapter_path(name, flavor),
+            adapter.branches,
+            adapter.fingerprint,
+            adapter.base_model_name_or_path,
         )
         for name, adapter in adapters.items()
     }

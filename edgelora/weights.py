@@ -27,12 +27,16 @@ from edgelora.plan import Plan
 from edgelora.quantize import (
     FloatMatrix,
     Matrix,
+    NBitsLinear,
+    PackedLinear,
     concatenate,
     pack,
     quantize_int4,
     quantize_int8,
     quantize_nf4,
     same_kind,
+    to_nbits,
+    to_rows,
 )
 
 EMBEDDING_BLOCK = 32
@@ -50,6 +54,7 @@ class WeightWriter:
     fingerprint: FingerprintBuilder
     progress: Progress
     matrices: dict[str, StoredMatrix] = field(default_factory=dict)
+    embedding: Matrix | None = None
 
     def write(self) -> None:
         """Everything the graph names: embedding, linears, biases, norms, rotary tables."""
@@ -80,31 +85,34 @@ class WeightWriter:
         return values
 
     def _write_embedding(self) -> None:
+        """Kept until the head is written, which may be tied to it."""
         name = f"{EMBEDDING}.weight"
-        matrix = self._quantize(name, self._read(name), self.plan.embedding_format)
-        self._store(EMBEDDING, [matrix])
+        self.embedding = self._quantize(name, self._read(name), self.plan.embedding_format)
+        self._store(EMBEDDING, pack(self.embedding) if self._own else to_rows(self.embedding))
 
     def _write_head(self, projection: Projection) -> None:
         (linear,) = projection.linears
         tied = self.checkpoint.config.tie_word_embeddings
-        if tied and linear.target not in self.branches:
+        if not tied or linear.target in self.branches:
+            weight = f"{EMBEDDING}.weight" if tied else linear.weight
+            values = self.checkpoint.read(weight) if tied else self._read(weight)
+            merged = self._merged(linear, values)
+            matrix = self._quantize(linear.weight, merged, self.plan.embedding_format)
+            self._store(projection.name, self._laid_out([matrix]))
+        elif self._own:
             self.matrices[projection.name] = self.matrices[EMBEDDING]
-            return
-        values = self.checkpoint.read(f"{EMBEDDING}.weight") if tied else self._read(linear.weight)
-        matrix = self._quantize(
-            linear.weight, self._merged(linear, values), self.plan.embedding_format
-        )
-        self._store(projection.name, [matrix])
+        elif self.embedding is not None:
+            self._store(projection.name, to_nbits(self.embedding))
 
     def _write_projection(self, projection: Projection) -> None:
         """In one packed matrix where the parts allow it, else each linear for itself."""
         parts = [self._linear_matrix(linear) for linear in projection.linears]
         biases = [self._bias(linear) for linear in projection.linears]
-        if len(parts) > 1 and projection.packable and same_kind(parts):
-            self._store(projection.name, parts, biases)
+        if len(parts) > 1 and self._own and projection.packable and same_kind(parts):
+            self._store(projection.name, self._laid_out(parts), np.concatenate(biases))
             return
         for linear, part, bias in zip(projection.linears, parts, biases, strict=True):
-            self._store(linear.target, [part], [bias])
+            self._store(linear.target, self._laid_out([part]), bias)
 
     def _linear_matrix(self, linear: Linear) -> Matrix:
         values = self._merged(linear, self._read(linear.weight))
@@ -142,16 +150,28 @@ class WeightWriter:
                 return quantize_nf4(values)
         return quantize_int4(values, self.plan.block_size, zero_points=self.plan.zero_points)
 
+    @property
+    def _own(self) -> bool:
+        return self.plan.flavor == "edgelora"
+
+    def _laid_out(self, parts: Sequence[Matrix]) -> PackedLinear | NBitsLinear:
+        """In panels for our operators, or as ONNX Runtime's own want them."""
+        if self._own:
+            return pack(concatenate(parts))
+        (part,) = parts
+        return to_nbits(part)
+
     def _store(
-        self, name: str, parts: Sequence[Matrix], biases: Sequence[NDArray[np.float32]] = ()
+        self, name: str, packed: PackedLinear | NBitsLinear, bias: NDArray[np.float32] | None = None
     ) -> None:
-        packed = pack(concatenate(parts))
         arrays = dict(packed.arrays)
-        bias = np.concatenate(list(biases)) if biases else np.zeros(0, np.float32)
-        if bias.size:
+        if bias is not None and bias.size:
             arrays["bias"] = bias
-        inputs = {role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()}
         self.matrices[name] = StoredMatrix(
-            packed.format, packed.block_size, packed.in_features, packed.out_features, inputs
+            packed.format,
+            packed.block_size,
+            packed.in_features,
+            packed.out_features,
+            {role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()},
         )
         self.progress(packed.in_features * packed.out_features)

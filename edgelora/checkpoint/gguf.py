@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from edgelora.checkpoint.float_values import TO_FLOAT32
@@ -26,7 +26,7 @@ from edgelora.checkpoint.layout import check_layout, expected_tensors
 from edgelora.checkpoint.protocol import StoredAs
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
-from edgelora.quantize.matrix import Int4Matrix, Int8Matrix
+from edgelora.quantize import Int4Matrix, Int8Matrix, dequantize
 
 BLOCK_SIZE = 32
 _CARRIED: dict[GGMLQuantizationType, StoredAs] = {
@@ -57,6 +57,9 @@ class GgufCheckpoint:
         return self._gguf.tensors[self._stored[name]].shape
 
     def read(self, name: str) -> NDArray[np.float32]:
+        matrix = self.read_quantized(name)
+        if matrix is not None:  # in smaller steps than the gguf package's
+            return dequantize(matrix)
         return _to_float32(self._rows(name), self._type(name)).reshape(self.shape(name))
 
     def stored_as(self, name: str) -> StoredAs | None:
@@ -131,7 +134,7 @@ def _check_types(gguf: GgufFile) -> None:
 
 def _dequantizes(kind: GGMLQuantizationType) -> bool:
     try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
     except NotImplementedError:
         return False
     return True
@@ -141,7 +144,7 @@ def _to_float32(rows: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[
     """float32 [rows, in_features]."""
     if kind.name in TO_FLOAT32:
         return TO_FLOAT32[kind.name](rows)
-    values: NDArray[np.float32] = dequantize(rows, kind)
+    values: NDArray[np.float32] = quants.dequantize(rows, kind)
     return values
 
 

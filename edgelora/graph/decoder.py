@@ -7,7 +7,7 @@ norm, gate_up_proj, SwiGlu, down_proj; at last the norm and lm_head of the rows 
 from collections.abc import Mapping
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edgelora.config import ModelConfig
 from edgelora.graph.layout import (
@@ -16,8 +16,9 @@ from edgelora.graph.layout import (
     head,
     mlp_projections,
 )
-from edgelora.graph.linear import embedding, linear
-from edgelora.graph.nodes import Nodes
+from edgelora.graph.nodes import Nodes, value
+from edgelora.graph.own_ops import OwnOps
+from edgelora.graph.stock_ops import StockOps
 from edgelora.graph.tensors import StoredMatrix, StoredTensor
 
 EMBEDDING = "model.embed_tokens"
@@ -28,8 +29,14 @@ COS, SIN = "rotary.cos", "rotary.sin"
 class Decoder:
     """Builds the graph of one config from the names of its stored matrices and tensors."""
 
-    def __init__(self, config: ModelConfig, matrices: Mapping[str, StoredMatrix]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        matrices: Mapping[str, StoredMatrix],
+        ops: OwnOps | StockOps,
+    ) -> None:
         self.config = config
+        self.ops = ops
         self.matrices = matrices
         self.nodes = Nodes()
 
@@ -37,7 +44,8 @@ class Decoder:
         """The whole model; `stored` are the tensors of the weight file by name."""
         self._lengths()
         residual = ""
-        out = embedding(self.nodes, "input_ids", EMBEDDING, self.matrices[EMBEDDING])
+        table = self.matrices[EMBEDDING]
+        out = self.ops.embedding(self.nodes, "input_ids", EMBEDDING, table)
         for layer in range(self.config.num_hidden_layers):
             path = f"model.layers.{layer}"
             normed, residual = self._norm(out, residual, f"{path}.input_layernorm")
@@ -81,9 +89,9 @@ class Decoder:
         """One value where the projection is packed, else one for each of its linears."""
         if projection.name in self.matrices:
             matrix = self.matrices[projection.name]
-            return [linear(self.nodes, x, projection.name, projection.linears, matrix)]
+            return [self.ops.linear(self.nodes, x, projection.name, projection.linears, matrix)]
         return [
-            linear(self.nodes, x, part.target, [part], self.matrices[part.target])
+            self.ops.linear(self.nodes, x, part.target, [part], self.matrices[part.target])
             for part in projection.linears
         ]
 
@@ -136,10 +144,7 @@ class Decoder:
         """down_proj(silu(gate)·up)."""
         gate_up, down = mlp_projections(self.config, layer)
         parts = self._project(x, gate_up)
-        if len(parts) > 1:
-            parts = [self.nodes.add("Concat", parts, gate_up.name, axis=-1)]
-        name = f"model.layers.{layer}.mlp.act"
-        activated = self.nodes.add("SwiGlu", parts, name, domain="edgelora")
+        activated = self.ops.swiglu(self.nodes, parts, f"model.layers.{layer}.mlp.act")
         return self._project(activated, down)[0]
 
     def _logits(self, x: str, residual: str) -> None:
@@ -155,26 +160,22 @@ class Decoder:
 
     def _inputs(self) -> list[onnx.ValueInfoProto]:
         ids = [
-            _value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
-            _value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"]),
-            _value("adapter_ids", TensorProto.INT64, ["batch"]),
-            _value("logits_to_keep", TensorProto.INT64, ["rows"]),
+            value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"]),
+            value("logits_to_keep", TensorProto.INT64, ["rows"]),
         ]
-        return ids + self._cache("past_key_values", "past_sequence")
+        cache = self._cache("past_key_values", "past_sequence")
+        return ids + cache + self.ops.adapter_inputs()
 
     def _outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = _value("logits", TensorProto.FLOAT, ["batch", "rows", self.config.vocab_size])
+        logits = value("logits", TensorProto.FLOAT, ["batch", "rows", self.config.vocab_size])
         return [logits, *self._cache("present", "total_sequence")]
 
     def _cache(self, prefix: str, length: str) -> list[onnx.ValueInfoProto]:
         config = self.config
         dims: list[str | int] = ["batch", config.num_key_value_heads, length, config.head_dim]
         return [
-            _value(f"{prefix}.{layer}.{kind}", TensorProto.FLOAT, dims)
+            value(f"{prefix}.{layer}.{kind}", TensorProto.FLOAT, dims)
             for layer in range(self.config.num_hidden_layers)
             for kind in ("key", "value")
         ]
-
-
-def _value(name: str, dtype: int, dims: list[str | int]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, dtype, dims)

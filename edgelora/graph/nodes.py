@@ -45,6 +45,10 @@ class Nodes:
             )
         return name
 
+    def empty(self, name: str, dims: Sequence[int]) -> None:
+        """A float32 constant without elements: the default of an input that may be left away."""
+        self.constants.append(helper.make_tensor(name, TensorProto.FLOAT, dims, []))
+
     def model(
         self,
         inputs: Sequence[onnx.ValueInfoProto],
@@ -61,6 +65,11 @@ class Nodes:
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelora"
         )
+
+
+def value(name: str, dtype: int, dims: Sequence[str | int]) -> onnx.ValueInfoProto:
+    """An input or output of the graph; a string names a dimension."""
+    return helper.make_tensor_value_info(name, dtype, list(dims))
 
 
 def _external(name: str, stored: StoredTensor) -> TensorProto:

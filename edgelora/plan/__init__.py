@@ -37,6 +37,8 @@ class Plan:
             return False
         if stored == wanted:
             return stored != "int4" or self.carry != "none"
+        if self.flavor == "ort" and wanted == "int8":
+            return False  # GatherBlockQuantized has no offsets
         return self.carry == "any" and {stored, wanted} <= {"int4", "int8"}
 
 

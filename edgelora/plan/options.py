@@ -33,6 +33,8 @@ class ExportOptions:
             raise EdgeLoraError(f"context length {self.context_length}: at least 1")
         if self.format == "nf4" and self.block_size not in (None, 64):
             raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
+        if self.format == "nf4" and self.flavor == "ort":
+            raise EdgeLoraError("--flavor ort: ONNX Runtime has no nf4 with double quantization")
         if self.zero_points and self.format not in (None, "int4"):
             raise EdgeLoraError(f"zero points with format {self.format}: only int4 has them")
 

@@ -12,6 +12,7 @@ from edgelora.quantize.matrix import (
     Matrix,
     Nf4Matrix,
 )
+from edgelora.quantize.nbits import NBitsLinear, to_nbits, to_rows
 from edgelora.quantize.nf4 import quantize_nf4
 from edgelora.quantize.packed import PackedLinear, Slices, same_kind
 from edgelora.quantize.packing import concatenate, pack, unpack
@@ -24,6 +25,7 @@ __all__ = [
     "Int4Matrix",
     "Int8Matrix",
     "Matrix",
+    "NBitsLinear",
     "Nf4Matrix",
     "PackedLinear",
     "Slices",
@@ -34,5 +36,7 @@ __all__ = [
     "quantize_int8",
     "quantize_nf4",
     "same_kind",
+    "to_nbits",
+    "to_rows",
     "unpack",
 ]

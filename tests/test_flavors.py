@@ -1,0 +1,73 @@
+"""The `ort` flavor runs in a plain onnxruntime session, and agrees with our operators."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import oracle
+import pytest
+from numpy.typing import NDArray
+from test_float_oracle import ARCHITECTURES, SHARE, TOKENS, make_adapter, with_adapter
+
+import edgelora
+from edgelora import EdgeLoraError
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ARCHITECTURES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+def plain_logits(bundle: Path, adapter: str | None = None) -> NDArray[np.float32]:
+    """Logits of TOKENS from onnxruntime alone."""
+    session = onnxruntime.InferenceSession(
+        bundle / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    count = len(TOKENS)
+    feeds = {
+        "input_ids": np.array([TOKENS]),
+        "attention_mask": np.ones((1, count), np.int64),
+        "logits_to_keep": np.arange(count),
+    }
+    for entry in session.get_inputs():
+        if entry.name.startswith("past_key_values"):
+            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+    options = onnxruntime.RunOptions()
+    if adapter:
+        file = onnxruntime.LoraAdapter()
+        file.Load(str(bundle / f"adapters/{adapter}/adapter.onnx_adapter"))
+        options.add_active_adapter(file)
+    logits: NDArray[np.float32] = session.run(["logits"], feeds, options)[0][0]
+    return logits
+
+
+def test_float_ort_bundle_equals_transformers_and_peft(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    bundle = tmp_path / "bundle"
+    edgelora.export(base, bundle, adapters={"a": adapter}, format="float", flavor="ort")
+    plain = oracle.float_model(base)
+    oracle.assert_close(plain_logits(bundle), oracle.logits(plain, TOKENS), SHARE)
+    theirs = oracle.logits(with_adapter(plain, adapter), TOKENS)
+    oracle.assert_close(plain_logits(bundle, "a"), theirs, SHARE)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 64}, {"zero_points": True}], ids=str)
+def test_flavors_agree(base: Path, options: dict[str, object], tmp_path: Path) -> None:
+    """Both round activations to int8, each in blocks of its own; they differ by no more than that costs either."""
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    for flavor in ("edgelora", "ort"):
+        out = tmp_path / flavor
+        edgelora.export(base, out, adapters={"a": adapter}, flavor=flavor, **options)
+    for name in (None, "a"):
+        with edgelora.load(tmp_path / "edgelora", accuracy="float") as model:
+            exact = model.logits(TOKENS, adapter=name)
+        with edgelora.load(tmp_path / "edgelora") as model:
+            ours = model.logits(TOKENS, adapter=name)
+        stock = plain_logits(tmp_path / "ort", name)
+        allowed = 2 * np.abs(ours - exact).max() + SHARE * np.abs(exact).max()
+        assert np.abs(stock - exact).max() <= allowed
+
+
+def test_nf4_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(EdgeLoraError, match="nf4"):
+        edgelora.export(base, tmp_path / "bundle", format="nf4", flavor="ort")
