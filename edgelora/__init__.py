@@ -1,6 +1,7 @@
 """EdgeLoRA: fine-tuned language models on small devices.
 
-`load` needs only numpy, onnxruntime, tokenizers and jinja2; `export` needs `pip install edgelora[export]`.
+`load` needs only numpy, onnxruntime, tokenizers and jinja2; `export` needs `pip install
+edgelora[export]`.
 """
 
 from typing import TYPE_CHECKING, Any

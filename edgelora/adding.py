@@ -15,7 +15,9 @@ BOUND = "adapter.safetensors"
 
 @dataclass(frozen=True)
 class AddedAdapter:
-    """The adapter's line in the manifest, its size in bytes, and a warning about its base or None."""
+    """The adapter's line in the manifest, its size in bytes, and a warning about its base or
+    None.
+    """
 
     entry: dict[str, Any]
     size: int
@@ -25,8 +27,8 @@ class AddedAdapter:
 def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> AddedAdapter:
     """Binds a PEFT folder, or an adapter.safetensors made for the same base, to the bundle.
 
-    Raises EdgeLoraError if the name is taken (unless `force`), if the base differs by fingerprint, or if the
-    adapter does not fit. The bundle stays usable at every moment.
+    Raises EdgeLoraError if the name is taken (unless `force`), if the base differs by
+    fingerprint, or if the adapter does not fit. The bundle stays usable at every moment.
     """
     manifest = read_manifest(bundle)
     valid_adapter_name(name)

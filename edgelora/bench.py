@@ -13,10 +13,12 @@ SWITCHES = 1000
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the repeats. Rates in tokens a second, `_ms` milliseconds, `_us` microseconds, `_mb` 10⁶ bytes.
+    """Medians over the repeats. Rates in tokens a second, `_ms` milliseconds, `_us` microseconds,
+    `_mb` 10⁶ bytes.
 
-    switch_us: from the call that changes a session's adapter to the handle being in place for the next step (kv_cache kept);
-    None without adapters. resident_mb: the process's peak (VmHWM), None where the system does not tell.
+    switch_us: from the call that changes a session's adapter to the handle being in place for the
+    next step (kv_cache kept); None without adapters. resident_mb: the process's peak (VmHWM),
+    None where the system does not tell.
     """
 
     prefill_tokens_per_second: float

@@ -37,7 +37,8 @@ class WeightFile:
     def add(self, name: str, array: NDArray[Any]) -> str:
         """Writes an array at the next multiple of 64 bytes; returns its name.
 
-        An array with the bytes of an earlier large one is not written again: a tied head costs nothing.
+        An array with the bytes of an earlier large one is not written again: a tied head costs
+        nothing.
         """
         array = np.ascontiguousarray(array)
         digest = hashlib.sha256(array.data.cast("B")).digest() if array.nbytes >= SHARED else b""
@@ -104,7 +105,10 @@ def adapter_path(name: str, flavor: str = "edgelora") -> str:
 def adapter_entry(
     path: str, branches: Mapping[str, Branch], source: str | None, base: str | None
 ) -> dict[str, Any]:
-    """An adapter's line in the manifest. source: fingerprint of its PEFT folder; base: the name it gave."""
+    """An adapter's line in the manifest.
+
+    Source: fingerprint of its PEFT folder; base: the name it gave.
+    """
     return {
         "path": path,
         "source": source,
@@ -165,7 +169,10 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Renames partial to out; an old bundle is exchanged in one step, so that one of the two is always there."""
+    """Renames partial to out.
+
+    An old bundle is exchanged in one step, so that one of the two is always there.
+    """
     if not out.exists():
         partial.rename(out)
     elif not _exchange(partial, out):

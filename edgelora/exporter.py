@@ -86,8 +86,9 @@ def export(
 ) -> ExportReport:
     """Converts `base` and PEFT `adapters` (name → folder) into the bundle folder `out`.
 
-    `options` are the fields of ExportOptions: mode, format, block_size, zero_points, flavor, context_length, device.
-    The bundle appears whole or not at all. Raises EdgeLoraError on any bad input.
+    `options` are the fields of ExportOptions: mode, format, block_size, zero_points, flavor,
+    context_length, device. The bundle appears whole or not at all. Raises EdgeLoraError on any
+    bad input.
     """
     started = time.perf_counter()
     folders = {name: Path(path) for name, path in (adapters or {}).items()}

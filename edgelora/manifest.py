@@ -15,7 +15,10 @@ _NO_DIGEST = "0" * 64
 
 
 def manifest_bytes(fields: dict[str, Any]) -> bytes:
-    """The file's bytes; `fields` follow `format`, `format_version` and `digest`. Equal fields, equal bytes."""
+    """The file's bytes; `fields` follow `format`, `format_version` and `digest`.
+
+    Equal fields, equal bytes.
+    """
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": _NO_DIGEST}
     text = json.dumps(head | fields, indent=2, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -23,7 +26,8 @@ def manifest_bytes(fields: dict[str, Any]) -> bytes:
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
-    """The fields of a bundle whose manifest is whole and whose files are there, in the size it states.
+    """The fields of a bundle whose manifest is whole and whose files are there, in the size it
+    states.
 
     Raises EdgeLoraError naming the file and what is wrong. Contents are not hashed (see `verify`).
     """

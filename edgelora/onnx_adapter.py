@@ -1,7 +1,8 @@
-"""Adapters for the `ort` flavor, in ONNX Runtime's own `.onnx_adapter` format (flatbuffers, id TORT).
+"""Adapters for the `ort` flavor, in ONNX Runtime's own `.onnx_adapter` format (flatbuffers, id
+TORT).
 
-Parameters `<target>.lora_a` float32 [in_features, rank] and `<target>.lora_b` float32 [rank, out_features] with the scaling in lora_b,
-as the graph's inputs are named.
+Parameters `<target>.lora_a` float32 [in_features, rank] and `<target>.lora_b` float32 [rank,
+out_features] with the scaling in lora_b, as the graph's inputs are named.
 """
 
 from pathlib import Path

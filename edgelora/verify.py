@@ -20,8 +20,9 @@ class Check:
 def verify(bundle: Path) -> Iterator[Check]:
     """Yields each check as it passes; raises EdgeLoraError at the first that fails.
 
-    Manifest and its digest, the SHA-256 of every file, no file that the manifest does not name, every adapter bound to the base's
-    fingerprint, and one token computed with the base and with every adapter.
+    Manifest and its digest, the SHA-256 of every file, no file that the manifest does not name,
+    every adapter bound to the base's fingerprint, and one token computed with the base and with
+    every adapter.
     """
     manifest = read_manifest(bundle)
     yield Check(NAME, "whole, digest matches")

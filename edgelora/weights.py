@@ -1,4 +1,4 @@
-"""One weight's way: read from the checkpoint, merged, quantized, packed, appended to the weight file."""
+"""One weight's way: read, merged, quantized, packed, appended to the weight file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

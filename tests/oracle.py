@@ -1,4 +1,6 @@
-"""Independent computations that EdgeLoRA's results are held against: transformers, PEFT, and weights read back from a bundle."""
+"""Independent computations that EdgeLoRA's results are held against: transformers, PEFT, and
+weights read back from a bundle.
+"""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +21,10 @@ ACTIVATION_BLOCK = 32
 
 
 def float_model(folder: Path) -> PreTrainedModel:
-    """The checkpoint in float32; transformers 4 reads `rope_theta` only, so a newer spelling is translated first."""
+    """The checkpoint in float32.
+
+    Transformers 4 reads `rope_theta` only, so a newer spelling is translated first.
+    """
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters", None)
     overrides = {} if rope is None else {"rope_theta": rope["rope_theta"]}
@@ -67,7 +72,8 @@ def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 @contextmanager
 def int8_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Rounds the input of every base linear to int8 in blocks of 32, as the runtime's arithmetic does.
+    """Rounds the input of every base linear to int8 in blocks of 32, as the runtime's arithmetic
+    does.
 
     The factors of an adapter see the input as it is.
     """
@@ -95,7 +101,9 @@ def round_int8(x: torch.Tensor) -> torch.Tensor:
 
 
 class BundleWeights:
-    """The weights of a bundle as its file formats say (ARCHITECTURE.md), read without EdgeLoRA's code."""
+    """The weights of a bundle as its file formats say (ARCHITECTURE.md), read without EdgeLoRA's
+    code.
+    """
 
     def __init__(self, bundle: Path, nf4: NDArray[np.float32] = NF4) -> None:
         """nf4: the codebook, BYTE_NF4 for what the int8 kernels look up."""
@@ -159,7 +167,10 @@ class BundleWeights:
     def _nf4(
         self, codes: NDArray[np.intp], slices: list[int], inputs: list[str]
     ) -> NDArray[np.float32]:
-        """bitsandbytes' arithmetic in float32, slice by slice; blocks of 64 of the flattened slice."""
+        """bitsandbytes' arithmetic in float32, slice by slice.
+
+        Blocks of 64 of the flattened slice.
+        """
         nested, absmax, offsets, table = (self.array(name) for name in inputs[1:5])
         parts, row, group = [], 0, 0
         for rows, offset in zip(slices, offsets, strict=True):

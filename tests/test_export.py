@@ -54,7 +54,7 @@ def test_no_path_or_time_is_in_the_files(base: Path, tmp_path: Path) -> None:
 def test_existing_folder_is_refused_without_force(base: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "precious.txt").write_text("mine")
-    with pytest.raises(EdgeLoraError, match="exists already.*--force"):
+    with pytest.raises(EdgeLoraError, match=r"exists already.*--force"):
         edgelora.export(base, tmp_path / "bundle")
     with pytest.raises(EdgeLoraError, match="no bundle"):
         edgelora.export(base, tmp_path / "bundle", force=True)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import oracle
 import pytest
 from numpy.typing import NDArray
-from test_float_oracle import ARCHITECTURES, SHARE, TOKENS, make_adapter, with_adapter
 
 import edgelora
+import oracle
 from edgelora import EdgeLoraError
+from test_float_oracle import ARCHITECTURES, SHARE, TOKENS, make_adapter, with_adapter
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -53,7 +53,10 @@ def test_float_ort_bundle_equals_transformers_and_peft(base: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 64}, {"zero_points": True}], ids=str)
 def test_flavors_agree(base: Path, options: dict[str, object], tmp_path: Path) -> None:
-    """Both round activations to int8, each in blocks of its own; they differ by no more than that costs either."""
+    """Both round activations to int8, each in blocks of its own.
+
+    They differ by no more than that costs either.
+    """
     adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
     for flavor in ("edgelora", "ort"):
         out = tmp_path / flavor

@@ -1,4 +1,6 @@
-"""With weights left in float, the graph and its side branches compute what transformers and PEFT compute."""
+"""With weights left in float, the graph and its side branches compute what transformers and PEFT
+compute.
+"""
 
 import warnings
 from collections.abc import Callable

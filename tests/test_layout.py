@@ -1,4 +1,6 @@
-"""The architecture's laws: who may import what, who may print, how long files and functions may be."""
+"""The architecture's laws: who may import what, who may print, how long files and functions may
+be.
+"""
 
 import ast
 import re

@@ -1,8 +1,11 @@
-"""With 4-bit weights, the runtime computes what a float model with the dequantized weights computes.
+"""With 4-bit weights, the runtime computes what a float model with the dequantized weights
+computes.
 
-The exact path is held to float32's own noise. The int8 path is held to a simulation: the same float model with the input of
-every linear rounded to int8 in blocks of 32, and NF4's 16 values to the bytes that the kernels look up. What the simulation loses is the derived tolerance; beside it, the runtime may only
-round a value that lies within float noise of a half to the other side, which moves one code by one.
+The exact path is held to float32's own noise. The int8 path is held to a simulation: the same
+float model with the input of every linear rounded to int8 in blocks of 32, and NF4's 16 values to
+the bytes that the kernels look up. What the simulation loses is the derived tolerance; beside it,
+the runtime may only round a value that lies within float noise of a half to the other side, which
+moves one code by one.
 """
 
 from collections.abc import Callable
@@ -10,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import tiny
 import torch
-from test_float_oracle import ARCHITECTURES, TOKENS, make_adapter, with_adapter
 
 import edgelora
+import oracle
+import tiny
 from edgelora.checkpoint import open_checkpoint
+from test_float_oracle import ARCHITECTURES, TOKENS, make_adapter, with_adapter
 
 EXACT_SHARE = 1e-4
 SIMULATION_SHARE = 0.5  # of the largest error that int8 rounding makes in the simulation itself
@@ -36,7 +39,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
-    """Exact path and int8 path of the bundle (with its adapter "a") against the dequantized float model."""
+    """Exact path and int8 path of the bundle (with its adapter "a") against the dequantized float
+    model.
+    """
     name = "a" if adapter else None
     exact = oracle.logits(dequantized(bundle, plain, adapter, oracle.NF4), TOKENS)
     with edgelora.load(bundle, threads=2, accuracy="float") as runtime:
@@ -102,7 +107,9 @@ def test_bitsandbytes_folder_is_carried_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_logits_equal_transformers(tmp_path: Path) -> None:
-    """Float path of an nf4 bundle, head and embedding included in the comparison by the bundle's own weights."""
+    """Float path of an nf4 bundle, head and embedding included in the comparison by the bundle's
+    own weights.
+    """
     base = tiny.tiny_bitsandbytes(tmp_path / "base")
     edgelora.export(base, tmp_path / "bundle")
     theirs = oracle.float_model(base)

@@ -79,8 +79,8 @@ def _figures(bundle: Path, threads: int) -> None:
             f"first token after {result.time_to_first_token_ms:.0f} ms"
         )
     out.print(
-        f"weights {base.weight_mb:.1f} MB, load {base.load_ms:.0f} ms, switch {base.switch_us or 0:.1f} µs, "
-        f"{base.threads} threads, {base.isa}, {base.machine}"
+        f"weights {base.weight_mb:.1f} MB, load {base.load_ms:.0f} ms, "
+        f"switch {base.switch_us or 0:.1f} µs, {base.threads} threads, {base.isa}, {base.machine}"
     )
     for path in sorted((bundle / "adapters").iterdir()):
         size = sum(file.stat().st_size for file in path.iterdir())

@@ -51,7 +51,8 @@ def export(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Converts BASE (a Hugging Face folder, a bitsandbytes 4-bit folder or a GGUF file) and its adapters into a bundle.
+    """Converts BASE (a Hugging Face folder, a bitsandbytes 4-bit folder or a GGUF file) and its
+    adapters into a bundle.
 
     \b
     Example:
@@ -113,8 +114,9 @@ def _show_report(report: ExportReport, *, as_json: bool) -> None:
         fields = asdict(report) | {"bundle": str(report.bundle)}
         out.print_json(json.dumps(fields))
         return
+    before, after = report.source_bytes / MEGABYTE, report.bundle_bytes / MEGABYTE
     out.print(
-        f"{report.bundle}: {report.source_bytes / MEGABYTE:.1f} MB → {report.bundle_bytes / MEGABYTE:.1f} MB, "
+        f"{report.bundle}: {before:.1f} MB → {after:.1f} MB, "
         f"{report.bits_per_weight:.2f} bits a weight, {report.plan.format}, {report.seconds:.1f} s"
     )
 
@@ -133,6 +135,7 @@ def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None
     if added.warning:
         err.print(f"warning: {added.warning}", markup=False)
     out.print(
-        f"{bundle}: {adapter[0]} added, {added.entry['targets']} targets, {added.size / MEGABYTE:.1f} MB",
+        f"{bundle}: {adapter[0]} added, {added.entry['targets']} targets, "
+        f"{added.size / MEGABYTE:.1f} MB",
         markup=False,
     )

@@ -62,8 +62,8 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
     out.print(f"{path}: bundle, flavor {manifest['flavor']}", markup=False)
     out.print(f"base       {manifest['base']['name']}  {manifest['base']['fingerprint']}")
     out.print(
-        f"model      {model['architecture']}, {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, "
-        f"vocabulary {model['vocab_size']}, context {model['context_length']}"
+        f"model      {model['architecture']}, {model['num_hidden_layers']} layers, "
+        f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}, context {model['context_length']}"
     )
     out.print(f"weights    {plan['format']}, block size {plan['block_size']}, mode {plan['mode']}")
     for kind in ("adapters", "merged"):
@@ -71,7 +71,8 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
             ranks = "/".join(map(str, entry["ranks"]))
             scalings = "/".join(f"{scaling:g}" for scaling in entry["scalings"])
             out.print(
-                f"{kind.removesuffix('s'):11}{name}: rank {ranks}, scaling {scalings}, {entry['targets']} targets",
+                f"{kind.removesuffix('s'):11}{name}: rank {ranks}, scaling {scalings}, "
+                f"{entry['targets']} targets",
                 markup=False,
             )
     for name, entry in manifest["files"].items():

@@ -43,8 +43,8 @@ def run(
 ) -> None:
     """Generates an answer to one prompt.
 
-    \b
-    Example:  edgelora run smollm2 --prompt "What is the sea?" --adapter pirate:0.7 --adapter butler:0.3
+    \b Example:  edgelora run smollm2 --prompt "What is the sea?" --adapter pirate:0.7 --adapter
+    butler:0.3
     """
     weights = unique(adapters, "--adapter")
     settings: dict[str, Any] = {

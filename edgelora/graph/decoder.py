@@ -1,7 +1,8 @@
 """A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) as an ONNX graph.
 
-Read from top to bottom, a token meets the nodes in this order: embedding, then in each layer norm, qkv_proj, attention, o_proj,
-norm, gate_up_proj, SwiGlu, down_proj; at last the norm and lm_head of the rows that `logits_to_keep` names.
+Read from top to bottom, a token meets the nodes in this order: embedding, then in each layer
+norm, qkv_proj, attention, o_proj, norm, gate_up_proj, SwiGlu, down_proj; at last the norm and
+lm_head of the rows that `logits_to_keep` names.
 """
 
 from collections.abc import Mapping
@@ -56,7 +57,9 @@ class Decoder:
         return self.nodes.model(self._inputs(), self._outputs(), stored)
 
     def _lengths(self) -> None:
-        """seqlens_k (positions − 1 of each sequence) and total_sequence_length from attention_mask."""
+        """seqlens_k (positions − 1 of each sequence) and total_sequence_length from
+        attention_mask.
+        """
         add, constant = self.nodes.add, self.nodes.constant
         ones = constant("one", [1])
         positions = add("ReduceSum", ["attention_mask", ones], "positions", keepdims=0)

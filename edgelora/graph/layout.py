@@ -1,4 +1,6 @@
-"""Which linears a decoder has: their module paths, shapes, and which of them are computed in one node."""
+"""Which linears a decoder has: their module paths, shapes, and which of them are computed in one
+node.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -30,7 +30,10 @@ class Nodes:
         outputs: Sequence[str] | None = None,
         **attributes: Any,
     ) -> str:
-        """Appends a node; returns its first output, named as the node unless `outputs` says otherwise."""
+        """Appends a node.
+
+        Returns its first output, named as the node unless `outputs` says otherwise.
+        """
         outputs = outputs or [name]
         self.nodes.append(
             helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes)

@@ -1,7 +1,8 @@
 """Flavor `ort`: ONNX Runtime's own operators; each linear's side branch is two MatMuls.
 
-The factors are inputs of the graph that default to rank 0, so that without an adapter the base runs. Their names are
-`<target>.lora_a` [in_features, rank] and `<target>.lora_b` [rank, out_features], scaling in lora_b, as `.onnx_adapter` files name them.
+The factors are inputs of the graph that default to rank 0, so that without an adapter the base
+runs. Their names are `<target>.lora_a` [in_features, rank] and `<target>.lora_b` [rank,
+out_features], scaling in lora_b, as `.onnx_adapter` files name them.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,9 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def carries(self, stored: str | None, wanted: str) -> bool:
-        """Whether a matrix that the base holds as `stored` ("int4", "int8", "nf4", None) is kept code for code."""
+        """Whether a matrix that the base holds as `stored` ("int4", "int8", "nf4", None) is kept
+        code for code.
+        """
         if stored is None or wanted == "float":
             return False
         if stored == wanted:
@@ -49,9 +51,11 @@ def make_plan(
     stored: Mapping[str, int],
     profile: DeviceProfile | None = None,
 ) -> Plan:
-    """`stored`: how many matrices the base holds in each format that can be carried ("int4", "int8", "nf4").
+    """`stored`: how many matrices the base holds in each format that can be carried ("int4",
+    "int8", "nf4").
 
-    Raises EdgeLoraError when the model does not fit the device or the context is longer than the base's.
+    Raises EdgeLoraError when the model does not fit the device or the context is longer than the
+    base's.
     """
     reasons: dict[str, str] = {}
     chosen = _format(options, stored, reasons)
@@ -182,6 +186,6 @@ def _prediction(config: ModelConfig, weights: tuple[str, int], profile: DevicePr
     held = weight_bytes(config, *weights)
     rate = predict_decode_tokens_per_second(profile, held)
     return (
-        f"{held / 1e6:.0f} MB of weights of {profile.usable_memory_bytes / 1e6:.0f} MB usable; memory "
-        f"bandwidth allows at most {rate:.0f} tokens/s"
+        f"{held / 1e6:.0f} MB of weights of {profile.usable_memory_bytes / 1e6:.0f} MB usable; "
+        f"memory bandwidth allows at most {rate:.0f} tokens/s"
     )

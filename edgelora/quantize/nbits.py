@@ -1,7 +1,8 @@
 """Matrices in the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
 
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md: codes [N, blocks, block_size·bits/8], even elements in the
-low nibble; w = scale·(code − zero_point), zero_point 8 (or 128) if none is given; scales float32 [N, blocks].
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md: codes [N, blocks,
+block_size·bits/8], even elements in the low nibble; w = scale·(code − zero_point), zero_point 8
+(or 128) if none is given; scales float32 [N, blocks].
 """
 
 from dataclasses import dataclass
@@ -82,7 +83,10 @@ def _int4(matrix: Int4Matrix) -> Arrays:
 
 
 def _add_offsets(arrays: Arrays, offsets: NDArray[np.float32]) -> None:
-    """scale·code + offset as scale·(code − zero_point); a block of one value becomes offset·(0 + 1)."""
+    """scale·code + offset as scale·(code − zero_point).
+
+    A block of one value becomes offset·(0 + 1).
+    """
     scales = arrays["scales"]
     constant = scales == 0
     arrays["codes"] = np.where(constant[..., None], np.uint8(0), arrays["codes"])
