@@ -1,19 +1,22 @@
-"""`edgelora export` and `edgelora add-adapter`."""
+"""`edgelora export` and `edgelora add-adapter`.
+
+The converter is imported when a command runs: help must work where it is not installed.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from edgelora.adding import add_adapter as bind_adapter
 from edgelora.cli.group import NamedPath, err, out, unique
-from edgelora.exporter import ExportReport, prepare
-from edgelora.exporter import export as run_export
 from edgelora.plan import BLOCK_SIZES, FLAVORS, FORMATS, MODES, ExportOptions, Plan
+
+if TYPE_CHECKING:
+    from edgelora.exporter import ExportReport
 
 MEGABYTE = 1e6
 
@@ -63,6 +66,8 @@ def export(
     options = {"format": weight_format, "block_size": size, **choices}
     folders = unique(adapters, "--adapter")
     if dry_run:
+        from edgelora.exporter import prepare
+
         request = prepare(base, folders, ExportOptions(**options))
         _show_plan(request.plan, as_json=as_json)
         return
@@ -73,6 +78,8 @@ def show_export(
     base: Path, output: Path, adapters: Mapping[str, Path], *, as_json: bool = False, **options: Any
 ) -> None:
     """Runs the export under a progress bar and prints what it did."""
+    from edgelora.exporter import export as run_export
+
     with _progress_bar() as bar:
         task = bar.add_task("weights", total=None)
         report = run_export(
@@ -107,7 +114,7 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
         out.print(f"{name:18}{value!s:10}{reason}")
 
 
-def _show_report(report: ExportReport, *, as_json: bool) -> None:
+def _show_report(report: "ExportReport", *, as_json: bool) -> None:
     for warning in report.warnings:
         err.print(f"warning: {warning}", markup=False)
     if as_json:
@@ -131,6 +138,8 @@ def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None
     \b
     Example:  edgelora add-adapter smollm2 formal=adapters/formal
     """
+    from edgelora.adding import add_adapter as bind_adapter
+
     added = bind_adapter(bundle, *adapter, force=force)
     if added.warning:
         err.print(f"warning: {added.warning}", markup=False)

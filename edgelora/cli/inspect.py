@@ -63,7 +63,8 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
     out.print(f"base       {manifest['base']['name']}  {manifest['base']['fingerprint']}")
     out.print(
         f"model      {model['architecture']}, {model['num_hidden_layers']} layers, "
-        f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}, context {model['context_length']}"
+        f"hidden {model['hidden_size']}, "
+        f"vocabulary {model['vocab_size']}, context {model['context_length']}"
     )
     out.print(f"weights    {plan['format']}, block size {plan['block_size']}, mode {plan['mode']}")
     for kind in ("adapters", "merged"):
