@@ -129,9 +129,8 @@ class WeightWriter:
         return self._read(f"{linear.target}.bias") if linear.bias else np.zeros(0, np.float32)
 
     def _quantize(self, name: str, values: NDArray[np.float32], wanted: str) -> Matrix:
-        target = name.removesuffix(".weight")
-        carried = self.plan.carries(self.checkpoint.stored_as(name), wanted)
-        if carried and target not in self.branches:
+        merged = name.removesuffix(".weight") in self.branches
+        if not merged and self.plan.carries(self.checkpoint.stored_as(name), wanted):
             matrix = self.checkpoint.read_quantized(name)
             assert matrix is not None
             return matrix

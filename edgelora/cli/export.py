@@ -13,7 +13,15 @@ import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from edgelora.cli.group import NamedPath, err, out, unique
-from edgelora.plan import BLOCK_SIZES, FLAVORS, FORMATS, MODES, ExportOptions, Plan
+from edgelora.plan import (
+    BLOCK_SIZES,
+    EMBEDDING_FORMATS,
+    FLAVORS,
+    FORMATS,
+    MODES,
+    ExportOptions,
+    Plan,
+)
 
 if TYPE_CHECKING:
     from edgelora.exporter import ExportReport
@@ -34,6 +42,7 @@ MEGABYTE = 1e6
 )
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]))
 @click.option("--zero-points", is_flag=True, help="int4 with zero points.")
+@click.option("--embedding-format", type=click.Choice(EMBEDDING_FORMATS), help="[default: int8]")
 @click.option("--flavor", type=click.Choice(FLAVORS), default="edgelora", show_default=True)
 @click.option("--context-length", type=int, help="Positions of the kv_cache.")
 @click.option(

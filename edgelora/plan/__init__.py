@@ -7,9 +7,25 @@ from edgelora.config import ModelConfig
 from edgelora.device import DeviceProfile, max_context, predict_decode_tokens_per_second
 from edgelora.errors import EdgeLoraError
 from edgelora.plan.memory import OVERHEAD_BYTES, kv_bytes_per_position, weight_bytes
-from edgelora.plan.options import BLOCK_SIZES, FLAVORS, FORMATS, MODES, ExportOptions
+from edgelora.plan.options import (
+    BLOCK_SIZES,
+    EMBEDDING_FORMATS,
+    FLAVORS,
+    FORMATS,
+    MODES,
+    ExportOptions,
+)
 
-__all__ = ["BLOCK_SIZES", "FLAVORS", "FORMATS", "MODES", "ExportOptions", "Plan", "make_plan"]
+__all__ = [
+    "BLOCK_SIZES",
+    "EMBEDDING_FORMATS",
+    "FLAVORS",
+    "FORMATS",
+    "MODES",
+    "ExportOptions",
+    "Plan",
+    "make_plan",
+]
 
 DEFAULT_CONTEXT = 8192  # positions; longer contexts are asked for
 USEFUL_CONTEXT = 2048  # a device gets larger blocks before it gets less than this
@@ -24,7 +40,7 @@ class Plan:
     format: str  # of the linears
     block_size: int
     zero_points: bool
-    embedding_format: str  # "int8" or "float", for the embedding and lm_head
+    embedding_format: str  # "int8", "int4" or "float", for the embedding and lm_head
     carry: str  # which codes of the base file are kept as they are: "none", "same" format, "any"
     flavor: str
     context_length: int
@@ -69,7 +85,7 @@ def make_plan(
         format=chosen,
         block_size=block_size,
         zero_points=options.zero_points,
-        embedding_format=_embedding_format(chosen, reasons),
+        embedding_format=_embedding_format(options, chosen, reasons),
         carry=carry,
         flavor=options.flavor,
         context_length=context_length,
@@ -144,10 +160,13 @@ def _room(config: ModelConfig, weights: tuple[str, int], profile: DeviceProfile)
     return max_context(profile, held, kv_bytes_per_position(config), OVERHEAD_BYTES)
 
 
-def _embedding_format(chosen: str, reasons: dict[str, str]) -> str:
+def _embedding_format(options: ExportOptions, chosen: str, reasons: dict[str, str]) -> str:
     if chosen == "float":
         reasons["embedding_format"] = "as the linears"
         return "float"
+    if options.embedding_format is not None:
+        reasons["embedding_format"] = "asked for"
+        return options.embedding_format
     reasons["embedding_format"] = (
         "8 bits cost next to nothing; plainly rounded int4 adds a mean KL of 0.125 on SmolLM2"
     )

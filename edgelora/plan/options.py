@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from edgelora.errors import EdgeLoraError
 
 FORMATS = ("int4", "nf4", "float")
+EMBEDDING_FORMATS = ("int8", "int4")
 MODES = ("side", "merge")
 FLAVORS = ("edgelora", "ort")
 BLOCK_SIZES = (32, 64, 128)
@@ -18,6 +19,7 @@ class ExportOptions:
     format: str | None = None
     block_size: int | None = None
     zero_points: bool = False
+    embedding_format: str | None = None
     flavor: str = "edgelora"
     context_length: int | None = None
     device: str | None = None
@@ -29,12 +31,16 @@ class ExportOptions:
             _one_of("format", self.format, FORMATS)
         if self.block_size is not None:
             _one_of("block size", self.block_size, BLOCK_SIZES)
+        if self.embedding_format is not None:
+            _one_of("embedding format", self.embedding_format, EMBEDDING_FORMATS)
         if self.context_length is not None and self.context_length < 1:
             raise EdgeLoraError(f"context length {self.context_length}: at least 1")
         if self.format == "nf4" and self.block_size not in (None, 64):
             raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
         if self.format == "nf4" and self.flavor == "ort":
             raise EdgeLoraError("--flavor ort: ONNX Runtime has no nf4 with double quantization")
+        if self.embedding_format == "int4" and self.flavor == "ort":
+            raise EdgeLoraError("--flavor ort: the embedding is int8")
         if self.zero_points and self.format not in (None, "int4"):
             raise EdgeLoraError(f"zero points with format {self.format}: only int4 has them")
 

@@ -1,0 +1,137 @@
+"""What each format loses: KL divergence, top-1 agreement and perplexity against the float model.
+
+Windows of 512 tokens, the second half of each scored, as `llama-perplexity --kl-divergence` does.
+
+    python tests/benchmarks/quality.py CHECKPOINT TEXT --csv tests/benchmarks/results/quality.csv
+"""
+
+import csv
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+import edgelora
+
+WINDOW = 512
+FORMATS: dict[str, dict[str, Any]] = {
+    "int4 block 32": {"format": "int4", "block_size": 32},
+    "int4 block 64": {"format": "int4", "block_size": 64},
+    "int4 block 32 zero points": {"format": "int4", "block_size": 32, "zero_points": True},
+    "nf4": {"format": "nf4"},
+    "int4 block 32, int4 head": {"format": "int4", "block_size": 32, "embedding_format": "int4"},
+    "int4 block 32, float activations": {"format": "int4", "block_size": 32},
+    "nf4, float activations": {"format": "nf4"},
+}
+
+
+@dataclass
+class Score:
+    """Sums over the scored tokens of one format."""
+
+    name: str
+    megabytes: float
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+    same: int = 0
+    log_likelihood: float = 0.0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, next_ids: torch.Tensor) -> None:
+        """Log-probabilities float64 [tokens, vocab_size] of the format and of the float model."""
+        self.kl.append((theirs.exp() * (theirs - ours)).sum(-1).numpy())
+        self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        self.log_likelihood += float(ours.gather(1, next_ids[:, None]).sum())
+
+    def row(self) -> dict[str, object]:
+        """One line of the table."""
+        kl = np.concatenate(self.kl)
+        return {
+            "format": self.name,
+            "mean_kl": f"{kl.mean():.4f}",
+            "kl_99_percent": f"{np.percentile(kl, 99):.3f}",
+            "same_top_token": f"{self.same / kl.size:.4f}",
+            "perplexity": f"{math.exp(-self.log_likelihood / kl.size):.3f}",
+            "weight_megabytes": f"{self.megabytes:.1f}",
+            "tokens": kl.size,
+        }
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("text", type=click.Path(exists=True, path_type=Path))
+@click.option("--windows", default=24, show_default=True)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, help="Measure these formats only.")
+def main(
+    checkpoint: Path, text: Path, windows: int, csv_path: Path | None, only: tuple[str, ...]
+) -> None:
+    """Exports CHECKPOINT in every format and scores TEXT."""
+    chosen = {name: FORMATS[name] for name in only} if only else FORMATS
+    with tempfile.TemporaryDirectory() as folder:
+        models = dict(load_all(checkpoint, Path(folder), chosen))
+        scores = {n: Score(n, model.info.weight_bytes / 1e6) for n, model in models.items()}
+        scores["float"] = Score("float", 0.0)
+        reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        for ids in token_windows(checkpoint, text, windows):
+            score_window(reference, models, scores, ids)
+    rows = [score.row() for score in scores.values()]
+    for row in rows:
+        click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
+    if csv_path:
+        with csv_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def load_all(
+    checkpoint: Path, folder: Path, formats: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, edgelora.Model]]:
+    """The runtime's models by name of the format."""
+    for number, (name, options) in enumerate(formats.items()):
+        bundle = folder / str(number)
+        edgelora.export(checkpoint, bundle, context_length=WINDOW, **options)
+        accuracy = "float" if "float activations" in name else "int8"
+        yield name, edgelora.load(bundle, accuracy=accuracy)
+
+
+def token_windows(checkpoint: Path, text: Path, windows: int) -> Iterator[list[int]]:
+    """The first windows of the text, each WINDOW tokens."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    for start in range(0, windows * WINDOW, WINDOW):
+        yield ids[start : start + WINDOW]
+
+
+def score_window(
+    reference: torch.nn.Module,
+    models: dict[str, edgelora.Model],
+    scores: dict[str, Score],
+    ids: list[int],
+) -> None:
+    """Adds the second half of one window to every score."""
+    half = slice(WINDOW // 2, WINDOW - 1)
+    next_ids = torch.tensor(ids[WINDOW // 2 + 1 :])
+    with torch.no_grad():
+        theirs = log_probabilities(reference(torch.tensor([ids])).logits[0, half])
+    scores["float"].add(theirs, theirs, next_ids)
+    for name, model in models.items():
+        ours = log_probabilities(torch.from_numpy(model.logits(ids)[half]))
+        scores[name].add(ours, theirs, next_ids)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """float64 [tokens, vocab_size]."""
+    return torch.log_softmax(logits.double(), -1)
+
+
+if __name__ == "__main__":
+    main()
