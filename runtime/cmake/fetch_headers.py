@@ -1,7 +1,8 @@
 """Fetch the two header-only build dependencies into a cache folder and print their include folders.
 
-ONNX Runtime's C headers and nlohmann/json come from Debian's packages, unpacked without root through an apt state of our
-own, so the machine's is left alone. Prints two lines: the folder of onnxruntime_c_api.h, the folder of nlohmann/json.hpp.
+ONNX Runtime's C headers and nlohmann/json come from Debian's packages, unpacked without root
+through an apt state of our own, so the machine's is left alone. Prints two lines: the folder of
+onnxruntime_c_api.h, the folder of nlohmann/json.hpp.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def include_folders(folder: Path) -> list[Path] | None:
 
 
 def fetch(folder: Path) -> list[Path]:
-    """The include folders, fetched first unless they are there; `folder` appears whole or not at all."""
+    """The include folders, fetched first unless they are there.
+
+    `folder` appears whole or not at all.
+    """
     found = include_folders(folder)
     if found:
         return found
