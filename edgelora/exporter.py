@@ -22,7 +22,8 @@ from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerpri
 from edgelora.config import ModelConfig
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
-from edgelora.graph import Decoder, OwnOps, StockOps, targets
+from edgelora.graph import Decoder, OwnOps, StockOps
+from edgelora.layout import targets
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan, make_plan
 from edgelora.tokenizer import TokenizerFiles

@@ -11,17 +11,8 @@ from edgelora.bundle import WeightFile
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.fingerprint import FingerprintBuilder
 from edgelora.errors import EdgeLoraError
-from edgelora.graph import (
-    COS,
-    EMBEDDING,
-    SIN,
-    Linear,
-    Projection,
-    StoredMatrix,
-    head,
-    projections,
-    rotary_tables,
-)
+from edgelora.graph import COS, SIN, StoredMatrix, rotary_tables
+from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections
 from edgelora.merge import merge
 from edgelora.plan import Plan
 from edgelora.quantize import (
@@ -64,9 +55,8 @@ class WeightWriter:
             if projection.name != "lm_head":
                 self._write_projection(projection)
         self._write_head(head(config))
-        for name in self.checkpoint.names():
-            if len(self.checkpoint.shape(name)) == 1 and name.endswith("norm.weight"):
-                self._store_vector(name)
+        for norm in norms(config):
+            self._store_vector(f"{norm}.weight")
         cos, sin = rotary_tables(config, self.plan.context_length)
         self.file.add(COS, cos)
         self.file.add(SIN, sin)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.checkpoint.layout import check_layout, expected_tensors
+from edgelora.checkpoint.layout import check_layout
 from edgelora.checkpoint.protocol import StoredAs
 from edgelora.checkpoint.quant_state import CODEBOOKS, STATE, QuantState, read_state
 from edgelora.checkpoint.safetensors import (

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from edgelora.checkpoint.float_values import TO_FLOAT32
 from edgelora.checkpoint.gguf_config import ROPE_FACTORS, huggingface_name, read_gguf_config
 from edgelora.checkpoint.gguf_file import GgufFile, read_gguf
-from edgelora.checkpoint.layout import check_layout, expected_tensors
+from edgelora.checkpoint.layout import check_layout
 from edgelora.checkpoint.protocol import StoredAs
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
+from edgelora.layout import expected_tensors
 from edgelora.quantize import Int4Matrix, Int8Matrix, dequantize
 
 BLOCK_SIZE = 32

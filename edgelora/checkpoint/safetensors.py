@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.checkpoint.float_values import TO_FLOAT32
-from edgelora.checkpoint.layout import EMBEDDING, HEAD, check_layout, expected_tensors
+from edgelora.checkpoint.layout import EMBEDDING, HEAD, check_layout
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.file_bytes import FileBytes, parse_json, read_json
+from edgelora.layout import expected_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,19 +11,19 @@ import onnx
 from onnx import TensorProto
 
 from edgelora.config import ModelConfig
-from edgelora.graph.layout import (
+from edgelora.graph.nodes import Nodes, value
+from edgelora.graph.own_ops import OwnOps
+from edgelora.graph.stock_ops import StockOps
+from edgelora.graph.tensors import StoredMatrix, StoredTensor
+from edgelora.layout import (
+    EMBEDDING,
+    FINAL_NORM,
     Projection,
     attention_projections,
     head,
     mlp_projections,
 )
-from edgelora.graph.nodes import Nodes, value
-from edgelora.graph.own_ops import OwnOps
-from edgelora.graph.stock_ops import StockOps
-from edgelora.graph.tensors import StoredMatrix, StoredTensor
 
-EMBEDDING = "model.embed_tokens"
-FINAL_NORM = "model.norm.weight"
 COS, SIN = "rotary.cos", "rotary.sin"
 
 
@@ -156,7 +156,7 @@ class Decoder:
             self.nodes.add("Gather", [value, "logits_to_keep"], f"kept.{kind}", axis=1)
             for value, kind in ((x, "x"), (residual, "residual"))
         )
-        normed, _ = self._norm(kept, kept_residual, FINAL_NORM.removesuffix(".weight"))
+        normed, _ = self._norm(kept, kept_residual, FINAL_NORM)
         logits = self._project(normed, head(self.config))[0]
         self.nodes.nodes[-1].output[0] = "logits"
         assert logits == "lm_head"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto
 
-from edgelora.graph.layout import Linear
 from edgelora.graph.nodes import Nodes, value
 from edgelora.graph.tensors import StoredMatrix
+from edgelora.layout import Linear
 
 DOMAIN = "edgelora"
 ROLES = (  # operator inputs 2…7, by position

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto
 
-from edgelora.graph.layout import Linear
 from edgelora.graph.nodes import Nodes, value
 from edgelora.graph.tensors import StoredMatrix
+from edgelora.layout import Linear
 
 DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level

@@ -1,5 +1,6 @@
-"""Which linears a decoder has: their module paths, shapes, and which of them are computed in one
-node.
+"""The tensors of a decoder: its linears by module path and shape, and which share a node.
+
+The next architecture starts here and in config.py.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from edgelora.config import ModelConfig
 PANEL_ROWS = (
     16  # rows that a packed panel interleaves: a packed projection's slices are multiples of it
 )
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,34 @@ def targets(config: ModelConfig) -> dict[str, tuple[int, int]]:
         for projection in projections(config)
         for linear in projection.linears
     }
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of the checkpoint: [out_features, in_features] or [features].
+
+    A tied lm_head is not among them.
+    """
+    tensors: dict[str, tuple[int, ...]] = {
+        f"{EMBEDDING}.weight": (config.vocab_size, config.hidden_size)
+    }
+    for projection in projections(config):
+        for linear in projection.linears:
+            tensors[linear.weight] = (linear.out_features, linear.in_features)
+            if linear.bias:
+                tensors[f"{linear.target}.bias"] = (linear.out_features,)
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors | {f"{norm}.weight": (size,) for norm, size in norms(config).items()}
+
+
+def norms(config: ModelConfig) -> dict[str, int]:
+    """Module path → features of every RMS norm."""
+    sizes = {}
+    for layer in range(config.num_hidden_layers):
+        path = f"model.layers.{layer}"
+        sizes[f"{path}.input_layernorm"] = config.hidden_size
+        sizes[f"{path}.post_attention_layernorm"] = config.hidden_size
+        if config.qk_norm:
+            sizes[f"{path}.self_attn.q_norm"] = config.head_dim
+            sizes[f"{path}.self_attn.k_norm"] = config.head_dim
+    return sizes | {FINAL_NORM: config.hidden_size}
