@@ -28,6 +28,7 @@ from edgelora.checkpoint.safetensors import (
     read_folder,
 )
 from edgelora.config import ModelConfig
+from edgelora.layout import expected_tensors
 from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix
 
 _COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
