@@ -1,0 +1,5 @@
+"""`python -m edgelora`: the same as `edgelora`."""
+
+from edgelora.cli import main
+
+main()
