@@ -373,3 +373,11 @@ def test_smollm2_equals_transformers() -> None:
             assert np.array_equal(from_codes(matrix), values), name
     assert checkpoint.stored_as("model.embed_tokens.weight") == "int8"
     assert checkpoint.stored_as("model.layers.7.self_attn.q_proj.weight") == "int4"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("Model-135M.Q4_1.gguf", "Model-135M"), ("m-f16.gguf", "m"), ("plain.gguf", "plain")],
+)
+def test_name_is_the_model_s_without_the_type(file: str, name: str, tmp_path: Path) -> None:
+    assert open_checkpoint(tiny.tiny_gguf(tmp_path / file)).name == name

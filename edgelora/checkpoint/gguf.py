@@ -11,6 +11,7 @@ llama.cpp rotates neighbouring pairs of q and k, Hugging Face halves of a head: 
 interleaves the rows of each head of llama (not of qwen), and we undo that, for codes as for values.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ _CARRIED: dict[GGMLQuantizationType, StoredAs] = {
     GGMLQuantizationType.Q4_1: "int4",
     GGMLQuantizationType.Q8_0: "int8",
 }
+# what llama.cpp's users append: "model.Q4_K_M.gguf", "model-f16.gguf"
+_TYPE_SUFFIX = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PERMUTED = (".self_attn.q_proj.", ".self_attn.k_proj.")
 
 
@@ -42,7 +45,7 @@ class GgufCheckpoint:
     """One GGUF file. See `Checkpoint`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.stem
+        self.path, self.name = path, _TYPE_SUFFIX.sub("", path.stem)
         self._gguf = read_gguf(path)
         _refuse_split(self._gguf)
         self.config = read_gguf_config(self._gguf)
