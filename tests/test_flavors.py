@@ -1,5 +1,6 @@
-"""The `ort` flavor runs in a plain onnxruntime session, and agrees with our operators."""
+"""The `ort` flavor agrees with our operators, in a plain onnxruntime session and in our runtime."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,31 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return ARCHITECTURES[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def plain_logits(bundle: Path, adapter: str | None = None) -> NDArray[np.float32]:
-    """Logits of TOKENS from onnxruntime alone."""
+def export_ort(base: Path, folder: Path) -> Path:
+    """A bundle of flavor ort, int4, with adapters a (every linear) and b (two of each layer)."""
+    adapters = {
+        "a": make_adapter(base, folder / "a", target_modules="all-linear"),
+        "b": make_adapter(base, folder / "b", target_modules=["q_proj", "up_proj"]),
+    }
+    edgelora.export(base, folder / "bundle", adapters=adapters, flavor="ort")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_ort(base, tmp_path_factory.mktemp("ort"))
+
+
+def plain_logits(
+    bundle: Path, adapter: str | None = None, tokens: Sequence[int] = TOKENS
+) -> NDArray[np.float32]:
+    """Logits of `tokens` from onnxruntime alone."""
     session = onnxruntime.InferenceSession(
         bundle / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    count = len(TOKENS)
+    count = len(tokens)
     feeds = {
-        "input_ids": np.array([TOKENS]),
+        "input_ids": np.array([tokens]),
         "attention_mask": np.ones((1, count), np.int64),
         "logits_to_keep": np.arange(count),
     }
@@ -74,3 +92,21 @@ def test_flavors_agree(base: Path, options: dict[str, object], tmp_path: Path) -
 def test_nf4_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeLoraError, match="nf4"):
         edgelora.export(base, tmp_path / "bundle", format="nf4", flavor="ort")
+
+
+@pytest.mark.parametrize("name", [None, "a", "b"])
+def test_runtime_equals_plain_onnxruntime(bundle: Path, name: str | None) -> None:
+    expected = plain_logits(bundle, name)
+    with edgelora.load(bundle) as model:
+        assert model.info.isa == "onnxruntime"
+        oracle.assert_close(model.logits(TOKENS, adapter=name), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_decode_equals_greedy_choice_of_plain_logits(bundle: Path, name: str | None) -> None:
+    tokens = list(TOKENS)
+    for _ in range(12):
+        tokens.append(int(plain_logits(bundle, name, tokens)[-1].argmax()))
+    with edgelora.load(bundle) as model, model.session(adapter=name) as session:
+        session.prefill(TOKENS)
+        assert session.decode(12, ignore_eos=True) == tokens[len(TOKENS) :]

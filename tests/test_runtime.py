@@ -422,6 +422,37 @@ def test_adapter_of_another_base_is_refused(model, tmp_path):
     assert model.adapters == ["one", "two"]
 
 
+@pytest.fixture
+def foreign_handle(copy):
+    """Of an adapter that another model, of another base, has loaded."""
+    fingerprint = "sha256:" + "cd" * 32
+    path = copy / "adapters/one/adapter.safetensors"
+    path.write_bytes(toy_bundle.adapter_bytes("one", fingerprint=fingerprint))
+    write_manifest(copy, base={"name": "other", "fingerprint": fingerprint})
+    with edgelora.load(copy) as other:
+        yield other.adapter_handle("one")
+
+
+BOTH_BASES = "(?=.*sha256:cdcdcdcdcdcd…)(?=.*sha256:abababababab…)"
+
+
+def test_handle_of_another_base_is_refused(session, foreign_handle):
+    library = session._library
+    assert library.edgelora_session_set_adapter(session._pointer, foreign_handle, False) == 1
+    with pytest.raises(EdgeLoraError, match=BOTH_BASES):
+        native.check(library, 1)
+    session.prefill(TOKENS[:1])
+
+
+def test_sum_over_two_bases_is_refused(model, foreign_handle):
+    handles = (ctypes.c_int64 * 2)(model.adapter_handle("one"), foreign_handle)
+    weights, out = (ctypes.c_float * 2)(0.5, 0.5), ctypes.c_int64()
+    compose = model.library.edgelora_adapter_compose
+    assert compose(handles, weights, 2, ctypes.byref(out)) == 1
+    with pytest.raises(EdgeLoraError, match=BOTH_BASES):
+        native.check(model.library, 1)
+
+
 # ---- loading ----
 
 
@@ -473,9 +504,9 @@ def test_newer_format_says_to_update(copy):
     refuse(copy, "made by a newer EdgeLoRA: update the runtime")
 
 
-def test_flavor_ort_is_refused(copy):
+def test_graph_of_the_other_flavor_is_refused(copy):
     write_manifest(copy, flavor="ort")
-    refuse(copy, "flavor ort needs a plain onnxruntime session")
+    refuse(copy, "input adapter_ids is unknown; .*q_proj.lora_a is missing")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ typedef struct EdgeLoraModelOptions {
   const char* onnxruntime_path;  /* the library to load; NULL: the system's "libonnxruntime.so" by name */
   int32_t threads;               /* 0: one for each performance core */
   bool spinning;                 /* workers spin between operators: faster, but takes the cores; default true */
-  bool exact;                    /* float32 activations instead of int8 (slow; for checks); default false */
+  bool exact;                    /* float32 activations instead of int8 (slow, for checks; not in flavor ort); default false */
 } EdgeLoraModelOptions;
 
 EDGELORA_API void edgelora_model_options_init(EdgeLoraModelOptions* options);
@@ -81,7 +81,7 @@ typedef struct EdgeLoraModelInfo {
   int64_t kv_cache_bytes;     /* for one position of one session */
   int32_t eos_token_count;
   const int32_t* eos_token_ids; /* lives as long as the model; may be NULL if there are none */
-  const char* isa;            /* kernels in use; static storage */
+  const char* isa;            /* kernels in use, "onnxruntime" for a bundle of flavor ort; static storage */
   int32_t adapter_count;
   const char* const* adapter_names; /* those of the bundle, sorted; UTF-8; lives as long as the model; may be NULL if there are none */
 } EdgeLoraModelInfo;
@@ -93,10 +93,11 @@ EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model, Edge
 /* Loads the bundle's adapter `name` and returns a handle with one reference. Loading a name again gives a new handle. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_load(EdgeLoraModel* model, const char* name, EdgeLoraAdapter* adapter);
 
-/* The same from a file adapter.safetensors outside the bundle; refused unless it names this base's fingerprint. */
+/* The same from a file adapter.safetensors outside the bundle; refused unless it names this base's fingerprint.
+ * Bundles of flavor ort take their own adapters only. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_load_file(EdgeLoraModel* model, const char* path, EdgeLoraAdapter* adapter);
 
-/* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. */
+/* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. Those of flavor ort: one, with weight 1. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters, const float* weights, size_t count,
                                                      EdgeLoraAdapter* adapter);
 
@@ -117,7 +118,8 @@ EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const 
 EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
 
 /* Adapter of the next positions. If it differs from the one that computed the last position in the kv_cache, all positions are
- * computed anew with it before the next step, unless keep_cache. Setting the former one again before any step undoes that. */
+ * computed anew with it before the next step, unless keep_cache. Setting the former one again before any step undoes that.
+ * An adapter of another base, or of a model of another flavor, is refused. */
 EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session, EdgeLoraAdapter adapter, bool keep_cache);
 
 /* Appends tokens; afterwards the logits of the last one are at hand. At least one token. On error the session is as before. */

@@ -5,6 +5,7 @@
 
 #include "src/adapter_file.h"
 #include "src/error.h"
+#include "src/onnx_adapter.h"
 
 namespace edgelora {
 namespace {
@@ -18,7 +19,10 @@ Error not_loaded(int64_t handle) {
 void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum) {
   if (!sum->terms.empty() &&
       term.file->base_fingerprint() != sum->terms.front().file->base_fingerprint()) {
-    throw Error(EDGELORA_INVALID_ARGUMENT, "adapters of different bases cannot be composed");
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "adapters of different bases cannot be composed: " +
+                    shortened(sum->terms.front().file->base_fingerprint()) + " and " +
+                    shortened(term.file->base_fingerprint()));
   }
   for (ActiveAdapter::Term& present : sum->terms) {
     if (present.file != term.file) continue;
@@ -26,6 +30,12 @@ void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum)
     return;
   }
   sum->terms.push_back({term.file, weight});
+}
+
+// ONNX Runtime adds no deltas: the only sum is the adapter itself.
+Adapter sole(const Adapter& part, float weight, int64_t count) {
+  if (count == 1 && weight == 1.0F) return std::make_shared<const ActiveAdapter>(*part);
+  throw Error(EDGELORA_INVALID_ARGUMENT, "flavor ort takes one adapter at a time with weight 1");
 }
 
 void check_weights(const ActiveAdapter& adapter) {
@@ -38,7 +48,12 @@ void check_weights(const ActiveAdapter& adapter) {
 }  // namespace
 
 const std::string& ActiveAdapter::base_fingerprint() const {
-  return terms.front().file->base_fingerprint();
+  return onnx_adapter ? onnx_adapter->base_fingerprint() : terms.front().file->base_fingerprint();
+}
+
+std::string shortened(const std::string& fingerprint) {
+  constexpr size_t kShown = 7 + 12;  // "sha256:" and some digits
+  return fingerprint.size() > kShown ? fingerprint.substr(0, kShown) + "…" : fingerprint;
 }
 
 struct AdapterStore::Impl {
@@ -83,11 +98,16 @@ int64_t AdapterStore::load(const std::string& path, const std::string& base_fing
   return impl_->add(std::move(adapter));
 }
 
+int64_t AdapterStore::add(std::shared_ptr<const OnnxAdapter> adapter) {
+  return impl_->add(std::make_shared<const ActiveAdapter>(ActiveAdapter{{}, std::move(adapter)}));
+}
+
 int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int64_t count) {
   auto sum = std::make_shared<ActiveAdapter>();
   for (int64_t i = 0; i < count; ++i) {
     const Adapter part = find(handles[i]);
     if (!part) throw not_loaded(handles[i]);
+    if (part->onnx_adapter) return impl_->add(sole(part, weights[i], count));
     for (const ActiveAdapter::Term& term : part->terms) {
       add_term(term, weights[i] * term.weight, sum.get());
     }

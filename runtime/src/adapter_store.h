@@ -25,19 +25,24 @@ struct SideBranch {
 
 // A file's worth of side branches, immutable once loaded.
 class AdapterFile;
+class OnnxAdapter;  // the same of flavor ort
 
 // What a handle stands for: a weighted sum of adapter files (one of them with weight 1 for a plain
-// adapter).
+// adapter), or one adapter of flavor ort.
 struct ActiveAdapter {
   struct Term {
     std::shared_ptr<const AdapterFile> file;
     float weight;
   };
-  std::vector<Term> terms;  // at least one, each file once, all of one base
+  std::vector<Term> terms;  // at least one, each file once, all of one base; none of flavor ort
+  std::shared_ptr<const OnnxAdapter> onnx_adapter;  // flavor ort, else null
 
-  // Of the base that all terms were made for.
+  // Of the base that it was made for.
   const std::string& base_fingerprint() const;
 };
+
+// The first digits of a fingerprint, for messages.
+std::string shortened(const std::string& fingerprint);
 
 // The side branches that act on one target, weight · scaling folded. Empty when the adapter leaves
 // the target alone.
@@ -54,6 +59,9 @@ class AdapterStore {
   // `targets`, base_fingerprint must equal the model's.
   int64_t load(const std::string& path, const std::string& base_fingerprint,
                const Targets& targets);
+
+  // A handle of an adapter of flavor ort.
+  int64_t add(std::shared_ptr<const OnnxAdapter> adapter);
 
   // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error.
   int64_t compose(const int64_t* handles, const float* weights, int64_t count);

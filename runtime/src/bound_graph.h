@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "src/flavor.h"
+#include "src/graph_run.h"
 #include "src/kv_cache.h"
 #include "src/model.h"
 
@@ -15,7 +17,6 @@ struct Chunk {
   const int32_t* tokens;
   int64_t count;     // 1…BoundGraph::kMostTokens
   int64_t position;  // of the first token
-  int64_t adapter;   // handle
 };
 
 class BoundGraph {
@@ -24,18 +25,18 @@ class BoundGraph {
 
   BoundGraph(std::shared_ptr<const Model> model, int64_t context_length);
 
+  // The adapter of the following runs, which must live until they have ended. Forgets terminate.
+  void activate(const RunAdapter& adapter);
+
   // Computes the chunk; its keys and values are in the kv_cache afterwards. Throws Error; the
   // kv_cache before `position` stays as it was in any case.
   void run_last(const Chunk& chunk, float* logits);  // logits of the last token [vocab_size]
   void run_all(const Chunk& chunk, float* logits);   // logits of every token [count, vocab_size]
 
-  // Makes the current or the next run fail, until `allow`. From any thread.
-  void terminate();
-  void allow();
+  // Makes the runs until the next `activate` fail. From any thread.
+  void terminate() { run_.terminate(); }
 
  private:
-  void bind_input(const char* name, const OrtHandle<OrtValue>& value);
-  void bind_output(const char* name, const OrtHandle<OrtValue>& value);
   void bind_cache();
   void run(const Chunk& chunk, int64_t rows, float* logits);
 
@@ -46,9 +47,8 @@ class BoundGraph {
   std::vector<int64_t> input_ids_;       // [kMostTokens]
   std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
   std::vector<int64_t> attention_mask_;  // [context_length], all 1
-  int64_t adapter_id_ = 0;
-  OrtHandle<OrtIoBinding> binding_;
-  OrtHandle<OrtRunOptions> run_options_;
+  RunAdapter adapter_;
+  GraphRun run_;
 };
 
 }  // namespace edgelora

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "edgelora.h"
-#include "ops/registration.h"
 #include "src/adapter_store.h"
 #include "src/error.h"
 #include "src/model.h"
@@ -96,7 +95,7 @@ EdgeLoraModelInfo model_info(const edgelora::Model& model) {
   info.kv_cache_bytes = shape.kv_cache_bytes();
   info.eos_token_count = static_cast<int32_t>(shape.eos_token_ids.size());
   info.eos_token_ids = shape.eos_token_ids.data();
-  info.isa = edgelora::selected_kernels().isa;
+  info.isa = model.flavor().isa();
   info.adapter_count = static_cast<int32_t>(model.adapter_names().size());
   info.adapter_names = model.adapter_names().data();
   return info;

@@ -1,40 +1,31 @@
 #include "src/graph_edge.h"
 
-#include <map>
-
 #include "src/error.h"
 
 namespace edgelora {
 namespace {
 
-constexpr int64_t kAny = -1;  // a symbolic dimension, as ORT reports it too
+constexpr int64_t kAny = Edge::kAny;
 
-struct Edge {
-  ONNXTensorElementDataType type;
-  std::vector<int64_t> dims;
-
-  // A graph may leave any dimension open; a fixed one must be ours.
-  bool fits(const Edge& found) const {
-    if (type != found.type || dims.size() != found.dims.size()) return false;
-    for (size_t i = 0; i < dims.size(); ++i) {
-      if (found.dims[i] != kAny && found.dims[i] != dims[i]) return false;
-    }
-    return true;
+// A graph may leave any dimension open; a fixed one must be ours.
+bool fits(const Edge& ours, const Edge& found) {
+  if (ours.type != found.type || ours.dims.size() != found.dims.size()) return false;
+  for (size_t i = 0; i < ours.dims.size(); ++i) {
+    if (found.dims[i] != kAny && found.dims[i] != ours.dims[i]) return false;
   }
+  return true;
+}
 
-  std::string text() const {
-    std::string out = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? "float32 ["
-                      : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                          ? "int64 ["
-                          : "type " + std::to_string(type) + " [";
-    for (size_t i = 0; i < dims.size(); ++i) {
-      out += (i == 0 ? "" : ", ") + (dims[i] == kAny ? "?" : std::to_string(dims[i]));
-    }
-    return out + "]";
+std::string text(const Edge& edge) {
+  std::string out = edge.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? "float32 ["
+                    : edge.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                        ? "int64 ["
+                        : "type " + std::to_string(edge.type) + " [";
+  for (size_t i = 0; i < edge.dims.size(); ++i) {
+    out += (i == 0 ? "" : ", ") + (edge.dims[i] == kAny ? "?" : std::to_string(edge.dims[i]));
   }
-};
-
-using Edges = std::map<std::string, Edge>;
+  return out + "]";
+}
 
 std::vector<std::string> cache_names(const std::string& prefix, int32_t layers) {
   std::vector<std::string> names;
@@ -50,12 +41,12 @@ Edge cache_edge(const ManifestModel& model) {
           {kAny, model.num_key_value_heads, kAny, model.head_dim}};
 }
 
-Edges expected_inputs(const ManifestModel& model) {
+Edges expected_inputs(const ManifestModel& model, const AdapterEdge& adapter) {
   const auto int64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   Edges edges = {{"input_ids", {int64, {kAny, kAny}}},
                  {"attention_mask", {int64, {kAny, kAny}}},
-                 {"adapter_ids", {int64, {kAny}}},
                  {"logits_to_keep", {int64, {kAny}}}};
+  edges.insert(adapter.inputs.begin(), adapter.inputs.end());
   for (const std::string& name : past_names(model.num_hidden_layers))
     edges[name] = cache_edge(model);
   return edges;
@@ -120,8 +111,8 @@ void compare(const Edges& expected, const Edges& found, const std::string& kind,
     const auto match = found.find(name);
     if (match == found.end()) {
       add(name + " is missing");
-    } else if (!edge.fits(match->second)) {
-      add(name + " is " + match->second.text() + ", not " + edge.text());
+    } else if (!fits(edge, match->second)) {
+      add(name + " is " + text(match->second) + ", not " + text(edge));
     }
   }
   for (const auto& [name, edge] : found) {
@@ -137,13 +128,19 @@ std::vector<std::string> past_names(int32_t layers) {
 
 std::vector<std::string> present_names(int32_t layers) { return cache_names("present", layers); }
 
-void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest) {
+void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest,
+                      const AdapterEdge& adapter) {
   const OrtApi& api = ort.api();
   const Side inputs{api.SessionGetInputCount, api.SessionGetInputName, api.SessionGetInputTypeInfo};
   const Side outputs{api.SessionGetOutputCount, api.SessionGetOutputName,
                      api.SessionGetOutputTypeInfo};
+  const Side defaults{api.SessionGetOverridableInitializerCount,
+                      api.SessionGetOverridableInitializerName,
+                      api.SessionGetOverridableInitializerTypeInfo};
   std::string problems;
-  compare(expected_inputs(manifest.model), read_edges(ort, session, inputs), "input", &problems);
+  compare(expected_inputs(manifest.model, adapter), read_edges(ort, session, inputs), "input",
+          &problems);
+  compare(adapter.defaults, read_edges(ort, session, defaults), "input with a default", &problems);
   compare(expected_outputs(manifest.model), read_edges(ort, session, outputs), "output", &problems);
   if (problems.empty()) return;
   throw Error(EDGELORA_BAD_FILE, manifest.path("model.onnx") + " does not fit the manifest" +

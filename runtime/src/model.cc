@@ -1,7 +1,5 @@
 #include "src/model.h"
 
-#include "ops/registration.h"
-#include "src/adapter_store.h"
 #include "src/cores.h"
 #include "src/error.h"
 #include "src/graph_edge.h"
@@ -11,16 +9,6 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-Manifest read_checked_manifest(const std::string& bundle) {
-  Manifest manifest = read_manifest(bundle);
-  if (manifest.flavor == "edgelora") return manifest;
-  if (manifest.flavor == "ort") {
-    throw Error(EDGELORA_BAD_FILE, bundle + ": flavor ort needs a plain onnxruntime session");
-  }
-  throw Error(EDGELORA_BAD_FILE,
-              bundle + "/manifest.json: unknown flavor \"" + manifest.flavor + '"');
-}
-
 int choose_threads(int asked) {
   if (asked < 0 || asked > kMostThreads) {
     throw Error(EDGELORA_INVALID_ARGUMENT,
@@ -29,8 +17,8 @@ int choose_threads(int asked) {
   return asked == 0 ? performance_cores() : asked;
 }
 
-OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const ModelOptions& options,
-                                             int threads) {
+OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavor& flavor,
+                                             const ModelOptions& options, int threads) {
   const OrtApi& api = ort.api();
   OrtSessionOptions* raw = nullptr;
   ort.check(api.CreateSessionOptions(&raw));
@@ -38,25 +26,19 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Model
   ort.check(api.SetIntraOpNumThreads(raw, threads));
   ort.check(api.SetInterOpNumThreads(raw, 1));
   ort.check(api.SetSessionExecutionMode(raw, ORT_SEQUENTIAL));
-  ort.check(api.SetSessionGraphOptimizationLevel(
-      raw, ORT_ENABLE_BASIC));  // the export has fused what it wants fused
   ort.check(api.DisableMemPattern(
       raw));  // shapes differ at every step: a pattern would be made and never met again
   ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning",
                                       options.spinning ? "1" : "0"));
-  ort.check(register_ops(&api, raw, OpsOptions{options.exact, threads}));
+  flavor.configure(ort, OpsOptions{options.exact, threads}, raw);
   return owned;
 }
 
 OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& path,
                                      const OrtSessionOptions* options) {
-#if defined(_WIN32)
-  const std::wstring native_path(path.begin(), path.end());
-#else
-  const std::string& native_path = path;
-#endif
   OrtSession* session = nullptr;
-  ort.check(ort.api().CreateSession(ort.env(), native_path.c_str(), options, &session));
+  ort.check(ort.api().CreateSession(ort.env(), OnnxRuntime::native_path(path).c_str(), options,
+                                    &session));
   return {session, ort.api().ReleaseSession};
 }
 
@@ -75,13 +57,14 @@ std::string known_names(const Manifest& manifest) {
 }  // namespace
 
 Model::Model(const std::string& bundle, const ModelOptions& options)
-    : manifest_(read_checked_manifest(bundle)),
+    : manifest_(read_manifest(bundle)),
       adapter_names_(name_pointers(manifest_)),
+      flavor_(make_flavor(manifest_)),
       onnxruntime_(options.onnxruntime_path),
       threads_(choose_threads(options.threads)),
       session_(create_session(onnxruntime_, manifest_.path("model.onnx"),
-                              session_options(onnxruntime_, options, threads_).get())) {
-  check_graph_edge(onnxruntime_, session_.get(), manifest_);
+                              session_options(onnxruntime_, *flavor_, options, threads_).get())) {
+  check_graph_edge(onnxruntime_, session_.get(), manifest_, flavor_->adapter_edge(manifest_));
 }
 
 int64_t Model::weight_bytes() const {
@@ -95,11 +78,31 @@ int64_t Model::load_adapter(const std::string& name) const {
     throw Error(EDGELORA_NOT_FOUND,
                 manifest_.folder + ": no adapter \"" + name + "\"; " + known_names(manifest_));
   }
-  return load_adapter_file(manifest_.path(found->second));
+  return flavor_->load_adapter(onnxruntime_, manifest_, manifest_.path(found->second));
 }
 
 int64_t Model::load_adapter_file(const std::string& path) const {
-  return AdapterStore::instance().load(path, manifest_.base_fingerprint, manifest_.targets);
+  return flavor_->load_adapter_file(onnxruntime_, manifest_, path);
+}
+
+std::shared_ptr<const ActiveAdapter> Model::find_adapter(int64_t handle) const {
+  if (handle == 0) return nullptr;
+  std::shared_ptr<const ActiveAdapter> adapter = AdapterStore::instance().find(handle);
+  const std::string name = "adapter handle " + std::to_string(handle);
+  if (adapter == nullptr) {
+    throw Error(EDGELORA_NOT_FOUND, name + " is unknown or unloaded; set another");
+  }
+  if (!flavor_->takes(onnxruntime_, *adapter)) {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                name + " was loaded for another flavor or onnxruntime than this model's, " +
+                    flavor_->name() + "; load it from this model");
+  }
+  if (adapter->base_fingerprint() != manifest_.base_fingerprint) {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                name + " was made for the base " + shortened(adapter->base_fingerprint()) +
+                    ", this model's is " + shortened(manifest_.base_fingerprint));
+  }
+  return adapter;
 }
 
 }  // namespace edgelora

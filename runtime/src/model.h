@@ -2,9 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "src/adapter_store.h"
+#include "src/flavor.h"
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
 
@@ -24,6 +27,7 @@ class Model {
 
   const Manifest& manifest() const { return manifest_; }
   const OnnxRuntime& onnxruntime() const { return onnxruntime_; }
+  const Flavor& flavor() const { return *flavor_; }
   OrtSession* ort_session() const { return session_.get(); }
   int threads() const { return threads_; }
 
@@ -34,9 +38,14 @@ class Model {
   int64_t load_adapter(const std::string& name) const;
   int64_t load_adapter_file(const std::string& path) const;
 
+  // What the handle stands for, null for the base. Throws Error if it is unknown, unloaded, or of
+  // another base or flavor.
+  std::shared_ptr<const ActiveAdapter> find_adapter(int64_t handle) const;
+
  private:
   Manifest manifest_;
   std::vector<const char*> adapter_names_;  // keys of manifest_.adapters
+  std::unique_ptr<const Flavor> flavor_;
   OnnxRuntime onnxruntime_;
   int threads_;
   OrtHandle<OrtSession> session_;

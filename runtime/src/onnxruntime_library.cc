@@ -122,6 +122,10 @@ OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory
 OnnxRuntime::OnnxRuntime(const std::string& path)
     : api_(get_api(*load(path)())), env_(create_env(*api_)), memory_(create_memory_info(*api_)) {}
 
+std::basic_string<ORTCHAR_T> OnnxRuntime::native_path(const std::string& path) {
+  return {path.begin(), path.end()};
+}
+
 void OnnxRuntime::check(OrtStatus* status) const { check_status(*api_, status); }
 
 OrtHandle<OrtValue> OnnxRuntime::tensor(int64_t* data, std::initializer_list<int64_t> dims) const {

@@ -4,7 +4,6 @@
 #include <string>
 #include <utility>
 
-#include "src/adapter_store.h"
 #include "src/error.h"
 
 namespace edgelora {
@@ -17,12 +16,6 @@ size_t choose_context(const ManifestModel& model, int32_t asked) {
                                                std::to_string(model.context_length));
   }
   return static_cast<size_t>(asked == 0 ? model.context_length : asked);
-}
-
-void require_adapter(int64_t adapter) {
-  if (adapter == 0 || AdapterStore::instance().find(adapter) != nullptr) return;
-  throw Error(EDGELORA_NOT_FOUND,
-              "adapter handle " + std::to_string(adapter) + " is unknown or unloaded; set another");
 }
 
 size_t vocabulary(const Model& model) {
@@ -43,17 +36,16 @@ Session::Session(std::shared_ptr<const Model> model, int32_t context_length)
       next_logits_(vocabulary(*model_)) {}
 
 void Session::set_adapter(int64_t adapter, Cache cache) {
-  require_adapter(adapter);
+  model_->find_adapter(adapter);
   adapter_ = adapter;
   recompute_ = cache == Cache::kRecompute && cached_ > 0 && adapter != cached_adapter_;
 }
 
 // Opens a call that computes: a cancel from now on is for it.
 void Session::begin() {
-  require_adapter(adapter_);
+  model_->find_adapter(adapter_);
   computed_ = 0;
   cancelled_ = false;
-  graph_.allow();
 }
 
 void Session::cancel() {
@@ -88,8 +80,11 @@ void Session::make_due() {
   if (cached_ == tokens_.size() && !has_logits()) --cached_;
 }
 
+// Holds the adapter while it runs. A cancel before `activate` is seen after it.
 void Session::run_chunk(const Chunk& chunk, float* all_logits) {
+  const std::shared_ptr<const ActiveAdapter> held = model_->find_adapter(adapter_);
   try {
+    graph_.activate({adapter_, held.get()});
     if (cancelled_) throw Error(EDGELORA_CANCELLED, "");
     if (all_logits != nullptr) {
       graph_.run_all(chunk, all_logits);
@@ -107,9 +102,9 @@ void Session::run_chunk(const Chunk& chunk, float* all_logits) {
 void Session::compute(size_t end, float* all_logits) {
   while (cached_ < end) {
     const size_t count = std::min(end - cached_, static_cast<size_t>(BoundGraph::kMostTokens));
-    run_chunk({tokens_.data() + cached_, static_cast<int64_t>(count), static_cast<int64_t>(cached_),
-               adapter_},
-              all_logits);
+    run_chunk(
+        {tokens_.data() + cached_, static_cast<int64_t>(count), static_cast<int64_t>(cached_)},
+        all_logits);
     if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
     cached_ += count;
     cached_adapter_ = adapter_;

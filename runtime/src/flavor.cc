@@ -1,0 +1,106 @@
+#include "src/flavor.h"
+
+#include "src/error.h"
+#include "src/onnx_adapter.h"
+
+namespace edgelora {
+namespace {
+
+// Our operators: they find the adapters that the input adapter_ids names in the store.
+class OwnFlavor : public Flavor {
+ public:
+  const char* name() const override { return "edgelora"; }
+  const char* isa() const override { return selected_kernels().isa; }
+
+  void configure(const OnnxRuntime& ort, const OpsOptions& ops,
+                 OrtSessionOptions* options) const override {
+    const OrtApi& api = ort.api();
+    ort.check(api.SetSessionGraphOptimizationLevel(
+        options, ORT_ENABLE_BASIC));  // the export has fused what it wants fused
+    ort.check(register_ops(&api, options, ops));
+  }
+
+  AdapterEdge adapter_edge(const Manifest&) const override {
+    return {{{"adapter_ids", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {Edge::kAny}}}}, {}};
+  }
+
+  int64_t load_adapter(const OnnxRuntime&, const Manifest& manifest,
+                       const std::string& path) const override {
+    return AdapterStore::instance().load(path, manifest.base_fingerprint, manifest.targets);
+  }
+
+  int64_t load_adapter_file(const OnnxRuntime& ort, const Manifest& manifest,
+                            const std::string& path) const override {
+    return load_adapter(ort, manifest, path);
+  }
+
+  bool takes(const OnnxRuntime&, const ActiveAdapter& adapter) const override {
+    return adapter.onnx_adapter == nullptr;
+  }
+
+  void activate(const OnnxRuntime& ort, RunAdapter* adapter, GraphRun* run) const override {
+    run->set_input("adapter_ids", ort.tensor(&adapter->handle, {1}));
+  }
+};
+
+// ONNX Runtime's operators: it feeds the active adapter's factors to the inputs that default to
+// rank 0.
+class StockFlavor : public Flavor {
+ public:
+  const char* name() const override { return "ort"; }
+  const char* isa() const override { return "onnxruntime"; }
+
+  void configure(const OnnxRuntime& ort, const OpsOptions& ops,
+                 OrtSessionOptions* options) const override {
+    if (ops.exact) {
+      throw Error(
+          EDGELORA_INVALID_ARGUMENT,
+          "flavor ort computes in one accuracy only: for accuracy float export flavor edgelora");
+    }
+    ort.check(ort.api().SetSessionGraphOptimizationLevel(options, ORT_ENABLE_ALL));
+  }
+
+  AdapterEdge adapter_edge(const Manifest& manifest) const override {
+    const auto type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    Edges factors;
+    for (const auto& [target, features] : manifest.targets) {
+      factors[target + ".lora_a"] = {type, {features.first, Edge::kAny}};
+      factors[target + ".lora_b"] = {type, {Edge::kAny, features.second}};
+    }
+    return {{}, factors};
+  }
+
+  int64_t load_adapter(const OnnxRuntime& ort, const Manifest& manifest,
+                       const std::string& path) const override {
+    return AdapterStore::instance().add(std::make_shared<const OnnxAdapter>(
+        ort, path, manifest.base_fingerprint, manifest.targets));
+  }
+
+  int64_t load_adapter_file(const OnnxRuntime&, const Manifest&,
+                            const std::string& path) const override {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                path + ": flavor ort takes the adapters of its bundle only, whose files name no " +
+                    "base; export the bundle again with the adapter");
+  }
+
+  bool takes(const OnnxRuntime& ort, const ActiveAdapter& adapter) const override {
+    return adapter.onnx_adapter != nullptr && adapter.onnx_adapter->is_of(ort);
+  }
+
+  void activate(const OnnxRuntime& ort, RunAdapter* adapter, GraphRun* run) const override {
+    if (adapter->active == nullptr) return;
+    ort.check(ort.api().RunOptionsAddActiveLoraAdapter(run->options(),
+                                                       adapter->active->onnx_adapter->get()));
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<const Flavor> make_flavor(const Manifest& manifest) {
+  if (manifest.flavor == "edgelora") return std::make_unique<OwnFlavor>();
+  if (manifest.flavor == "ort") return std::make_unique<StockFlavor>();
+  throw Error(EDGELORA_BAD_FILE,
+              manifest.path("manifest.json") + ": unknown flavor \"" + manifest.flavor + '"');
+}
+
+}  // namespace edgelora

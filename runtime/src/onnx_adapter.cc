@@ -1,0 +1,31 @@
+#include "src/onnx_adapter.h"
+
+#include "src/error.h"
+#include "src/onnx_adapter_file.h"
+
+namespace edgelora {
+namespace {
+
+OrtHandle<OrtLoraAdapter> create_adapter(const OnnxRuntime& ort, const std::string& path,
+                                         const Targets& targets) {
+  check_onnx_adapter_file(path, targets);
+  OrtLoraAdapter* adapter = nullptr;
+  OrtStatus* status =
+      ort.api().CreateLoraAdapter(OnnxRuntime::native_path(path).c_str(), nullptr, &adapter);
+  try {
+    ort.check(status);
+  } catch (const Error& error) {
+    throw Error(EDGELORA_BAD_FILE, path + ": " + error.what() + "; export the bundle again");
+  }
+  return {adapter, ort.api().ReleaseLoraAdapter};
+}
+
+}  // namespace
+
+OnnxAdapter::OnnxAdapter(const OnnxRuntime& ort, const std::string& path,
+                         const std::string& base_fingerprint, const Targets& targets)
+    : base_fingerprint_(base_fingerprint),
+      api_(&ort.api()),
+      adapter_(create_adapter(ort, path, targets)) {}
+
+}  // namespace edgelora
