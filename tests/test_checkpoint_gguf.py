@@ -380,4 +380,4 @@ def test_smollm2_equals_transformers() -> None:
     [("Model-135M.Q4_1.gguf", "Model-135M"), ("m-f16.gguf", "m"), ("plain.gguf", "plain")],
 )
 def test_name_is_the_model_s_without_the_type(file: str, name: str, tmp_path: Path) -> None:
-    assert open_checkpoint(tiny.tiny_gguf(tmp_path / file)).name == name
+    assert open_checkpoint(tiny_gguf(tmp_path / file)).name == name
