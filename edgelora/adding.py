@@ -1,12 +1,13 @@
 """One more adapter for a bundle that is there already; the base is not needed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter import compare_base_name, read_adapter, valid_adapter_name
+from edgelora.adapter import Branch, compare_base_name, read_adapter, valid_adapter_names
 from edgelora.adapter_file import read_adapter_file, write_adapter
-from edgelora.bundle import adapter_entry, adapter_path, add_files
+from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import read_manifest
 
@@ -24,6 +25,15 @@ class AddedAdapter:
     warning: str | None
 
 
+@dataclass(frozen=True)
+class _NewAdapter:
+    data: bytes  # of adapter.safetensors
+    branches: Mapping[str, Branch]
+    source: str | None = None  # fingerprint of its PEFT folder
+    base: str | None = None  # the name it gave
+    warning: str | None = None
+
+
 def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> AddedAdapter:
     """Binds a PEFT folder, or an adapter.safetensors made for the same base, to the bundle.
 
@@ -31,12 +41,14 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
     fingerprint, or if the adapter does not fit. The bundle stays usable at every moment.
     """
     manifest = read_manifest(bundle)
-    valid_adapter_name(name)
+    valid_adapter_names([*manifest["adapters"], name])
     _refuse(bundle, manifest, name, force=force)
-    data, entry, warning = _read(bundle, manifest, name, path)
-    fields = manifest | {"adapters": manifest["adapters"] | {name: entry}}
-    add_files(bundle, {adapter_path(name): data}, fields)
-    return AddedAdapter(entry, len(data), warning)
+    new = _read(bundle, manifest, name, path)
+    place = free_adapter_path(manifest, name, new.data)
+    entry = adapter_entry(place, new.branches, new.source, new.base)
+    adapters = manifest["adapters"] | {name: entry}
+    exchange_adapter(bundle, place, new.data, manifest | {"adapters": adapters})
+    return AddedAdapter(entry, len(new.data), new.warning)
 
 
 def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -> None:
@@ -51,16 +63,14 @@ def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -
         raise EdgeLoraError(f"{bundle}: has an adapter {name!r} already: choose a name or --force")
 
 
-def _read(
-    bundle: Path, manifest: dict[str, Any], name: str, path: Path
-) -> tuple[bytes, dict[str, Any], str | None]:
+def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _NewAdapter:
     targets = {
         target["name"]: (target["out_features"], target["in_features"])
         for target in manifest["targets"]
     }
     file = path / BOUND if path.is_dir() else path
     if file.is_file():
-        return _read_bound(bundle, manifest, name, file, targets)
+        return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)
     data = write_adapter(
         adapter,
@@ -68,25 +78,23 @@ def _read(
         base_fingerprint=manifest["base"]["fingerprint"],
         dtype="float32" if manifest["plan"]["format"] == "float" else "float16",
     )
-    entry = adapter_entry(
-        adapter_path(name), adapter.branches, adapter.fingerprint, adapter.base_model_name_or_path
-    )
-    return data, entry, compare_base_name(adapter, manifest["base"]["name"])
+    warning = compare_base_name(adapter, manifest["base"]["name"])
+    base = adapter.base_model_name_or_path
+    return _NewAdapter(data, adapter.branches, adapter.fingerprint, base, warning)
 
 
 def _read_bound(
-    bundle: Path,
-    manifest: dict[str, Any],
-    name: str,
-    file: Path,
-    targets: dict[str, tuple[int, int]],
-) -> tuple[bytes, dict[str, Any], str | None]:
+    bundle: Path, manifest: dict[str, Any], file: Path, targets: dict[str, tuple[int, int]]
+) -> _NewAdapter:
     """A file that names the fingerprint of its base."""
-    stored = read_adapter_file(file)
-    ours = manifest["base"]["fingerprint"]
+    stored, ours = read_adapter_file(file), manifest["base"]["fingerprint"]
     if stored.base_fingerprint != ours:
         raise EdgeLoraError(
-            f"{file}: made for the base {stored.base_fingerprint}, but {bundle} holds {ours}"
+            f"{file}: made for the base {_short(stored.base_fingerprint)}, but {bundle} holds "
+            f"{_short(ours)}: add it to a bundle of its own base, or give its PEFT folder"
         )
-    branches = read_adapter_file(file, targets).branches
-    return file.read_bytes(), adapter_entry(adapter_path(name), branches, None, None), None
+    return _NewAdapter(file.read_bytes(), read_adapter_file(file, targets).branches)
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint.removeprefix("sha256:")[:12]

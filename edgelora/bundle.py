@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgelora.adapter import Branch
+from edgelora.adapter import Branch, valid_adapter_names
 from edgelora.errors import EdgeLoraError
 from edgelora.graph.tensors import WEIGHT_FILE, StoredTensor
 from edgelora.manifest import HEAD_FIELDS, NAME, file_entries, manifest_bytes
@@ -62,13 +62,24 @@ class WeightFile:
 
 
 def check_target(out: Path, *, force: bool) -> None:
-    """Raises EdgeLoraError when `out` exists and may not be replaced."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise EdgeLoraError(f"{out}: exists already: choose another folder or pass --force")
-    if not (out / NAME).is_file():
-        raise EdgeLoraError(f"{out}: exists and is no bundle: --force replaces bundles only")
+    """Raises EdgeLoraError when `out` exists and may not be replaced, or cannot be made."""
+    try:
+        if not out.exists() and not out.is_symlink():
+            _check_parent(out)
+        elif not force:
+            raise EdgeLoraError(f"{out}: exists already: choose another folder or pass --force")
+        elif not (out / NAME).is_file():
+            raise EdgeLoraError(f"{out}: exists and is no bundle: --force replaces bundles only")
+    except OSError as error:
+        raise _disk_error(out, out, error) from error
+
+
+def _check_parent(out: Path) -> None:
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise EdgeLoraError(f"{out}: {parent} is a file: choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise EdgeLoraError(f"{out}: {parent} may not be written: choose another folder")
 
 
 @contextmanager
@@ -77,22 +88,24 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
 
     On an error it is removed and `out` stays as it was. A full disk becomes an EdgeLoraError.
     """
-    check_target(out, force=force)
-    _remove_abandoned(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    place = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    partial = _beside(place, "partial")
     try:
+        _clear_abandoned(place)
+        check_target(out, force=force)
         partial.mkdir(parents=True)
         yield partial
         _flush(partial)
-        _replace(partial, out)
+        _replace(partial, place)
     except OSError as error:
-        raise _disk_error(out, error) from error
+        raise _disk_error(out, partial, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     """The last file of a bundle: without it, the folder is none."""
+    valid_adapter_names(fields["adapters"])
     (folder / NAME).write_bytes(manifest_bytes(fields | {"files": file_entries(folder)}))
 
 
@@ -119,25 +132,55 @@ def adapter_entry(
     }
 
 
-def add_files(bundle: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> None:
-    """Puts files into a bundle, then exchanges its manifest (`fields` of the old one, changed).
+def free_adapter_path(manifest: Mapping[str, Any], name: str, data: bytes) -> str:
+    """Where an adapter can be written while the bundle is in use.
 
-    Killed in between, the bundle is as before, with a file that its manifest does not name.
+    The plain path; if the manifest holds other content there, one with digits of the SHA-256.
     """
-    entries = dict(fields["files"])
+    digest = hashlib.sha256(data).hexdigest()
+    plain = PurePosixPath(adapter_path(name))
+    paths = [plain, *(plain.with_stem(f"{plain.stem}-{digest[:n]}") for n in (8, len(digest)))]
+    taken = {path: entry["sha256"] for path, entry in manifest["files"].items()}
+    return next(str(path) for path in paths if taken.get(str(path), digest) == digest)
+
+
+def exchange_adapter(bundle: Path, path: str, data: bytes, fields: Mapping[str, Any]) -> None:
+    """Writes an adapter's file, exchanges the manifest (`fields` of the old one, changed), and
+    only then deletes what was in the adapter's folder before.
+
+    Killed in between, the bundle is the old or the new one, and perhaps holds a file that its
+    manifest does not name, which the next call for that adapter deletes.
+    """
+    folder = PurePosixPath(path).parent
+    files = {n: entry for n, entry in fields["files"].items() if PurePosixPath(n).parent != folder}
+    files[path] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    kept = {key: value for key, value in fields.items() if key not in HEAD_FIELDS}
     try:
-        for name, data in files.items():
-            write_in_place(bundle / name, data)
-            digest = hashlib.sha256(data).hexdigest()
-            entries[name] = {"size": len(data), "sha256": digest}
-        kept = {key: value for key, value in fields.items() if key not in HEAD_FIELDS}
-        new = manifest_bytes(kept | {"files": dict(sorted(entries.items()))})
-        write_in_place(bundle / NAME, new)
+        _write_in_place(bundle / path, data)
+        for parent in (bundle / folder.parent, bundle):
+            _sync(parent)
+        _write_in_place(
+            bundle / NAME, manifest_bytes(kept | {"files": dict(sorted(files.items()))})
+        )
     except OSError as error:
-        raise _disk_error(bundle, error) from error
+        raise _disk_error(bundle, bundle, error) from error
+    _delete_others(bundle / path)
 
 
-def write_in_place(path: Path, data: bytes) -> None:
+def _delete_others(path: Path) -> None:
+    """The earlier files of an adapter, and what a killed call left."""
+    for pattern in ("adapter*.safetensors", ".adapter*.partial"):
+        for other in path.parent.glob(pattern):
+            try:
+                if other != path:
+                    other.unlink()
+            except OSError as error:
+                raise EdgeLoraError(
+                    f"{other}: {error.strerror}: the adapter is in the bundle, remove this old file"
+                ) from error
+
+
+def _write_in_place(path: Path, data: bytes) -> None:
     """The file is the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -147,39 +190,72 @@ def write_in_place(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Folders left by exports that were killed."""
-    for partial in out.parent.glob(f".{out.name}.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(partial, ignore_errors=True)
+def _beside(out: Path, kind: str) -> Path:
+    """This process's hidden folder next to `out`."""
+    return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
+
+
+def _clear_abandoned(out: Path) -> None:
+    """Removes folders of exports that were killed; puts back a bundle that one had set aside."""
+    prefix = f".{out.name}."
+    for path in list(out.parent.iterdir()) if out.parent.is_dir() else []:
+        kind, _, pid = path.name.removeprefix(prefix).rpartition("-")
+        if not path.name.startswith(prefix) or not pid.isdecimal() or _is_alive(int(pid)):
+            continue
+        if kind == "old" and not out.exists():
+            path.rename(out)
+        elif kind in ("old", "partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has that id; what carries our own was left by a predecessor."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """For a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(partial: Path, out: Path) -> None:
     """Renames partial to out.
 
-    An old bundle is exchanged in one step, so that one of the two is always there.
+    An old bundle is exchanged in one step, so that one of the two is always there. Where the
+    system cannot, it is set aside for a moment, and put back by the next export if that was killed.
     """
     if not out.exists():
         partial.rename(out)
     elif not _exchange(partial, out):
-        old = out.with_name(f".{out.name}.partial-old")
+        old = _beside(out, "old")
         out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
+        try:
+            partial.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -191,7 +267,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(done == 0)
 
 
-def _disk_error(out: Path, error: OSError) -> EdgeLoraError:
+def _disk_error(out: Path, partial: Path, error: OSError) -> EdgeLoraError:
+    """Names `out`, as it was given, for whatever went wrong in or above `partial`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EdgeLoraError(f"{out}: no space left on the device: nothing was written, free some")
-    return EdgeLoraError(f"{error.filename or out}: {error.strerror}: nothing was written")
+    place = Path(error.filename or out)
+    ours = place in (out, partial, *partial.parents) or partial in place.parents
+    reason = error.strerror or str(error)
+    return EdgeLoraError(f"{out if ours else place}: {reason}: nothing was written")

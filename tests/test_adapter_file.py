@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from edgelora.adapter import Adapter, Branch, valid_adapter_name
+from edgelora.adapter import Adapter, Branch, valid_adapter_name, valid_adapter_names
 from edgelora.adapter_file import read_adapter_file, write_adapter
 from edgelora.errors import EdgeLoraError
 
@@ -160,20 +160,45 @@ def test_underflow_of_both_factors_suggests_scaling() -> None:
         write(adapter_of(q=Branch(a, b, 1.0)))
 
 
-@pytest.mark.parametrize("name", ["a", "0", "_x", "pirate-v1.2", "A" * 64])
+@pytest.mark.parametrize("name", ["a", "0", "_x", "pirate-v1.2", "A" * 64, "console", "com10"])
 def test_good_name_is_valid(name: str) -> None:
     assert valid_adapter_name(name) == name
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ".hidden", "dot.", "a/b", "a\\b", "a b", "ä", "a\n", "A" * 65, "base", "BASE"],
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "dot.",
+        "a/b",
+        "a\\b",
+        "a b",
+        "ä",
+        "a\n",
+        "A" * 65,
+        "base",
+        "BASE",
+        "CON",
+        "nul",
+        "Aux.v1",
+        "com1",
+        "LPT9",
+    ],
 )
 def test_bad_name_is_refused(name: str) -> None:
     with pytest.raises(EdgeLoraError, match="adapter name"):
         valid_adapter_name(name)
     with pytest.raises(EdgeLoraError, match="adapter name"):
         write(good_adapter(), name=name)
+
+
+def test_names_that_differ_in_case_only_are_refused_together() -> None:
+    valid_adapter_names(["pirate", "Sonnet", "pirates"])
+    with pytest.raises(EdgeLoraError, match=r"'Pirate' and 'pirate': one folder"):
+        valid_adapter_names(["Pirate", "sonnet", "pirate"])
 
 
 @pytest.mark.parametrize("fingerprint", ["", "5" * 64, "sha256:" + "G" * 64, BASE + "0"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
 from edgelora.adapter.ledger import LedgerEntry, refusals
-from edgelora.adapter.name import valid_adapter_name
+from edgelora.adapter.name import valid_adapter_name, valid_adapter_names
 from edgelora.adapter.settings import read_settings
 from edgelora.adapter.targets import check_patterns
 from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
@@ -23,6 +23,7 @@ __all__ = [
     "compare_base_name",
     "read_adapter",
     "valid_adapter_name",
+    "valid_adapter_names",
 ]
 
 CONFIG = "adapter_config.json"
@@ -41,25 +42,6 @@ class Adapter:
     branches: Mapping[str, Branch]  # by target, sorted
     fingerprint: str  # of the source folder, "sha256:" + 64 hex
     ledger: tuple[LedgerEntry, ...] = ()
-
-    @property
-    def max_rank(self) -> int:
-        return max(branch.rank for branch in self.branches.values())
-
-    @property
-    def rank_summary(self) -> str:
-        """ "8", or "4 to 16" where targets differ."""
-        return _summary({branch.rank for branch in self.branches.values()})
-
-    @property
-    def scaling_summary(self) -> str:
-        """ "2", or "0.5 to 2" where targets differ."""
-        return _summary({branch.scaling for branch in self.branches.values()})
-
-
-def _summary(values: set[int] | set[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """Names that an adapter may have in a bundle."""
 
 import re
+from collections.abc import Iterable
 
 from edgelora.errors import EdgeLoraError
+
+_PORTS = tuple(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))
+WINDOWS_DEVICES = frozenset(("con", "prn", "aux", "nul", *_PORTS))
 
 
 def valid_adapter_name(name: str) -> str:
@@ -12,4 +16,18 @@ def valid_adapter_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
         rule = "use 1 to 64 of A-Z a-z 0-9 . _ -, and no dot at either end"
         raise EdgeLoraError(f"adapter name {name!r}: {rule}")
+    if name.partition(".")[0].casefold() in WINDOWS_DEVICES:
+        raise EdgeLoraError(f"adapter name {name!r}: a device on Windows: choose another name")
     return name
+
+
+def valid_adapter_names(names: Iterable[str]) -> None:
+    """Raises EdgeLoraError for a bad name, or two that are one folder where case does not count."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(valid_adapter_name(name).casefold(), name)
+        if other != name:
+            raise EdgeLoraError(
+                f"adapter names {other!r} and {name!r}: one folder on systems that ignore case: "
+                "choose another name"
+            )

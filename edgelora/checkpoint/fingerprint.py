@@ -3,15 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edgelora.checkpoint.protocol import Checkpoint
-
-_THREADS = 2  # hashlib releases the GIL; each thread holds one tensor
 
 
 class Vocabulary(Protocol):
@@ -39,15 +34,6 @@ class FingerprintBuilder:
         """`sha256:` + 64 hex digits."""
         tensors = [self._lines[name] for name in sorted(self._lines)]
         return _sha256(["edgelora-base 1", *tensors, f"tokenizer {_hash_vocabulary(tokenizer)}"])
-
-
-def fingerprint(checkpoint: Checkpoint, tokenizer: Vocabulary) -> str:
-    """Reads every tensor once. `sha256:` + 64 hex digits."""
-    builder = FingerprintBuilder()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(lambda n: builder.add(n, checkpoint.read(n)), checkpoint.names()):
-            pass
-    return builder.finish(tokenizer)
 
 
 def merged_fingerprint(base: str, adapter: str) -> str:
