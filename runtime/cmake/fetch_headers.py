@@ -8,6 +8,7 @@ onnxruntime_c_api.h, the folder of nlohmann/json.hpp.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import shutil
 import subprocess
@@ -26,9 +27,16 @@ HEADERS = ("onnxruntime_c_api.h", "nlohmann/json.hpp")
 ADVICE = "give -DONNXRUNTIME_INCLUDE_DIR=... and -DNLOHMANN_JSON_INCLUDE_DIR=..."
 
 # Machines without apt: the projects' own release archives, the versions of the Debian packages.
-RELEASE_ARCHIVES = (
-    "https://github.com/microsoft/onnxruntime/releases/download/v1.21.0/onnxruntime-linux-x64-1.21.0.tgz",
-    "https://github.com/nlohmann/json/releases/download/v3.11.3/include.zip",
+# Only headers are used, and they are the same for every architecture: x64 serves all.
+RELEASE_ARCHIVES = (  # URL, SHA-256
+    (
+        "https://github.com/microsoft/onnxruntime/releases/download/v1.21.0/onnxruntime-linux-x64-1.21.0.tgz",
+        "7485c7e7aac6501b27e353dcbe068e45c61ab51fbaf598d13970dfae669d20bf",
+    ),
+    (
+        "https://github.com/nlohmann/json/releases/download/v3.11.3/include.zip",
+        "a22461d13119ac5c78f205d3df1db13403e58ce1bb1794edc9313677313f4a9d",
+    ),
 )
 
 
@@ -94,11 +102,14 @@ def fetch_with_apt(suite: str, folder: Path) -> None:
 
 
 def fetch_release_archives(folder: Path) -> None:
-    """Fill `folder` from the projects' release archives."""
+    """Fill `folder` from the projects' release archives, whose bytes are known."""
     print("not a Debian machine: taking the projects' release archives", file=sys.stderr)
-    for url in RELEASE_ARCHIVES:
+    for url, sha256 in RELEASE_ARCHIVES:
         with urllib.request.urlopen(url, timeout=60) as response:
-            data = io.BytesIO(response.read())
+            content = response.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise FetchError(f"{url}: SHA-256 is not {sha256}: not unpacked")
+        data = io.BytesIO(content)
         if url.endswith(".zip"):
             zipfile.ZipFile(data).extractall(folder)
         else:
