@@ -4,10 +4,8 @@ import errno
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ import edgelora
 import tiny
 from edgelora import EdgeLoraError
 from edgelora.manifest import NAME, read_manifest
-
-EXPORT = "import sys, edgelora; edgelora.export(sys.argv[1], sys.argv[2], force=True)"
+from killing import kill_at_every_step
+from test_float_oracle import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +31,63 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_same_inputs_give_the_same_bytes_at_any_thread_count(base: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapter"), target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "Q4_1")
+
+
+EVERY_KIND = """
+import sys, edgelora
+from pathlib import Path
+base, gguf, adapter, out = map(Path, sys.argv[1:])
+adapters = {"a": adapter}
+edgelora.export(base, out / "plain")
+edgelora.export(gguf, out / "gguf")
+edgelora.export(gguf, out / "gguf-zero-points", zero_points=True)
+edgelora.export(base, out / "side", adapters=adapters)
+edgelora.export(base, out / "float", adapters=adapters, format="float")
+edgelora.export(base, out / "merge", adapters=adapters, mode="merge")
+edgelora.export(base, out / "nf4", format="nf4")
+edgelora.export(base, out / "ort", adapters=adapters, flavor="ort")
+"""
+
+
+def test_same_inputs_give_the_same_bytes_at_any_thread_count_time_and_place(
+    base: Path, gguf: Path, adapter: Path, tmp_path: Path
+) -> None:
     results = []
-    for threads in ("1", "2"):
-        out = tmp_path / threads / "bundle"
+    for threads, place in (("1", "here"), ("2", "there/and/deeper"), ("2", "again")):
+        out = tmp_path / place
         environment = os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-        subprocess.run([sys.executable, "-c", EXPORT, base, out], check=True, env=environment)
+        command = [sys.executable, "-c", EVERY_KIND, base, gguf, adapter, out]
+        subprocess.run(command, check=True, env=environment)
         results.append(digests(out))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
+    assert {name.partition("/")[0] for name in results[0]} == {
+        "plain", "gguf", "gguf-zero-points", "side", "float", "merge", "nf4", "ort",
+    }  # fmt: skip
 
 
-def test_no_path_or_time_is_in_the_files(base: Path, tmp_path: Path) -> None:
-    edgelora.export(base, tmp_path / "bundle")
+@pytest.mark.parametrize("flavor", ["edgelora", "ort"])
+def test_no_path_is_in_the_files(base: Path, adapter: Path, tmp_path: Path, flavor: str) -> None:
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, flavor=flavor)
     for path in (tmp_path / "bundle").rglob("*"):
-        if path.is_file():
-            assert str(tmp_path).encode() not in path.read_bytes()
-            assert str(base).encode() not in path.read_bytes()
+        for place in (tmp_path, base, adapter) if path.is_file() else ():
+            kept = path.read_bytes().replace(named_base(path), b"")
+            assert str(place).encode() not in kept, path
+
+
+def named_base(path: Path) -> bytes:
+    """What the adapter itself calls its base: it may be a path, and is not ours to change."""
+    if path.name != NAME:
+        return b"\0"
+    entries = json.loads(path.read_text())["adapters"].values()
+    return json.dumps([entry["base_model_name_or_path"] for entry in entries])[1:-1].encode()
 
 
 def test_existing_folder_is_refused_without_force(base: Path, tmp_path: Path) -> None:
@@ -99,32 +138,118 @@ def test_full_device_is_one_line_and_nothing_is_left(base: Path, tmp_path: Path)
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_killed_export_leaves_no_bundle(base: Path, tmp_path: Path) -> None:
-    """kill -9 at moments spread over the whole run: whatever is there is a whole bundle or none."""
-    out = tmp_path / "bundle"
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", EXPORT, base, tmp_path / "timing"], check=True)
-    whole = time.monotonic() - started
-    for share in (0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0):
-        process = subprocess.Popen([sys.executable, "-c", EXPORT, base, out])
-        time.sleep(whole * share)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            read_manifest(out)
-    edgelora.export(base, out, force=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "timing"]
-
-
-def test_force_keeps_the_old_bundle_through_a_kill(base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    edgelora.export(base, out)
-    for delay in (0.3, 0.6, 0.9, 1.2):
-        process = subprocess.Popen([sys.executable, "-c", EXPORT, base, out])
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def test_kill_at_any_step_leaves_a_whole_bundle_or_none(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    definitions = """
+base, adapter, out = map(Path, sys.argv[1:])
+def call():
+    edgelora.export(base, out, adapters={"a": adapter})
+def check():
+    left = sorted(path.name for path in out.parent.iterdir())
+    assert len(left) <= 1, left
+    if out.exists():
         read_manifest(out)
+        shutil.rmtree(out)
+"""
+    assert kill_at_every_step(definitions, base, adapter, tmp_path / "bundle") > 30
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED_FORCE = """
+base, out = map(Path, sys.argv[1:])
+edgelora.export(base, out, format="float")
+def call():
+    edgelora.export(base, out, force=True)
+"""
+
+
+def test_kill_at_any_step_of_force_leaves_the_old_or_the_new_bundle(
+    base: Path, tmp_path: Path
+) -> None:
+    definitions = """
+def check():
+    assert len(list(out.parent.iterdir())) <= 2
+    if read_manifest(out)["plan"]["format"] != "float":
+        edgelora.export(base, out, format="float", force=True)
+        assert list(out.parent.iterdir()) == [out]
+"""
+    assert kill_at_every_step(KILLED_FORCE + definitions, base, tmp_path / "bundle") > 30
+
+
+def test_kill_at_any_step_of_force_loses_nothing_where_folders_cannot_be_exchanged(
+    base: Path, tmp_path: Path
+) -> None:
+    """The next export puts back a bundle that was set aside."""
+    definitions = """
+bundle._exchange = lambda one, other: False
+def check():
+    bundle._clear_abandoned(out)
+    assert list(out.parent.iterdir()) == [out]
+    if read_manifest(out)["plan"]["format"] != "float":
+        edgelora.export(base, out, format="float", force=True)
+"""
+    assert kill_at_every_step(KILLED_FORCE + definitions, base, tmp_path / "bundle") > 30
+
+
+def test_folder_of_a_running_export_is_left_alone(base: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as alive:
+        running, dead = (tmp_path / f".bundle.partial-{pid}" for pid in (alive.pid, 2**22 + 1))
+        running.mkdir()
+        dead.mkdir()
+        edgelora.export(base, tmp_path / "bundle")
+        assert sorted(tmp_path.iterdir()) == [running, tmp_path / "bundle"]
+        alive.kill()
+
+
+def test_bundle_that_was_set_aside_is_not_replaced_without_force(
+    base: Path, tmp_path: Path
+) -> None:
+    edgelora.export(base, tmp_path / "bundle")
+    (tmp_path / "bundle").rename(tmp_path / f".bundle.old-{2**22 + 1}")
+    with pytest.raises(EdgeLoraError, match="exists already"):
+        edgelora.export(base, tmp_path / "bundle", format="float")
+    assert read_manifest(tmp_path / "bundle")["plan"]["format"] == "int4"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("file/sub", "is a file"), ("b" * 260, "too long"), ("b" * 250, "too long")],
+)
+def test_place_that_cannot_be_made_is_named_as_it_was_given(
+    base: Path, tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EdgeLoraError) as caught:
+        edgelora.export(base, tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / name}: ") and words in said
+    assert "partial" not in said and "\n" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_unwritable_parent_is_named_as_it_was_given(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(EdgeLoraError) as caught:
+        edgelora.export(base, tmp_path / "bundle")
+    assert str(caught.value).startswith(f"{tmp_path / 'bundle'}: Permission denied")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(EdgeLoraError, match=r"bundle: .* may not be written"):
+        edgelora.export(base, tmp_path / "bundle")
+
+
+def test_symlink_to_a_bundle_keeps_pointing_at_it(base: Path, tmp_path: Path) -> None:
+    edgelora.export(base, tmp_path / "bundle", format="float")
+    (tmp_path / "link").symlink_to(tmp_path / "bundle")
+    edgelora.export(base, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert read_manifest(tmp_path / "bundle")["plan"]["format"] == "int4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "link"]
 
 
 def test_manifest_names_every_file(base: Path, tmp_path: Path) -> None:
