@@ -1,6 +1,7 @@
 """`load` and `Model`: a bundle, ready to answer."""
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,14 +82,14 @@ def load(
     options = native.options(
         native.ModelOptions,
         library.edgelora_model_options_init,
-        onnxruntime_path=str(native.onnxruntime_path()).encode(),
+        onnxruntime_path=os.fsencode(native.onnxruntime_path()),
         threads=threads,
         spinning=spinning,
         exact=accuracy == "float",
     )
     pointer = native.ModelPointer()
     status = library.edgelora_model_load(
-        str(bundle).encode(), ctypes.byref(options), ctypes.byref(pointer)
+        os.fsencode(bundle), ctypes.byref(options), ctypes.byref(pointer)
     )
     native.check(library, status)
     return Model(library, pointer, Path(bundle), context_length)
@@ -206,7 +207,7 @@ class Model:
 
     def _load(self, name: str, function: Any, source: str | Path) -> None:
         handle = ctypes.c_int64()
-        status = function(self.pointer, str(source).encode(), ctypes.byref(handle))
+        status = function(self.pointer, os.fsencode(source), ctypes.byref(handle))
         native.check(self.library, status)
         unload = self.library.edgelora_adapter_unload
         self._handles[name] = handle.value
@@ -277,6 +278,17 @@ class Model:
         **sampling: Unpack[SamplingSettings],
     ) -> Answer:
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else self.text.chat(prompt)
+        self._check_length(tokens)
         text = self.text.stream(tokens, stop=stop)
         chosen = Sampling(**sampling)
         return Answer(self.session(adapter=adapter), tokens, text, chosen, max_new_tokens)
+
+    def _check_length(self, prompt: Sequence[int]) -> None:
+        held = self._context_length or self.info.context_length
+        if not prompt:
+            raise EdgeLoraError("the prompt is empty")
+        if len(prompt) > held:
+            raise EdgeLoraError(
+                f"the prompt has {len(prompt)} tokens, the context holds {held}: shorten it, "
+                "or export with a longer --context-length"
+            )

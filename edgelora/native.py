@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.util
+import operator
 from ctypes import (
     POINTER,
     c_bool,
@@ -93,6 +94,10 @@ class Timings(ctypes.Structure):
     )
 
 
+_INTEGERS = {  # type → least and greatest value; ctypes would wrap others around
+    c_int32: (-(2**31), 2**31 - 1),
+    c_uint64: (0, 2**64 - 1),
+}
 _TOKENS = POINTER(c_int32)
 _FLOATS = POINTER(c_float)
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # name → result type, argument types
@@ -177,13 +182,23 @@ def open_library(path: Path) -> ctypes.CDLL:
 def check(library: ctypes.CDLL, status: int) -> None:
     """Raises EdgeLoraError with this thread's message unless `status` is EDGELORA_OK."""
     if status != OK:
-        raise EdgeLoraError(library.edgelora_last_error().decode())
+        raise EdgeLoraError(library.edgelora_last_error().decode(errors="backslashreplace"))
 
 
 def options(kind: type[Any], init: Any, **values: Any) -> Any:
-    """An option struct filled by its `_init` function, then with `values`."""
-    struct = kind()
+    """An option struct filled by its `_init` function, then with `values`.
+
+    Raises EdgeLoraError for an integer that the field cannot hold.
+    """
+    struct, types = kind(), dict(kind._fields_)
     init(ctypes.byref(struct))
     for name, value in values.items():
+        if types[name] in _INTEGERS:
+            _check_range(name, value, *_INTEGERS[types[name]])
         setattr(struct, name, value)
     return struct
+
+
+def _check_range(name: str, value: Any, least: int, greatest: int) -> None:
+    if not least <= operator.index(value) <= greatest:
+        raise EdgeLoraError(f"{name} is {value}, not in {least}…{greatest}")

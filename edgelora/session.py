@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Adapter = str | Mapping[str, float] | None  # a name, a weighted sum of names, or the base
 _GREEDY = Sampling()
+_COUNT_MAX = 2**63 - 1  # more than any context; a C size_t holds it
 
 
 class Session:
@@ -137,7 +138,8 @@ class Session:
         on_token gets each new token, maybe on another thread; False ends after it. What it
         raises ends the generation and is raised here.
         """
-        tokens = (ctypes.c_int32 * _count(max_new_tokens))()
+        count_asked = self._room(_count(max_new_tokens))
+        tokens = (ctypes.c_int32 * count_asked)()
         count, finish = ctypes.c_size_t(), ctypes.c_int32()
         callback = _Callback(on_token)
         options = native.options(
@@ -146,7 +148,7 @@ class Session:
         self._run(
             self._library.edgelora_session_generate,
             ctypes.byref(options),
-            max_new_tokens,
+            count_asked,
             tokens,
             ctypes.byref(count),
             ctypes.byref(finish),
@@ -167,6 +169,10 @@ class Session:
         struct = native.Timings(size=ctypes.sizeof(native.Timings))
         self._check(self._library.edgelora_session_timings(self._pointer, ctypes.byref(struct)))
         return Timings.of(struct)
+
+    def _room(self, count: int) -> int:
+        """`count`, or one more than the positions left: a full context is told from enough."""
+        return min(count, self._model.info.context_length - self.position + 1)
 
     @property
     def _pointer(self) -> ctypes.c_void_p:
@@ -211,4 +217,4 @@ def _token_array(tokens: Sequence[int]) -> Any:
 def _count(value: int) -> int:
     if value < 0:
         raise EdgeLoraError(f"{value}: a count of tokens cannot be negative")
-    return value
+    return min(value, _COUNT_MAX)

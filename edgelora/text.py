@@ -30,8 +30,11 @@ class Text:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that begins a sequence (with bos where the tokenizer adds one)."""
-        return list(self._tokenizer.encode(text).ids)
+        """Token ids of a text that begins a sequence (with bos where the tokenizer adds one).
+
+        Raises EdgeLoraError for a text with lone surrogates, which came from invalid UTF-8.
+        """
+        return list(self._tokenizer.encode(_valid(text)).ids)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant is to answer.
@@ -40,7 +43,7 @@ class Text:
         """
         if self._template is None:
             raise EdgeLoraError(f"{self._folder}: no chat template: give a text, not messages")
-        rendered = self._template.render(messages)
+        rendered = _valid(self._template.render(messages))
         return list(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -124,6 +127,14 @@ class StopStrings:
         )
 
 
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EdgeLoraError(f"the prompt is not valid UTF-8 (at character {error.start})") from None
+    return text
+
+
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
@@ -134,7 +145,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EdgeLoraError(f"{path}: cannot be read ({error}): copy the bundle again") from error
     if not isinstance(fields, dict):
         raise EdgeLoraError(f"{path}: not an object: export the bundle again")
