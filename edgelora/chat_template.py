@@ -23,6 +23,15 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
+_REFUSALS = (  # what an expression of a template can raise
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplate:
@@ -34,7 +43,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise EdgeLoraError(f"{path}: not a valid chat template ({error})") from error
 
     @classmethod
@@ -42,11 +51,9 @@ class ChatTemplate:
         """From chat_template.jinja or `chat_template` of tokenizer_config.json; None without."""
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), _special_tokens(config), path=path)
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            return cls(_read(path), _special_tokens(config), path=path)
         path = folder / "tokenizer_config.json"
+        source = _default(config.get("chat_template"), path)
         return cls(source, _special_tokens(config), path=path) if source else None
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -62,7 +69,7 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+        except _REFUSALS as error:
             raise EdgeLoraError(f"{self._path}: refuses these messages: {error}") from error
 
 
@@ -107,11 +114,31 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeLoraError(f"{path}: cannot be read ({error}): copy the bundle again") from error
+
+
+def _default(template: Any, source: Path) -> str | None:
+    """A template, or the one named "default" of several."""
+    if template is None or isinstance(template, str):
+        return template
+    try:
+        default = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (KeyError, TypeError):
+        default = template
+    if default is None or isinstance(default, str):
+        return default
+    raise EdgeLoraError(f"{source}: chat_template is neither a string nor a list of named ones")
+
+
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Names to texts; a token is a string or an object with `content`."""
     tokens = {name: config.get(name) for name in _SPECIAL_TOKENS}
     return {
-        name: token["content"] if isinstance(token, dict) else token
+        name: str(token["content"] if isinstance(token, dict) else token)
         for name, token in tokens.items()
-        if token is not None
+        if token is not None and (not isinstance(token, dict) or "content" in token)
     }

@@ -103,11 +103,18 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """From the first of chat_template.jinja, chat_template.json, tokenizer_config.json."""
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        return read_all(file).decode()
+        return _read_text(file)
     source_file = folder / _TEMPLATE_JSON
     if source_file.is_file():
         return _default_template(read_json(source_file).get("chat_template"), source_file)
     return _default_template(config.get("chat_template"), folder / CONFIG_FILE)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return read_all(file).decode()
+    except UnicodeDecodeError as error:
+        raise EdgeLoraError(f"{file}: not UTF-8 ({error}); download it again") from None
 
 
 def _default_template(template: Any, source: Path) -> str | None:
