@@ -6,11 +6,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgelora.errors import EdgeLoraError
+from edgelora.manifest_fields import mismatches
 
 NAME = "manifest.json"
 FORMAT = "edgelora-bundle"
 FORMAT_VERSION = 1
 HEAD_FIELDS = ("format", "format_version", "digest")
+SHOWN = 8  # of the problems in an error's line
 _NO_DIGEST = "0" * 64
 
 
@@ -39,6 +41,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     fields = _parse(path, raw)
     _check_version(path, fields)
     _check_digest(path, raw, fields)
+    _check_fields(path, fields)
     for name, entry in fields["files"].items():
         _check_file(bundle, name, entry)
     return fields
@@ -69,12 +72,25 @@ def _check_digest(path: Path, raw: bytes, fields: dict[str, Any]) -> None:
     zeroed = raw.replace(digest.encode(), _NO_DIGEST.encode(), 1)
     if len(digest) != 64 or hashlib.sha256(zeroed).hexdigest() != digest:
         raise EdgeLoraError(f"{path}: digest does not match: changed or damaged, copy it again")
-    if not isinstance(fields.get("files"), dict):
-        raise EdgeLoraError(f"{path}: no list of files: export the bundle again")
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    problems = mismatches(fields)
+    if not problems:
+        problems = [
+            f"adapters.{name}.path: {entry['path']!r} is not among the files"
+            for name, entry in fields["adapters"].items()
+            if entry["path"] not in fields["files"]
+        ]
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise EdgeLoraError(f"{path}: {'; '.join(problems[:SHOWN])}{more}: export the bundle again")
 
 
 def _check_file(bundle: Path, name: str, entry: Any) -> None:
     parts = PurePosixPath(name)
+    if "\0" in name:
+        raise EdgeLoraError(f"{bundle / NAME}: path {name!r} is not one: refused")
     inside = (bundle / name).resolve().is_relative_to(bundle.resolve())
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
         raise EdgeLoraError(f"{bundle / NAME}: path {name!r} leaves the bundle: refused")
