@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelora.model import Model, Session, load
+from edgelora.errors import EdgeLoraError
+from edgelora.model import Adapter, Model, Session, load
 
 SWITCHES = 1000
 
@@ -33,28 +34,32 @@ class BenchResult:
     machine: str
     prompt_tokens: int
     new_tokens: int
-    adapter: str | None
+    adapter: Adapter
 
 
 def bench(
     bundle: Path,
     *,
-    adapter: str | None = None,
+    adapter: Adapter = None,
     threads: int = 0,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     repeats: int = 5,
 ) -> BenchResult:
-    """Loads the bundle, then measures prefill and decode `repeats` times after one warm-up."""
+    """Loads the bundle, then measures prefill and decode `repeats` times after one warm-up.
+
+    Raises EdgeLoraError if prompt and new tokens do not fit in the context.
+    """
     started = time.perf_counter()
     with load(bundle, threads=threads) as model:
         load_ms = 1e3 * (time.perf_counter() - started)
+        _check_length(bundle, model, prompt_tokens, new_tokens)
         prompt = [(7 * i + 11) % model.info.vocab_size for i in range(prompt_tokens)]
         runs = [_run(model, adapter, prompt, new_tokens) for _ in range(repeats + 1)][1:]
-        prefill, first, decode = (statistics.median(run[i] for run in runs) for i in range(3))
+        prefill, first, rate = (statistics.median(run[i] for run in runs) for i in range(3))
         return BenchResult(
             prefill_tokens_per_second=prompt_tokens / prefill,
-            decode_tokens_per_second=new_tokens / decode,
+            decode_tokens_per_second=rate,
             time_to_first_token_ms=1e3 * first,
             load_ms=load_ms,
             switch_us=_switch_us(model) if model.adapters else None,
@@ -69,18 +74,27 @@ def bench(
         )
 
 
+def _check_length(bundle: Path, model: Model, prompt_tokens: int, new_tokens: int) -> None:
+    asked, held = prompt_tokens + 1 + new_tokens, model.info.context_length
+    if asked > held:
+        raise EdgeLoraError(
+            f"{bundle}: {prompt_tokens} prompt tokens, the first token and {new_tokens} new tokens "
+            f"are {asked} positions, the context holds {held}: ask for fewer"
+        )
+
+
 def _run(
-    model: Model, adapter: str | None, prompt: list[int], new_tokens: int
+    model: Model, adapter: Adapter, prompt: list[int], new_tokens: int
 ) -> tuple[float, float, float]:
-    """Seconds of prefill, until the first token, of decode."""
+    """Seconds of prefill, seconds until the first token, tokens a second of decode."""
     with model.session(adapter=adapter) as session:
         started = time.perf_counter()
         session.prefill(prompt)
         prefill = time.perf_counter() - started
         session.decode(1, ignore_eos=True)
         first = time.perf_counter() - started
-        session.decode(new_tokens, ignore_eos=True)
-        return prefill, first, time.perf_counter() - started - first
+        produced = len(session.decode(new_tokens, ignore_eos=True))
+        return prefill, first, produced / (time.perf_counter() - started - first)
 
 
 def _switch_us(model: Model) -> float:

@@ -155,7 +155,7 @@ def test_merged_bundle_takes_no_adapter(base: Path, adapter: Path, tmp_path: Pat
 def test_inspect_says_what_is_in_it(bundle: Path, adapter: Path, base: Path) -> None:
     assert "rank 4" in ok("inspect", bundle)
     assert "lora_alpha" in ok("inspect", adapter)
-    assert "q_proj" in ok("inspect", base)
+    assert "matrices" in ok("inspect", base)
     assert "no such" in fails("inspect", base / "nothing")
 
 

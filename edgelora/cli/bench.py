@@ -7,20 +7,51 @@ from pathlib import Path
 import click
 
 from edgelora.bench import bench as run_bench
-from edgelora.cli.group import out
+from edgelora.cli.console import out
+from edgelora.cli.parameters import (
+    WeightedName,
+    chosen_adapter,
+    json_option,
+    threads_option,
+    unique,
+)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--adapter", help="Measure with this adapter active.")
-@click.option("--threads", type=int, default=0, help="0: one for each performance core.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--adapter",
+    "adapters",
+    type=WeightedName(),
+    multiple=True,
+    help="Measure with it active; repeat for a weighted sum.",
+)
+@threads_option
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Length of the prefill.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Decoded after the first token.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Runs whose median counts.",
+)
+@json_option
 def bench(
     bundle: Path,
-    adapter: str | None,
+    adapters: tuple[tuple[str, float], ...],
     threads: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -35,7 +66,7 @@ def bench(
     """
     result = run_bench(
         bundle,
-        adapter=adapter,
+        adapter=chosen_adapter(unique(adapters, "--adapter")),
         threads=threads,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

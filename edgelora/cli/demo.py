@@ -8,8 +8,9 @@ import click
 
 import edgelora
 from edgelora.bench import bench
+from edgelora.cli.console import out
 from edgelora.cli.export import show_export
-from edgelora.cli.group import out
+from edgelora.cli.parameters import threads_option
 from edgelora.errors import EdgeLoraError
 from edgelora.model import Model
 
@@ -21,18 +22,23 @@ SENTENCE = "Remind Anna to call the dentist on Friday at 3 pm."
 
 @click.command()
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the bundle in this folder.")
-@click.option("--threads", type=int, default=0)
-def demo(keep: Path | None, threads: int) -> None:
+@click.option("--force", is_flag=True, help="Replace the bundle in that folder.")
+@threads_option
+def demo(keep: Path | None, threads: int, *, force: bool) -> None:
     """Exports SmolLM2-135M with the shipped adapters and lets the base and each adapter answer.
 
     \b
     Example:  edgelora demo --keep smollm2
     """
+    from edgelora.bundle import check_target
+
     base, adapters = _base(), shipped_adapters()
+    if keep is not None:
+        check_target(keep, force=force)
     with tempfile.TemporaryDirectory() as folder:
         bundle = keep or Path(folder) / "smollm2"
         out.rule("export", align="left")
-        show_export(base, bundle, adapters)
+        show_export(base, bundle, adapters, force=force)
         with edgelora.load(bundle, threads=threads) as model:
             _answers(model)
         _figures(bundle, threads)
@@ -56,16 +62,16 @@ def _answers(model: Model) -> None:
         ("base", None, PROMPT),
         ("pirate", "pirate", PROMPT),
         ("butler", "butler", PROMPT),
-        ("base, asked for JSON", None, SENTENCE),
+        ("base, same sentence as json below", None, SENTENCE),
         ("json", "json", SENTENCE),
         ("pirate 0.6 + butler 0.4", MIX, PROMPT),
     ]:
         out.rule(title, align="left")
-        out.print(f"[dim]{prompt}[/dim]")
+        out.print(prompt, style="dim")
         for piece in model.generate(
             model.chat_or_text(prompt), adapter=adapter, max_new_tokens=80, stream=True
         ):
-            out.print(piece, end="", markup=False)
+            out.print(piece, end="")
         out.print()
 
 
@@ -84,4 +90,4 @@ def _figures(bundle: Path, threads: int) -> None:
     )
     for path in sorted((bundle / "adapters").iterdir()):
         size = sum(file.stat().st_size for file in path.iterdir())
-        out.print(f"adapter {path.name:9} {size / 1e6:.1f} MB", markup=False)
+        out.print(f"adapter {path.name:9} {size / 1e6:.1f} MB")

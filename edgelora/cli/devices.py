@@ -5,14 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.table import Table
 
-from edgelora.cli.group import out
+from edgelora.cli.console import out, show_columns
+from edgelora.cli.parameters import json_option
 from edgelora.device import DeviceProfile, list_profiles, load_profile
 from edgelora.device import detect as detect_device
 
 GIGA = 1e9
-_json = click.option("--json", "as_json", is_flag=True)
 
 
 @click.group(invoke_without_command=True)
@@ -28,22 +27,25 @@ def devices(ctx: click.Context) -> None:
 
 
 @devices.command("list")
-@_json
+@json_option
 def list_devices(*, as_json: bool = False) -> None:
-    """The profiles that `export --device` knows."""
+    """The profiles that `export --device` knows.
+
+    \b
+    Example:  edgelora devices list
+    """
     profiles = list_profiles()
     if as_json:
         _print_json([asdict(profile) for profile in profiles])
         return
-    table = Table("id", "name", "isa", "memory", "read by the cores", box=None)
-    for profile in profiles:
-        table.add_row(profile.id, profile.name, profile.isa, *_sizes(profile))
-    out.print(table)
+    head = ("id", "name", "isa", "memory", "read by the cores")
+    rows = [(profile.id, profile.name, profile.isa, *_sizes(profile)) for profile in profiles]
+    show_columns([head, *rows])
 
 
 @devices.command()
 @click.argument("profile_id", metavar="ID")
-@_json
+@json_option
 def show(profile_id: str, *, as_json: bool) -> None:
     """One profile with the source of each figure.
 
@@ -55,7 +57,7 @@ def show(profile_id: str, *, as_json: bool) -> None:
         _print_json(asdict(profile))
         return
     memory, bandwidth = _sizes(profile)
-    out.print(f"{profile.id}: {profile.name}, {profile.isa}, {memory}, {bandwidth}", markup=False)
+    out.print(f"{profile.id}: {profile.name}, {profile.isa}, {memory}, {bandwidth}")
     for cluster in profile.cores:
         kind = "performance" if cluster.performance else "efficiency"
         out.print(
@@ -63,19 +65,23 @@ def show(profile_id: str, *, as_json: bool) -> None:
         )
     for source in profile.sources:
         said = source.estimate or f"{source.title} {source.url}"
-        out.print(f"source  {source.figure}: {said}", markup=False)
+        out.print(f"source  {source.figure}: {said}")
 
 
 @devices.command()
-@_json
+@json_option
 def detect(*, as_json: bool) -> None:
-    """The machine this runs on, its memory bandwidth measured (half a second)."""
+    """The machine this runs on, its memory bandwidth measured (half a second).
+
+    \b
+    Example:  edgelora devices detect --json
+    """
     found = asdict(detect_device())
     if as_json:
         _print_json(found)
         return
     for name, value in found.items():
-        out.print(f"{name:30}{'unknown' if value is None else value}", markup=False)
+        out.print(f"{name:30}{'unknown' if value is None else value}")
 
 
 def _sizes(profile: DeviceProfile) -> tuple[str, str]:

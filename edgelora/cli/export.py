@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from edgelora.cli.group import NamedPath, err, out, unique
+from edgelora.cli.console import err, out
+from edgelora.cli.parameters import NamedPath, json_option, unique
 from edgelora.plan import (
     BLOCK_SIZES,
     EMBEDDING_FORMATS,
@@ -31,26 +33,57 @@ MEGABYTE = 1e6
 
 @click.command()
 @click.argument("base", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Folder to make.",
+)
 @click.option("--adapter", "adapters", type=NamedPath(), multiple=True, help="PEFT folder; repeat.")
-@click.option("--mode", type=click.Choice(MODES), default="side", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="side",
+    show_default=True,
+    help="Adapters beside the base, switched at run time, or merged into it.",
+)
 @click.option(
     "--format",
     "weight_format",
     type=click.Choice(FORMATS),
-    help="[default: int4, or the base's own]",
+    help="Of the linears.  [default: int4, or the base's own]",
 )
-@click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]))
+@click.option(
+    "--block-size",
+    type=click.Choice([str(size) for size in BLOCK_SIZES]),
+    help="Weights that share a scale.  [default: the plan's, see --dry-run]",
+)
 @click.option("--zero-points", is_flag=True, help="int4 with zero points.")
-@click.option("--embedding-format", type=click.Choice(EMBEDDING_FORMATS), help="[default: int8]")
-@click.option("--flavor", type=click.Choice(FLAVORS), default="edgelora", show_default=True)
-@click.option("--context-length", type=int, help="Positions of the kv_cache.")
+@click.option(
+    "--embedding-format",
+    type=click.Choice(EMBEDDING_FORMATS),
+    help="Of the embedding and lm_head.  [default: int8]",
+)
+@click.option(
+    "--flavor",
+    type=click.Choice(FLAVORS),
+    default="edgelora",
+    show_default=True,
+    help="Our operators, or stock ones of ONNX Runtime.",
+)
+@click.option(
+    "--context-length",
+    type=click.IntRange(1),
+    help="Positions of the kv_cache.  [default: the base's, up to 8192]",
+)
 @click.option(
     "--device", metavar="ID", help="Shape the plan for a device (see `edgelora devices`)."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan with its reasons and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def export(
     base: Path,
     output: Path,
@@ -109,6 +142,7 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
 
 
@@ -119,13 +153,13 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
         out.print_json(json.dumps(fields | {"reasons": reasons}))
         return
     for name, value in fields.items():
-        reason = f"  [dim]{reasons[name]}[/dim]" if name in reasons else ""
-        out.print(f"{name:18}{value!s:10}{reason}")
+        line = Text(f"{name:18}{value!s:10}")
+        out.print(line.append(f"  {reasons[name]}", style="dim") if name in reasons else line)
 
 
 def _show_report(report: "ExportReport", *, as_json: bool) -> None:
     for warning in report.warnings:
-        err.print(f"warning: {warning}", markup=False)
+        err.print(f"warning: {warning}")
     if as_json:
         fields = asdict(report) | {"bundle": str(report.bundle)}
         out.print_json(json.dumps(fields))
@@ -151,9 +185,8 @@ def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None
 
     added = bind_adapter(bundle, *adapter, force=force)
     if added.warning:
-        err.print(f"warning: {added.warning}", markup=False)
+        err.print(f"warning: {added.warning}")
     out.print(
         f"{bundle}: {adapter[0]} added, {added.entry['targets']} targets, "
         f"{added.size / MEGABYTE:.1f} MB",
-        markup=False,
     )

@@ -1,19 +1,19 @@
-"""The command group, its error boundary, and what the commands share in parsing."""
+"""The command group and its error boundary."""
 
 import importlib
+import io
+import os
 import sys
-from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
 
+from edgelora.cli.console import show_error
 from edgelora.errors import EdgeLoraError
 
 COMMANDS = {  # command → module of edgelora.cli that defines it
     "add-adapter": "export",
     "bench": "bench",
-    "chat": "run",
+    "chat": "chat",
     "completion": "completion",
     "demo": "demo",
     "devices": "devices",
@@ -22,9 +22,6 @@ COMMANDS = {  # command → module of edgelora.cli that defines it
     "run": "run",
     "verify": "inspect",
 }
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class LazyGroup(click.Group):
@@ -55,6 +52,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 bad input or a failed check (one line), 2 usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         cli.main(standalone_mode=False)
     except EdgeLoraError as error:
@@ -67,47 +66,15 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(f"error: this command needs {error.name}: pip install 'edgelora[export]'", 1)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
         sys.exit(141)
+    except OSError as error:
+        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        _fail(f"error: {file}{error.strerror or error}", 1)
+    except MemoryError as error:
+        _fail(f"error: not enough memory{f' ({error})' if str(error) else ''}", 1)
 
 
 def _fail(line: str, code: int) -> None:
-    err.print(line, markup=False)
+    show_error(line)
     sys.exit(code)
-
-
-class NamedPath(click.ParamType[tuple[str, Path]]):
-    """NAME=PATH."""
-
-    name = "name=path"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Path]:
-        name, sign, path = str(value).partition("=")
-        if not (name and sign and path):
-            self.fail(f"{value!r} is not NAME=PATH", param, ctx)
-        return name, Path(path)
-
-
-class WeightedName(click.ParamType[tuple[str, float]]):
-    """NAME or NAME:WEIGHT."""
-
-    name = "name[:weight]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
-        name, _, weight = str(value).partition(":")
-        try:
-            return name, float(weight or 1.0)
-        except ValueError:
-            self.fail(f"{value!r}: the weight is not a number", param, ctx)
-
-
-def unique(pairs: tuple[tuple[str, Any], ...], option: str) -> dict[str, Any]:
-    """The pairs as a dict; a name given twice is a usage error."""
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise click.UsageError(f"{option} {', '.join(twice)} given twice")
-    return dict(pairs)

@@ -1,25 +1,36 @@
 """`edgelora inspect` and `edgelora verify`."""
 
 import json
+import re
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from edgelora.cli.group import err, out
+from edgelora.cli.console import err, out, show_columns
+from edgelora.cli.parameters import json_option
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import NAME, read_manifest
 from edgelora.verify import verify as run_verify
 
-Rows = list[tuple[str, str, str]]  # item, what becomes of it, why
+if TYPE_CHECKING:
+    from edgelora.adapter import LedgerEntry
+    from edgelora.checkpoint import Checkpoint
+
+LAYER = re.compile(r"\S*\blayers\.\d+\.\S+")
+FACTOR = re.compile(r"\.lora_[AB](\.\w+)*$")
+MATRIX = 2  # dimensions; norms and biases have one
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def inspect(path: Path, *, as_json: bool) -> None:
     """Says what is in a bundle, an adapter or a base, and what would be refused and why.
+
+    --json lists every tensor.
 
     \b
     Example:  edgelora inspect adapters/pirate
@@ -29,14 +40,14 @@ def inspect(path: Path, *, as_json: bool) -> None:
     if (path / NAME).is_file():
         _show_bundle(path, read_manifest(path), as_json=as_json)
     elif (path / "adapter_config.json").is_file():
-        _show_rows(_adapter_rows(path), as_json=as_json)
+        _show_adapter(path, as_json=as_json)
     else:
-        _show_rows(_base_rows(path), as_json=as_json)
+        _show_base(path, as_json=as_json)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def verify(bundle: Path, *, as_json: bool) -> None:
     """Checks every byte: digests, fingerprints, and one token of the base and of each adapter.
 
@@ -49,7 +60,7 @@ def verify(bundle: Path, *, as_json: bool) -> None:
     for check in run_verify(bundle):
         checks.append({"what": check.what, "detail": check.detail})
         if not as_json:
-            out.print(f"ok  {check.what:44}{check.detail}", markup=False)
+            out.print(f"ok  {check.what:44}{check.detail}")
     if as_json:
         out.print_json(json.dumps(checks))
 
@@ -59,7 +70,7 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
         out.print_json(json.dumps(manifest))
         return
     model, plan = manifest["model"], manifest["plan"]
-    out.print(f"{path}: bundle, flavor {manifest['flavor']}", markup=False)
+    out.print(f"{path}: bundle, flavor {manifest['flavor']}")
     out.print(f"base       {manifest['base']['name']}  {manifest['base']['fingerprint']}")
     out.print(
         f"model      {model['architecture']}, {model['num_hidden_layers']} layers, "
@@ -74,42 +85,70 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
             out.print(
                 f"{kind.removesuffix('s'):11}{name}: rank {ranks}, scaling {scalings}, "
                 f"{entry['targets']} targets",
-                markup=False,
             )
     for name, entry in manifest["files"].items():
-        out.print(f"file       {name}  {entry['size'] / 1e6:.1f} MB", markup=False)
+        out.print(f"file       {name}  {entry['size'] / 1e6:.1f} MB")
 
 
-def _adapter_rows(path: Path) -> Rows:
+def _show_adapter(path: Path, *, as_json: bool) -> None:
     from edgelora.adapter import adapter_ledger
 
-    return [(entry.item, entry.verdict, entry.reason) for entry in adapter_ledger(path, None)]
+    ledger = adapter_ledger(path, None)
+    if as_json:
+        out.print_json(json.dumps([entry._asdict() for entry in ledger]))
+        return
+    show_columns(_summary(ledger))
+    refused = sum(entry.verdict == "refused" for entry in ledger)
+    if refused:
+        err.print(f"{refused} refused: edgelora export would not take this")
 
 
-def _base_rows(path: Path) -> Rows:
-    from edgelora.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(path)
+def _summary(ledger: "tuple[LedgerEntry, ...]") -> list[tuple[str, str, str]]:
+    """Fields as they are; what befalls the modules of a kind alike is one row: "q_proj ×30"."""
+    modules: dict[tuple[str, str, str], set[str]] = {}
+    for item, verdict, reason in ledger:
+        module = FACTOR.sub("", item)
+        in_module = module != item or LAYER.fullmatch(item)
+        kind = module.rpartition(".")[2] if in_module else item
+        modules.setdefault((kind, verdict, reason), set()).add(module)
     return [
-        (
-            name,
-            checkpoint.stored_as(name) or "quantized at export",
-            "×".join(map(str, checkpoint.shape(name))),
-        )
-        for name in checkpoint.names()
+        (f"{kind} ×{len(paths)}" if paths != {kind} else kind, verdict, reason)
+        for (kind, verdict, reason), paths in modules.items()
     ]
 
 
-def _show_rows(rows: Rows, *, as_json: bool) -> None:
+def _show_base(path: Path, *, as_json: bool) -> None:
+    from edgelora.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    stored = {name: _stored(checkpoint, name) for name in shapes}
     if as_json:
-        out.print_json(
-            json.dumps([dict(zip(("item", "verdict", "reason"), row, strict=True)) for row in rows])
-        )
+        tensors = [
+            {"name": name, "shape": shape, "stored_as": stored[name]}
+            for name, shape in shapes.items()
+        ]
+        fields = {"name": checkpoint.name, "config": asdict(checkpoint.config), "tensors": tensors}
+        out.print_json(json.dumps(fields))
         return
-    table = Table(box=None, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-    refused = sum(row[1] == "refused" for row in rows)
-    if refused:
-        err.print(f"{refused} refused: edgelora export would not take this", markup=False)
+    config = checkpoint.config
+    out.print(f"{path}: base {checkpoint.name}")
+    out.print(
+        f"model      {config.architecture}, {config.num_hidden_layers} layers, "
+        f"hidden {config.hidden_size}, intermediate {config.intermediate_size}, "
+        f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}"
+    )
+    out.print(
+        f"attention  {config.num_attention_heads} heads of {config.head_dim}, "
+        f"{config.num_key_value_heads} for keys and values"
+    )
+    matrices = Counter(stored[name] for name, shape in shapes.items() if len(shape) == MATRIX)
+    for kind, count in matrices.items():
+        note = ": quantized at export" if kind == "float" else ""
+        out.print(f"stored     {count} {'matrix' if count == 1 else 'matrices'} as {kind}{note}")
+    rest = len(shapes) - matrices.total()
+    out.print(f"stored     {rest} norms and biases as float: exported as they are")
+
+
+def _stored(checkpoint: "Checkpoint", name: str) -> str:
+    return checkpoint.stored_as(name) or "float"
