@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,19 @@ def test_manifest_names_every_file(base: Path, tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "bundle" / NAME).read_text())
     assert set(fields["files"]) == names
     assert list(fields)[:3] == ["format", "format_version", "digest"]
+
+
+def test_manifest_has_the_documented_fields(base: Path, adapter: Path, tmp_path: Path) -> None:
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
+    written = read_manifest(tmp_path / "bundle")
+    text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
+    table = text.partition("### `manifest.json`")[2].partition("\nNo two adapters")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
+    assert list(rows) == list(written)
+    inside = {key: written[key] for key in ("model", "base", "plan")}
+    inside |= {"targets": written["targets"][0], "adapters": written["adapters"]["a"]}
+    for key, fields in inside.items():
+        assert set(fields) <= set(re.findall(r"\w+", rows[key])), key
 
 
 @pytest.mark.parametrize(
