@@ -8,7 +8,8 @@ ruff format --check .
 ruff check .
 mypy
 log=.venv/build-native.log
-{ cmake -S runtime -B .venv/native -DCMAKE_BUILD_TYPE=Release -DEDGELORA_BUILD_TESTS=ON &&
+{ cmake -S runtime -B .venv/native -DCMAKE_BUILD_TYPE=Release -DEDGELORA_BUILD_TESTS=ON \
+    -DEDGELORA_HEADER_CACHE="$PWD/.venv/headers" &&
   cmake --build .venv/native --parallel "$(nproc)"; } >"$log" 2>&1 || { cat "$log"; exit 1; }
 ctest --test-dir .venv/native --output-on-failure
 exec pytest "$@"
