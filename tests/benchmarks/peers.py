@@ -1,8 +1,10 @@
 """Decode and prefill beside llama.cpp, ONNX Runtime GenAI and OpenVINO GenAI, interleaved in one
 run.
 
-Every round runs each contestant once in a process of its own, so that a busy machine hurts all of
-them alike; the table has medians. A peer takes part when its model is given:
+Every round runs each contestant once in a process of its own, so that a machine that slows down
+slows all of them; the table has medians. It takes an idle machine: other load costs those whose
+threads wait for each other many times more than the rest. A peer takes part when its model is given
+(README.md beside this file prepares them):
 
 python tests/benchmarks/peers.py BUNDLE --llama-bench PATH --gguf Q4_0.gguf --gguf Q4_K_M.gguf \\
 --genai PYTHON FOLDER --openvino PYTHON FOLDER --csv tests/benchmarks/results/peers.csv
@@ -50,12 +52,15 @@ import json, sys, time
 import numpy as np, openvino as ov, openvino_genai as g
 folder, threads, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
 pipe = g.LLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
-ids = np.array([[(7 * i + 11) % 49152 for i in range(prompt)]], np.int64)
-inputs = g.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
 config = g.GenerationConfig(max_new_tokens=new + 1, min_new_tokens=new + 1, ignore_eos=True)
 config.do_sample = False
-pipe.generate(inputs, config)
-metrics = pipe.generate(inputs, config).perf_metrics
+def run(offset):
+    ids = np.array([[(7 * i + offset) % 49152 for i in range(prompt)]], np.int64)
+    inputs = g.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    return pipe.generate(inputs, config).perf_metrics
+run(12)  # the pipeline keeps a prompt's kv_cache: a second run of one prompt would skip its prefill
+metrics = run(11)
+assert metrics.get_num_generated_tokens() == new + 1
 print(json.dumps([1000 * prompt / metrics.get_ttft().mean, 1000 / metrics.get_tpot().mean]))
 """
 
@@ -74,9 +79,9 @@ Contestant = Callable[[Load], Rates]
 
 
 def output(command: list[object]) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{command[0]} failed:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -93,10 +98,13 @@ def edgelora(bundle: Path, adapter: str | None) -> Contestant:
 
 def llama_cpp(binary: Path, gguf: Path) -> Contestant:
     def run(load: Load) -> Rates:
-        command: list[object] = [binary, "-m", gguf, "-t", load.threads, "--poll", 0, "-o", "json"]
-        command += ["-p", load.prompt_tokens, "-n", load.new_tokens, "-r", 1]
-        rates = {bool(entry["n_gen"]): entry["avg_ts"] for entry in json.loads(output(command))}
-        return rates[False], rates[True]
+        common: list[object] = [binary, "-m", gguf, "-t", load.threads, "--poll", 0, "-r", 1]
+        common += ["-o", "json"]
+        # decode begins behind the prompt, as the others' does
+        prefill = ["-p", load.prompt_tokens, "-n", 0]
+        decode = ["-p", 0, "-n", load.new_tokens, "-d", load.prompt_tokens]
+        [prefilled], [decoded] = (json.loads(output(common + part)) for part in (prefill, decode))
+        return prefilled["avg_ts"], decoded["avg_ts"]
 
     return run
 
@@ -117,8 +125,8 @@ def scripted(python: Path, program: str, folder: Path) -> Contestant:
 @click.option("--other", multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--llama-bench", type=click.Path(exists=True, path_type=Path))
 @click.option("--gguf", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--genai", nargs=2, type=click.Path(exists=True, path_type=Path))
-@click.option("--openvino", nargs=2, type=click.Path(exists=True, path_type=Path))
+@click.option("--genai", nargs=2, multiple=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--openvino", nargs=2, multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--threads", default=2, show_default=True)
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=64, show_default=True)
@@ -130,8 +138,8 @@ def main(
     other: tuple[Path, ...],
     llama_bench: Path | None,
     gguf: tuple[Path, ...],
-    genai: tuple[Path, Path] | None,
-    openvino: tuple[Path, Path] | None,
+    genai: tuple[tuple[Path, Path], ...],
+    openvino: tuple[tuple[Path, Path], ...],
     threads: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -144,10 +152,10 @@ def main(
     contestants |= {f"edgelora {bundle.name} + {name}": edgelora(bundle, name) for name in adapter}
     if llama_bench:
         contestants |= {f"llama.cpp {path.stem}": llama_cpp(llama_bench, path) for path in gguf}
-    if genai:
-        contestants["onnxruntime-genai int4"] = scripted(genai[0], GENAI, genai[1])
-    if openvino:
-        contestants["OpenVINO GenAI int4"] = scripted(openvino[0], OPENVINO, openvino[1])
+    contestants |= {
+        f"onnxruntime-genai {p.name}": scripted(python, GENAI, p) for python, p in genai
+    }
+    contestants |= {f"OpenVINO {p.name}": scripted(python, OPENVINO, p) for python, p in openvino}
     load = Load(threads, prompt_tokens, new_tokens)
     rates = measure(contestants, load, rounds)
     report(rates, load, csv_path)
