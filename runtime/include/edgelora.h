@@ -1,16 +1,23 @@
 /* EdgeLoRA runtime, C API.
  *
- * A model is a loaded bundle, shared and immutable. A session is one sequence: its kv_cache, position and active adapter.
- * The API speaks token ids; text, stop strings and chat templates belong to the caller.
+ * A model is a loaded bundle, shared and immutable. A session is one sequence: its kv_cache,
+ * position and active adapter. The API speaks token ids; text, stop strings and chat templates
+ * belong to the caller.
  *
- * Ownership: what a `_create`, `_load` function returns belongs to the caller, who releases it with the matching `_free`
- * (adapters: `_unload`). Pointers passed in are only read during the call unless said otherwise.
- * Errors: every function that can fail returns a status; on any other than EDGELORA_OK, edgelora_last_error() is a one-line
- * message of the calling thread. Out-parameters are written only on success (arrays: their contents are undefined after a failure).
- * Threads: functions on a model and on adapters may be called from any thread at any time. A session is used by one thread at a time;
- * only edgelora_session_cancel may be called beside it. Several sessions of one model may run at once.
- * Versioning: structs begin with their size, set by their `_init` function or by the caller to sizeof; a size that the library
- * does not know is refused.
+ * Ownership: what a `_create`, `_load` function returns belongs to the caller, who releases it with
+ * the matching `_free` (adapters: `_unload`). Pointers passed in are only read during the call
+ * unless said otherwise.
+ *
+ * Errors: every function that can fail returns a status; on any other than EDGELORA_OK,
+ * edgelora_last_error() is a one-line message of the calling thread. Out-parameters are written
+ * only on success (arrays: their contents are undefined after a failure).
+ *
+ * Threads: functions on a model and on adapters may be called from any thread at any time. A
+ * session is used by one thread at a time; only edgelora_session_cancel may be called beside it.
+ * Several sessions of one model may run at once.
+ *
+ * Versioning: structs begin with their size, set by their `_init` function or by the caller to
+ * sizeof; a size that the library does not know is refused.
  */
 #ifndef EDGELORA_H_
 #define EDGELORA_H_
@@ -34,8 +41,8 @@ typedef struct EdgeLoraSession EdgeLoraSession;
 
 typedef enum EdgeLoraStatus {
   EDGELORA_OK = 0,
-  EDGELORA_INVALID_ARGUMENT = 1, /* a null pointer, a token id out of range, an empty prompt, an unknown option value */
-  EDGELORA_BAD_FILE = 2,         /* missing, truncated, corrupt, of a newer format, or made for another base */
+  EDGELORA_INVALID_ARGUMENT = 1, /* null pointer, token id or option out of range, empty prompt */
+  EDGELORA_BAD_FILE = 2,         /* missing, damaged, of a newer format, or for another base */
   EDGELORA_NOT_FOUND = 3,        /* unknown adapter name or handle */
   EDGELORA_CONTEXT_FULL = 4,     /* the kv_cache holds no more positions */
   EDGELORA_RUNTIME = 5,          /* onnxruntime is missing, too old, or reported an error */
@@ -56,81 +63,107 @@ EDGELORA_API const char* edgelora_last_error(void);
 /* ---- model ---- */
 
 typedef struct EdgeLoraModelOptions {
-  size_t size;                   /* sizeof(EdgeLoraModelOptions) */
-  const char* onnxruntime_path;  /* the library to load; NULL: the system's "libonnxruntime.so" by name */
-  int32_t threads;               /* 0: one for each performance core */
-  bool spinning;                 /* workers spin between operators: faster, but takes the cores; default true */
-  bool exact;                    /* float32 activations instead of int8 (slow, for checks; not in flavor ort); default false */
+  size_t size;                  /* sizeof(EdgeLoraModelOptions) */
+  const char* onnxruntime_path; /* NULL: the system's "libonnxruntime.so" by name */
+  /* 0: one for each performance core; at most 64, or 4 for each CPU if that is more. */
+  int32_t threads;
+  /* Workers spin between operators: faster, but takes the cores. Not done with more threads than
+   * CPUs. Default true. */
+  bool spinning;
+  /* float32 activations instead of int8: slow, for checks; not in flavor ort. Default false. */
+  bool exact;
 } EdgeLoraModelOptions;
 
 EDGELORA_API void edgelora_model_options_init(EdgeLoraModelOptions* options);
 
-/* Loads the bundle folder (checks structure and sizes, maps the weights). options may be NULL. */
-EDGELORA_API EdgeLoraStatus edgelora_model_load(const char* bundle, const EdgeLoraModelOptions* options, EdgeLoraModel** model);
+/* Loads the bundle folder: checks structure, sizes and the SHA-256 of all but large files and
+ * adapters, maps the weights. options may be NULL. */
+EDGELORA_API EdgeLoraStatus edgelora_model_load(const char* bundle,
+                                                const EdgeLoraModelOptions* options,
+                                                EdgeLoraModel** model);
 
-/* Sessions of it may still be in use: what they share is released with the last of them. NULL is allowed. */
+/* Sessions of it may still be in use: what they share is released with the last of them. NULL is
+ * allowed. */
 EDGELORA_API void edgelora_model_free(EdgeLoraModel* model);
 
 typedef struct EdgeLoraModelInfo {
   size_t size; /* set by the caller to sizeof(EdgeLoraModelInfo) */
   int32_t vocab_size;
-  int32_t context_length;     /* largest number of positions of a session */
+  int32_t context_length; /* largest number of positions of a session */
   int32_t num_hidden_layers;
   int32_t threads;
-  int64_t weight_bytes;       /* of the external weight file */
-  int64_t kv_cache_bytes;     /* for one position of one session */
+  int64_t weight_bytes;   /* of the external weight file */
+  int64_t kv_cache_bytes; /* for one position of one session */
   int32_t eos_token_count;
   const int32_t* eos_token_ids; /* lives as long as the model; may be NULL if there are none */
-  const char* isa;            /* kernels in use, "onnxruntime" for a bundle of flavor ort; static storage */
+  const char* isa;              /* kernels in use, "onnxruntime" in flavor ort; static storage */
   int32_t adapter_count;
-  const char* const* adapter_names; /* those of the bundle, sorted; UTF-8; lives as long as the model; may be NULL if there are none */
+  /* Of the bundle, sorted, UTF-8; lives as long as the model; may be NULL if there are none. */
+  const char* const* adapter_names;
 } EdgeLoraModelInfo;
 
-EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model, EdgeLoraModelInfo* info);
+EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model,
+                                                EdgeLoraModelInfo* info);
 
 /* ---- adapters ---- */
 
-/* Loads the bundle's adapter `name` and returns a handle with one reference. Loading a name again gives a new handle. */
-EDGELORA_API EdgeLoraStatus edgelora_adapter_load(EdgeLoraModel* model, const char* name, EdgeLoraAdapter* adapter);
+/* Loads the bundle's adapter `name` and returns a handle with one reference. Loading a name again
+ * gives a new handle. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_load(EdgeLoraModel* model, const char* name,
+                                                  EdgeLoraAdapter* adapter);
 
-/* The same from a file adapter.safetensors outside the bundle; refused unless it names this base's fingerprint.
- * Bundles of flavor ort take their own adapters only. */
-EDGELORA_API EdgeLoraStatus edgelora_adapter_load_file(EdgeLoraModel* model, const char* path, EdgeLoraAdapter* adapter);
+/* The same from a file adapter.safetensors outside the bundle; refused unless it names this base's
+ * fingerprint. Bundles of flavor ort take their own adapters only. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_load_file(EdgeLoraModel* model, const char* path,
+                                                       EdgeLoraAdapter* adapter);
 
-/* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. Those of flavor ort: one, with weight 1. */
-EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters, const float* weights, size_t count,
+/* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. Those of flavor
+ * ort: one, with weight 1. */
+EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters,
+                                                     const float* weights, size_t count,
                                                      EdgeLoraAdapter* adapter);
 
-/* Drops the reference. A running computation finishes with it; later runs of sessions that still name it fail with
- * EDGELORA_NOT_FOUND. */
+/* Drops the reference. A running computation finishes with it; later runs of sessions that still
+ * name it fail with EDGELORA_NOT_FOUND. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_unload(EdgeLoraAdapter adapter);
 
 /* ---- session ---- */
 
 typedef struct EdgeLoraSessionOptions {
   size_t size;
-  int32_t context_length; /* positions of the kv_cache; 0: the model's context_length (memory is touched only as positions are used) */
+  /* Positions of the kv_cache; 0: the model's context_length. Memory is touched only as positions
+   * are used. */
+  int32_t context_length;
 } EdgeLoraSessionOptions;
 
 EDGELORA_API void edgelora_session_options_init(EdgeLoraSessionOptions* options);
-EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const EdgeLoraSessionOptions* options,
+EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model,
+                                                    const EdgeLoraSessionOptions* options,
                                                     EdgeLoraSession** session);
+
+/* NULL is allowed. */
 EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
 
-/* Adapter of the next positions. If it differs from the one that computed the last position in the kv_cache, all positions are
- * computed anew with it before the next step, unless keep_cache. Setting the former one again before any step undoes that.
- * An adapter of another base, or of a model of another flavor, is refused. */
-EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session, EdgeLoraAdapter adapter, bool keep_cache);
+/* Adapter of the next positions. If it differs from the one that computed the last position in the
+ * kv_cache, all positions are computed anew with it before the next step, unless keep_cache.
+ * Setting the former one again before any step undoes that. An adapter of another base, or of a
+ * model of another flavor, is refused. */
+EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session,
+                                                         EdgeLoraAdapter adapter, bool keep_cache);
 
-/* Appends tokens; afterwards the logits of the last one are at hand. At least one token. On error the session is as before. */
-EDGELORA_API EdgeLoraStatus edgelora_session_prefill(EdgeLoraSession* session, const int32_t* tokens, size_t count);
+/* Appends tokens; afterwards the logits of the last one are at hand. At least one token. On error
+ * the session is as before. */
+EDGELORA_API EdgeLoraStatus edgelora_session_prefill(EdgeLoraSession* session,
+                                                     const int32_t* tokens, size_t count);
 
 /* As prefill, and copies the logits of *every* appended token: logits [count, vocab_size]. */
-EDGELORA_API EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, const int32_t* tokens, size_t count, float* logits);
+EDGELORA_API EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, const int32_t* tokens,
+                                                    size_t count, float* logits);
 
-/* Logits of the last position [vocab_size], valid until the session's next call. NULL if they are not at hand: before the first
- * prefill, after a rewind, after a change of adapter that computes anew, and after a generate that ended by length, callback or
- * context (its last token is computed when something follows it). */
+/* Logits of the last position [vocab_size], valid until the session's next call. NULL if they are
+ * not at hand: before the first prefill, after a rewind, after a change of adapter that computes
+ * anew, and after a generate that ended by length, callback or context (its last token is computed
+ * when something follows it). */
 EDGELORA_API const float* edgelora_session_last_logits(const EdgeLoraSession* session);
 
 /* Positions of the sequence: tokens prefilled and generated. */
@@ -141,15 +174,16 @@ EDGELORA_API EdgeLoraStatus edgelora_session_rewind(EdgeLoraSession* session, si
 
 typedef struct EdgeLoraSampling {
   size_t size;
-  float temperature;         /* 0: greedy (default) */
-  int32_t top_k;             /* 0: off */
-  float top_p;               /* 1: off */
-  float min_p;               /* 0: off */
-  float repetition_penalty;  /* 1: off; over all tokens of the session (Keskar et al. 2019, as in transformers) */
-  uint64_t seed;             /* same seed, same tokens */
+  float temperature; /* 0: greedy (default) */
+  int32_t top_k;     /* 0: off */
+  float top_p;       /* 1: off */
+  float min_p;       /* 0: off */
+  /* 1: off; over all tokens of the session (Keskar et al. 2019, as in transformers). */
+  float repetition_penalty;
+  uint64_t seed;              /* same seed, same tokens */
   const int32_t* stop_tokens; /* besides the model's eos_token_ids */
   size_t stop_token_count;
-  bool ignore_eos;           /* benchmarks: the model's own eos tokens do not stop */
+  bool ignore_eos; /* benchmarks: the model's own eos tokens do not stop */
 } EdgeLoraSampling;
 
 EDGELORA_API void edgelora_sampling_init(EdgeLoraSampling* sampling);
@@ -164,20 +198,25 @@ typedef enum EdgeLoraFinish {
   EDGELORA_FINISH_CONTEXT = 3   /* the context is full */
 } EdgeLoraFinish;
 
-/* Generates up to max_new_tokens after a prefill; delivers each token to callback (may be NULL) and to tokens (may be NULL; room for
- * max_new_tokens). sampling, count and finish may be NULL (sampling: greedy). Every delivered token is part of the sequence: the
- * next prefill or generate goes on after it. On an error, EDGELORA_CANCELLED too, the tokens delivered until then stay in it:
- * edgelora_session_position tells how many. */
-EDGELORA_API EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session, const EdgeLoraSampling* sampling,
-                                                      size_t max_new_tokens, int32_t* tokens, size_t* count,
-                                                      EdgeLoraFinish* finish, EdgeLoraTokenCallback callback, void* user_data);
+/* Generates up to max_new_tokens after a prefill; delivers each token to callback (may be NULL) and
+ * to tokens (may be NULL; room for max_new_tokens). sampling, count and finish may be NULL
+ * (sampling: greedy). Every delivered token is part of the sequence: the next prefill or generate
+ * goes on after it. On an error, EDGELORA_CANCELLED too, the tokens delivered until then stay in
+ * it: edgelora_session_position tells how many. */
+EDGELORA_API EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session,
+                                                      const EdgeLoraSampling* sampling,
+                                                      size_t max_new_tokens, int32_t* tokens,
+                                                      size_t* count, EdgeLoraFinish* finish,
+                                                      EdgeLoraTokenCallback callback,
+                                                      void* user_data);
 
-/* Makes a running generate, prefill or logits of this session return EDGELORA_CANCELLED soon; nothing if none runs. From any
- * thread. The session stays usable. */
+/* Makes a running generate, prefill or logits of this session return EDGELORA_CANCELLED soon;
+ * nothing if none runs. From any thread. The session stays usable. */
 EDGELORA_API void edgelora_session_cancel(EdgeLoraSession* session);
 
-/* Durations of the session's last prefill (or logits) and generate, for benchmarks. Tokens: the positions computed in that time.
- * A generate of n tokens right after a prefill computes n − 1: the first token comes from the prefill's logits. */
+/* Durations of the session's last prefill (or logits) and generate, for benchmarks. Tokens: the
+ * positions computed in that time. A generate of n tokens right after a prefill computes n − 1: the
+ * first token comes from the prefill's logits. */
 typedef struct EdgeLoraTimings {
   size_t size;
   double prefill_seconds;
@@ -186,7 +225,8 @@ typedef struct EdgeLoraTimings {
   int64_t decode_tokens;
 } EdgeLoraTimings;
 
-EDGELORA_API EdgeLoraStatus edgelora_session_timings(const EdgeLoraSession* session, EdgeLoraTimings* timings);
+EDGELORA_API EdgeLoraStatus edgelora_session_timings(const EdgeLoraSession* session,
+                                                     EdgeLoraTimings* timings);
 
 #ifdef __cplusplus
 }

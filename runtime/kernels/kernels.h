@@ -22,15 +22,15 @@ struct Weights {
   int64_t block_size;      // 32, 64 or 128 (nf4: 64)
   const void* codes;       // kFloat: float32 weights
   const uint16_t* scales;  // float16 [P, blocks, 16]; null for kFloat and kNf4
-  const void*
-      zero_points;  // uint8 [P, blocks, 8] or float16 offsets [P, blocks, 16], by format; else null
+  // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
+  const void* zero_points;
   // nf4 only
   const uint8_t* absmax;       // codes, slices padded to multiples of 256
   const float* nested_absmax;  // one for 256 absmax codes
   const float* absmax_offset;  // [slices]
   const float* absmax_table;   // [256]
-  const int64_t*
-      slices;  // [slice_count] out_features of each slice (nf4's blocks are counted in each anew)
+  // [slice_count] out_features of each slice; nf4's blocks are counted in each anew
+  const int64_t* slices;
   int64_t slice_count;
 };
 

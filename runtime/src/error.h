@@ -10,7 +10,8 @@ namespace edgelora {
 
 class Error : public std::runtime_error {
  public:
-  Error(EdgeLoraStatus status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  Error(EdgeLoraStatus status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
   EdgeLoraStatus status() const { return status_; }
 
  private:
