@@ -3,10 +3,12 @@
 import ctypes
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +161,7 @@ def test_rewind_beyond_the_position_is_refused(session):
 def test_prefill_beyond_the_context_is_refused_and_changes_nothing(session):
     session.prefill(TOKENS[:1000])
     before = session.last_logits
-    with pytest.raises(EdgeLoraError, match=r"1000 positions used and 101 more.*1100"):
+    with pytest.raises(EdgeLoraError, match=r"room for 1100 tokens, 1000 are in it, 101 more do"):
         session.prefill(TOKENS[:101])
     assert session.position == 1000
     np.testing.assert_array_equal(session.last_logits, before)
@@ -188,7 +190,7 @@ def test_token_outside_the_vocabulary_is_refused_by_name(session, token):
 
 
 def test_empty_prompt_is_refused(session):
-    with pytest.raises(EdgeLoraError, match="no tokens"):
+    with pytest.raises(EdgeLoraError, match="empty: 0 tokens, at least 1"):
         session.prefill([])
 
 
@@ -588,18 +590,100 @@ def test_damaged_graph_is_refused_with_onnxruntimes_reason(copy):
     size = (copy / "model.onnx").stat().st_size
     (copy / "model.onnx").write_bytes(bytes([255]) * size)
     write_manifest(copy)
-    refuse(copy, "onnxruntime: ")
+    refuse(copy, f"^{copy}/model.onnx: onnxruntime: .*; copy or export the bundle again")
+
+
+def flip_a_byte(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGED = "does not have the SHA-256 in the manifest.*copy the bundle again"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+def test_flipped_byte_of_a_small_file_is_refused_by_name(copy, name):
+    (copy / "tokenizer.json").write_text("{}")
+    write_manifest(copy)
+    flip_a_byte(copy / name)
+    refuse(copy, f"^{copy}/{name}: {DAMAGED}")
+
+
+def test_flipped_byte_of_an_adapter_is_refused_when_it_is_loaded(copy):
+    path = copy / "adapters/one/adapter.safetensors"
+    flip_a_byte(path)
+    with edgelora.load(copy) as model:
+        with pytest.raises(EdgeLoraError, match=f"^{path}: {DAMAGED}"):
+            model.logits([1], adapter="one")
+        model.logits([1], adapter="two")
+
+
+def test_large_file_is_checked_by_size_alone(copy):
+    """Hashing hundreds of megabytes would take longer than loading them; verify does."""
+    path = copy / "large"
+    path.write_bytes(bytes((16 << 20) + 1))
+    write_manifest(copy)
+    flip_a_byte(path)
+    edgelora.load(copy).close()
 
 
 def test_missing_onnxruntime_is_said(bundle, monkeypatch):
     monkeypatch.setattr(native, "onnxruntime_path", lambda: Path("/nowhere/libonnxruntime.so"))
-    refuse(bundle, "cannot load onnxruntime from /nowhere/libonnxruntime.so")
+    refuse(bundle, "cannot load onnxruntime from /nowhere/libonnxruntime.so: .*; install it")
 
 
-@pytest.mark.parametrize("threads", [-1, 1025])
+def fake_onnxruntime(folder, source):
+    """A shared library of this C source in place of onnxruntime."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (folder / "fake.c").write_text(source)
+    path = folder / "libfake.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, folder / "fake.c"], check=True)
+    return path
+
+
+REFUSING_ONNXRUNTIME = """
+struct OrtApiBase {{ const void* (*get_api)(unsigned); const char* (*version)(void); }};
+static const void* get_api(unsigned version) {{ return (void)version, (const void*)0; }}
+static const char* version(void) {{ return "{version}"; }}
+const struct OrtApiBase* OrtGetApiBase(void) {{
+  static const struct OrtApiBase base = {{get_api, version}};
+  return &base;
+}}
+"""
+
+
+@pytest.mark.parametrize("version", ["1.10.0", "0.9"])
+def test_onnxruntime_that_is_too_old_is_refused(bundle, tmp_path, monkeypatch, version):
+    path = fake_onnxruntime(tmp_path, REFUSING_ONNXRUNTIME.format(version=version))
+    monkeypatch.setattr(native, "onnxruntime_path", lambda: path)
+    refuse(bundle, rf"^{path}: onnxruntime {version} is too old: 1\.\d+ or newer is needed")
+
+
+def test_library_that_is_not_onnxruntime_is_refused(bundle, tmp_path, monkeypatch):
+    path = fake_onnxruntime(tmp_path, "int other;")
+    monkeypatch.setattr(native, "onnxruntime_path", lambda: path)
+    refuse(bundle, f"cannot load onnxruntime from {path}: .*OrtGetApiBase")
+
+
+MOST_THREADS = max(64, 4 * len(os.sched_getaffinity(0)))  # a container's quota may allow fewer
+
+
+@pytest.mark.parametrize("threads", [-1, MOST_THREADS + 1, 2**31 - 1])
 def test_threads_out_of_range_are_refused(bundle, threads):
-    with pytest.raises(EdgeLoraError, match=f"threads is {threads}"):
+    with pytest.raises(EdgeLoraError, match=rf"threads is {threads}, not in 0…\d+ \(.*CPUs"):
         edgelora.load(bundle, threads=threads)
+
+
+def test_more_threads_than_cpus_do_not_spin(bundle):
+    with edgelora.load(bundle, threads=64) as model, model.session() as session:
+        assert model.info.threads == 64
+        session.prefill(TOKENS[:600])
+        start = time.process_time()
+        time.sleep(0.1)
+        assert time.process_time() - start < 0.05
 
 
 def test_missing_library_says_what_to_do(monkeypatch, tmp_path):

@@ -3,13 +3,17 @@
 #include <filesystem>
 #include <fstream>
 #include <system_error>
+#include <vector>
 
 #include "src/error.h"
+#include "src/sha256.h"
 
 namespace edgelora {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr size_t kReadAtOnce = size_t{64} << 10;  // bytes
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(EDGELORA_BAD_FILE, message); }
 
@@ -68,6 +72,20 @@ void check_bundle_file(const std::string& folder, const std::string& relative, i
     refuse(path + ": has " + std::to_string(found) + " bytes, the manifest says " +
            std::to_string(size) + "; copy the bundle again");
   }
+}
+
+void check_file_hash(const std::string& path, const std::string& sha256) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> buffer(kReadAtOnce);
+  Sha256 hash;
+  while (file) {
+    file.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    hash.update(buffer.data(), static_cast<size_t>(file.gcount()));
+  }
+  if (!file.eof()) refuse(path + ": cannot be read; copy the bundle again");
+  if (hash.finish() != sha256)
+    refuse(path + ": does not have the SHA-256 in the manifest: changed or damaged; " +
+           "copy the bundle again");
 }
 
 }  // namespace edgelora

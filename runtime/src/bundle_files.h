@@ -18,4 +18,7 @@ void check_relative_path(const std::string& relative, const std::string& where);
 // lies inside the folder.
 void check_bundle_file(const std::string& folder, const std::string& relative, int64_t size);
 
+// Throws unless the file's SHA-256 is these 64 hex digits. Reads all of it.
+void check_file_hash(const std::string& path, const std::string& sha256);
+
 }  // namespace edgelora

@@ -54,13 +54,13 @@ std::vector<Cpu> allowed_cpus() {
   return cpus;
 }
 
-// Whole CPUs of the control group's quota ("<quota> <period>" or "max <period>"); spinning beyond
-// it would only be throttled.
-int quota_limit() {
+// Whole CPUs of the control group's quota ("<quota> <period>" or "max <period>"), at most `most`;
+// spinning beyond it would only be throttled.
+int quota_limit(int most) {
   double quota = 0, period = 0;
   std::ifstream file("/sys/fs/cgroup/cpu.max");
-  if (!(file >> quota >> period) || period <= 0) return kMostThreads;
-  return std::clamp(static_cast<int>(quota / period), 1, kMostThreads);
+  if (!(file >> quota >> period) || period <= 0) return most;
+  return static_cast<int>(std::clamp(quota / period, 1.0, static_cast<double>(most)));
 }
 
 #endif
@@ -85,10 +85,20 @@ int performance_cores(const std::vector<Cpu>& cpus, int limit) {
 
 int performance_cores() {
 #if defined(__linux__)
-  return performance_cores(allowed_cpus(), quota_limit());
+  return performance_cores(allowed_cpus(), quota_limit(kMostThreads));
 #else
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostThreads);
 #endif
+}
+
+int available_cpus() {
+  int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) count = CPU_COUNT(&allowed);
+  count = quota_limit(std::max(count, 1));
+#endif
+  return std::max(count, 1);
 }
 
 }  // namespace edgelora

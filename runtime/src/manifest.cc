@@ -16,6 +16,7 @@ using Json = nlohmann::json;
 constexpr int64_t kFormatVersion = 1;
 constexpr int64_t kManifestLimit = int64_t{64} << 20;  // bytes
 constexpr int64_t kFileLimit = int64_t{1} << 50;       // bytes
+constexpr int64_t kHashLimit = int64_t{16} << 20;      // bytes
 
 // Generous bounds that keep every product of two of them, and the kv_cache's size, inside int64.
 constexpr int64_t kMaxLayers = 1 << 10;
@@ -114,10 +115,11 @@ void read_files(const JsonFields& root, Manifest* manifest) {
   for (const auto& [relative, entry] : files.value().items()) {
     check_relative_path(relative, files.where("file"));
     const JsonFields file(entry, files.where(relative));
-    if (!is_hex64(file.text("sha256"))) {
+    const std::string sha256 = file.text("sha256");
+    if (!is_hex64(sha256)) {
       throw Error(EDGELORA_BAD_FILE, file.where("sha256") + " is not 64 hex digits");
     }
-    manifest->files[relative] = file.integer("size", 0, kFileLimit);
+    manifest->files[relative] = {file.integer("size", 0, kFileLimit), sha256};
   }
 }
 
@@ -134,6 +136,17 @@ void read_adapters(const JsonFields& root, Manifest* manifest) {
     const std::string relative = JsonFields(entry, adapters.where(name)).text("path");
     require_file(*manifest, relative, adapters.where(name));
     manifest->adapters[name] = relative;
+  }
+}
+
+// Sizes of all first: a missing weight file is said before anything is hashed.
+void check_files(const Manifest& manifest) {
+  std::set<std::string> adapters;
+  for (const auto& [name, relative] : manifest.adapters) adapters.insert(relative);
+  for (const auto& [relative, file] : manifest.files)
+    check_bundle_file(manifest.folder, relative, file.size);
+  for (const auto& [relative, file] : manifest.files) {
+    if (adapters.count(relative) == 0) check_content(manifest, relative);
   }
 }
 
@@ -161,8 +174,14 @@ Manifest read_manifest(const std::string& folder) {
   read_files(root, &manifest);
   read_adapters(root, &manifest);
   require_file(manifest, "model.onnx", path);
-  for (const auto& [relative, size] : manifest.files) check_bundle_file(folder, relative, size);
+  check_files(manifest);
   return manifest;
+}
+
+void check_content(const Manifest& manifest, const std::string& relative) {
+  const ManifestFile& file = manifest.files.at(relative);
+  check_bundle_file(manifest.folder, relative, file.size);
+  if (file.size <= kHashLimit) check_file_hash(manifest.path(relative), file.sha256);
 }
 
 }  // namespace edgelora

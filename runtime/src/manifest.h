@@ -23,6 +23,12 @@ struct ManifestModel {
   int64_t kv_cache_bytes() const;
 };
 
+// What the index says of a file.
+struct ManifestFile {
+  int64_t size;        // bytes
+  std::string sha256;  // 64 hex digits
+};
+
 struct Manifest {
   std::string folder;
   std::string flavor;  // "edgelora" or "ort"
@@ -31,14 +37,19 @@ struct Manifest {
   std::unordered_map<std::string, std::pair<int64_t, int64_t>>
       targets;                                  // name → {in_features, out_features}
   std::map<std::string, std::string> adapters;  // name → relative path of its file
-  std::map<std::string, int64_t> files;         // relative path → size, bytes
+  std::map<std::string, ManifestFile> files;    // by relative path
 
   // Absolute or caller-relative path of a file of the bundle.
   std::string path(const std::string& relative) const { return folder + "/" + relative; }
 };
 
 // Reads folder/manifest.json; checks format, version, digest, every field, and that every file is
-// there, inside the folder and of its size (not its hash). Throws Error with EDGELORA_BAD_FILE.
+// there, inside the folder and of its size, and check_content of all but the adapters. Throws Error
+// with EDGELORA_BAD_FILE.
 Manifest read_manifest(const std::string& folder);
+
+// Throws unless the listed file has its size and, if that is at most 16 MiB, its SHA-256 (hashing
+// takes 3 ms for 1 MB: larger files, the weights above all, are left to `edgelora verify`).
+void check_content(const Manifest& manifest, const std::string& relative);
 
 }  // namespace edgelora

@@ -1,5 +1,7 @@
 #include "src/model.h"
 
+#include <algorithm>
+
 #include "src/cores.h"
 #include "src/error.h"
 #include "src/graph_edge.h"
@@ -7,14 +9,23 @@
 namespace edgelora {
 namespace {
 
-constexpr int kMostThreads = 1024;
+// More than this only stand in each other's way, until the machine stands still.
+int most_threads(int cpus) { return std::max(64, 4 * cpus); }
 
 int choose_threads(int asked) {
-  if (asked < 0 || asked > kMostThreads) {
-    throw Error(EDGELORA_INVALID_ARGUMENT,
-                "threads is " + std::to_string(asked) + ", not in 0…1024");
+  const int cpus = available_cpus();
+  if (asked < 0 || asked > most_threads(cpus)) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "threads is " + std::to_string(asked) + ", not in 0…" +
+                                               std::to_string(most_threads(cpus)) +
+                                               " (this machine gives " + std::to_string(cpus) +
+                                               " CPUs; 0 chooses)");
   }
   return asked == 0 ? performance_cores() : asked;
+}
+
+// A worker that spins without a CPU of its own takes it from one that works.
+bool choose_spinning(const ModelOptions& options, int threads) {
+  return options.spinning && threads <= available_cpus();
 }
 
 OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavor& flavor,
@@ -29,7 +40,7 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
   ort.check(api.DisableMemPattern(
       raw));  // shapes differ at every step: a pattern would be made and never met again
   ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning",
-                                      options.spinning ? "1" : "0"));
+                                      choose_spinning(options, threads) ? "1" : "0"));
   flavor.configure(ort, OpsOptions{options.exact, threads}, raw);
   return owned;
 }
@@ -37,8 +48,13 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
 OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& path,
                                      const OrtSessionOptions* options) {
   OrtSession* session = nullptr;
-  ort.check(ort.api().CreateSession(ort.env(), OnnxRuntime::native_path(path).c_str(), options,
-                                    &session));
+  OrtStatus* status =
+      ort.api().CreateSession(ort.env(), OnnxRuntime::native_path(path).c_str(), options, &session);
+  try {
+    ort.check(status);
+  } catch (const Error& error) {
+    throw Error(error.status(), path + ": " + error.what() + "; copy or export the bundle again");
+  }
   return {session, ort.api().ReleaseSession};
 }
 
@@ -69,7 +85,7 @@ Model::Model(const std::string& bundle, const ModelOptions& options)
 
 int64_t Model::weight_bytes() const {
   const auto found = manifest_.files.find("model.onnx.data");
-  return found == manifest_.files.end() ? 0 : found->second;
+  return found == manifest_.files.end() ? 0 : found->second.size;
 }
 
 int64_t Model::load_adapter(const std::string& name) const {
@@ -78,6 +94,7 @@ int64_t Model::load_adapter(const std::string& name) const {
     throw Error(EDGELORA_NOT_FOUND,
                 manifest_.folder + ": no adapter \"" + name + "\"; " + known_names(manifest_));
   }
+  check_content(manifest_, found->second);
   return flavor_->load_adapter(onnxruntime_, manifest_, manifest_.path(found->second));
 }
 

@@ -56,7 +56,8 @@ GetApiBase load(const std::string& path) {
   std::string reason;
   if (!path.empty()) {
     if (GetApiBase entry = find_entry(path.c_str(), &reason)) return entry;
-    throw Error(EDGELORA_RUNTIME, "cannot load onnxruntime from " + path + ": " + reason);
+    throw Error(EDGELORA_RUNTIME, "cannot load onnxruntime from " + path + ": " + reason +
+                                      "; install it, or give the path of another");
   }
   for (const char* name : kSystemNames) {
     if (GetApiBase entry = find_entry(name, &reason)) return entry;
@@ -74,12 +75,14 @@ bool has_api(const char* version) {
   return major > 1 || (major == 1 && minor >= ORT_API_VERSION);
 }
 
-const OrtApi* get_api(const OrtApiBase& base) {
+const OrtApi* get_api(const std::string& path) {
+  const OrtApiBase& base = *load(path)();
   const char* version = base.GetVersionString();
   const OrtApi* api = has_api(version) ? base.GetApi(ORT_API_VERSION) : nullptr;
   if (api != nullptr) return api;
-  throw Error(EDGELORA_RUNTIME, std::string("onnxruntime ") + version + " is too old: 1." +
-                                    std::to_string(ORT_API_VERSION) + " or newer is needed");
+  throw Error(EDGELORA_RUNTIME, (path.empty() ? "" : path + ": ") + "onnxruntime " + version +
+                                    " is too old: 1." + std::to_string(ORT_API_VERSION) +
+                                    " or newer is needed");
 }
 
 void ORT_API_CALL drop_message(void*, OrtLoggingLevel, const char*, const char*, const char*,
@@ -120,7 +123,7 @@ OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory
 }  // namespace
 
 OnnxRuntime::OnnxRuntime(const std::string& path)
-    : api_(get_api(*load(path)())), env_(create_env(*api_)), memory_(create_memory_info(*api_)) {}
+    : api_(get_api(path)), env_(create_env(*api_)), memory_(create_memory_info(*api_)) {}
 
 std::basic_string<ORTCHAR_T> OnnxRuntime::native_path(const std::string& path) {
   return {path.begin(), path.end()};

@@ -54,12 +54,13 @@ void Session::cancel() {
 }
 
 void Session::check_tokens(const int32_t* tokens, size_t count) const {
-  if (count == 0) throw Error(EDGELORA_INVALID_ARGUMENT, "no tokens: at least one is needed");
+  if (count == 0)
+    throw Error(EDGELORA_INVALID_ARGUMENT, "the prompt is empty: 0 tokens, at least 1 is needed");
   if (count > context_length_ - tokens_.size()) {
-    throw Error(EDGELORA_CONTEXT_FULL,
-                "the context is full: " + std::to_string(tokens_.size()) + " positions used and " +
-                    std::to_string(count) + " more asked for, context_length is " +
-                    std::to_string(context_length_) + "; rewind, or create a longer session");
+    throw Error(EDGELORA_CONTEXT_FULL, "the context is full: it has room for " +
+                                           std::to_string(context_length_) + " tokens, " +
+                                           std::to_string(tokens_.size()) + " are in it, " +
+                                           std::to_string(count) + " more do not fit");
   }
   const size_t vocab_size = vocabulary(*model_);
   for (size_t i = 0; i < count; ++i) {
