@@ -62,8 +62,20 @@ class ModelConfig:
             )
         if self.head_dim % _HEAD_DIM_STEP:
             problems.append(f"head_dim {self.head_dim} is no multiple of {_HEAD_DIM_STEP}")
+        problems += self._token_problems()
         if problems:
             raise EdgeLoraError("; ".join(problems))
+
+    def _token_problems(self) -> list[str]:
+        """Ids that no row of the embedding has."""
+        bos = () if self.bos_token_id is None else (self.bos_token_id,)
+        keys = {"bos_token_id": bos, "eos_token_id": self.eos_token_ids}
+        return [
+            f"{key} {token}: not below vocab_size {self.vocab_size}"
+            for key, tokens in keys.items()
+            for token in tokens
+            if not 0 <= token < self.vocab_size
+        ]
 
 
 _POSITIVE = [
@@ -218,7 +230,7 @@ def _read_qwen_window(lookups: Lookups) -> int | None:
     """Qwen's layers from max_window_layers on have the window: all or none is supported."""
     if not lookups.flag("use_sliding_window", default=False):
         return None
-    first, layers = lookups.values.get("max_window_layers"), lookups.values["num_hidden_layers"]
+    first, layers = map(lookups.values.get, ("max_window_layers", "num_hidden_layers"))
     if isinstance(first, int) and isinstance(layers, int) and first >= layers:
         return None
     if first != 0:

@@ -103,6 +103,23 @@ def test_end_tokens_are_those_of_both_files() -> None:
     assert "eos_token_id = 'end'" in refusal(eos_token_id="end")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bos_token_id": 384}, "bos_token_id 384: not below vocab_size 384"),
+        ({"eos_token_id": [1, 500]}, "eos_token_id 500: not below vocab_size 384"),
+        ({"vocab_size": 1}, "eos_token_id 1: not below vocab_size 1"),
+    ],
+)
+def test_token_ids_beyond_the_vocabulary_are_refused(changes: dict[str, Any], words: str) -> None:
+    assert words in refusal(**changes)
+
+
+def test_end_token_of_the_generation_file_is_held_to_the_vocabulary() -> None:
+    with pytest.raises(EdgeLoraError, match="eos_token_id 384: not below vocab_size 384"):
+        read_config(config(), SOURCE, {"eos_token_id": 384})
+
+
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
