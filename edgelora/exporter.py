@@ -23,6 +23,7 @@ from edgelora.config import ModelConfig
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
 from edgelora.graph import Decoder, OwnOps, StockOps
+from edgelora.inventory import take_inventory
 from edgelora.layout import targets
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan, make_plan
@@ -67,13 +68,26 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     if options.mode == "merge" and len(read) != 1:
         raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
+    tokenizer = read_tokenizer(base)
+    _check_end_tokens(tokenizer, checkpoint)
     return Request(
         checkpoint,
-        read_tokenizer(base),
+        tokenizer,
         read,
-        make_plan(checkpoint.config, options, stored=_stored_formats(checkpoint), profile=profile),
+        make_plan(checkpoint.config, options, take_inventory(checkpoint, read), profile=profile),
         tuple(warning for warning in warnings if warning),
     )
+
+
+def _check_end_tokens(tokenizer: TokenizerFiles, checkpoint: Checkpoint) -> None:
+    """The config's own ids have been checked where it was read."""
+    rows = checkpoint.config.vocab_size
+    beyond = [str(token) for token in tokenizer.eos_token_ids if token >= rows]
+    if beyond:
+        raise EdgeLoraError(
+            f"{checkpoint.path}: end tokens {', '.join(beyond)} of the tokenizer: not below "
+            f"vocab_size {rows}"
+        )
 
 
 def export(
@@ -87,9 +101,9 @@ def export(
 ) -> ExportReport:
     """Converts `base` and PEFT `adapters` (name → folder) into the bundle folder `out`.
 
-    `options` are the fields of ExportOptions: mode, format, block_size, zero_points, flavor,
-    context_length, device. The bundle appears whole or not at all. Raises EdgeLoraError on any
-    bad input.
+    `options` are the fields of ExportOptions: mode, format, block_size, zero_points,
+    embedding_format, flavor, context_length, device. The bundle appears whole or not
+    at all. Raises EdgeLoraError on any bad input.
     """
     started = time.perf_counter()
     folders = {name: Path(path) for name, path in (adapters or {}).items()}
@@ -208,15 +222,6 @@ def _model_fields(config: ModelConfig, plan: Plan, tokenizer: TokenizerFiles) ->
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": list(eos),
     }
-
-
-def _stored_formats(checkpoint: Checkpoint) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in checkpoint.names():
-        stored = checkpoint.stored_as(name)
-        if stored:
-            counts[stored] = counts.get(stored, 0) + 1
-    return counts
 
 
 def _bits_per_weight(writer: WeightWriter) -> float:

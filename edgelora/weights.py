@@ -14,7 +14,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.graph import COS, SIN, StoredMatrix, rotary_tables
 from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections
 from edgelora.merge import merge
-from edgelora.plan import Plan
+from edgelora.plan import EMBEDDING_BLOCK, Plan
 from edgelora.quantize import (
     FloatMatrix,
     Matrix,
@@ -30,7 +30,6 @@ from edgelora.quantize import (
     to_rows,
 )
 
-EMBEDDING_BLOCK = 32
 Progress = Callable[[int], None]  # called with the number of weights just written
 
 
@@ -119,8 +118,8 @@ class WeightWriter:
         return self._read(f"{linear.target}.bias") if linear.bias else np.zeros(0, np.float32)
 
     def _quantize(self, name: str, values: NDArray[np.float32], wanted: str) -> Matrix:
-        merged = name.removesuffix(".weight") in self.branches
-        if not merged and self.plan.carries(self.checkpoint.stored_as(name), wanted):
+        target = name.removesuffix(".weight")
+        if target not in self.branches and self._carries(name, target):
             matrix = self.checkpoint.read_quantized(name)
             assert matrix is not None
             return matrix
@@ -128,6 +127,9 @@ class WeightWriter:
             return self._round(values, wanted)
         except ValueError as error:
             raise EdgeLoraError(f"{self.checkpoint.path}: {name}: {error}") from error
+
+    def _carries(self, name: str, target: str) -> bool:
+        return self.plan.carries(self.checkpoint.stored_as(name), target)
 
     def _round(self, values: NDArray[np.float32], wanted: str) -> Matrix:
         match wanted:

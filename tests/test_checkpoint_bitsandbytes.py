@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from edgelora.checkpoint import open_checkpoint
 from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
 from edgelora.errors import EdgeLoraError
+from edgelora.inventory import take_inventory
 from edgelora.quantize.matrix import Nf4Matrix
 from tiny import tiny_bitsandbytes
 
@@ -59,7 +60,7 @@ def test_values_equal_bitsandbytes(
         **shape,
     )
     checkpoint, tensors = open_checkpoint(path), load_file(path / WEIGHTS)
-    carried = (quant_type, double_quant, dtype) == ("nf4", "nested", "float32")
+    carried = (quant_type, double_quant) == ("nf4", "nested")
     for name in checkpoint.names():
         values, wanted = checkpoint.read(name), dequantized(tensors, name)
         assert values.dtype == np.float32 and values.shape == checkpoint.shape(name)
@@ -73,18 +74,42 @@ def test_values_equal_bitsandbytes(
         assert (matrix is not None) == (carried and is_linear)
         if matrix is not None:
             assert isinstance(matrix, Nf4Matrix)
-            assert np.array_equal(from_codes(matrix), wanted), name
+            exact = torch.from_numpy(from_codes(matrix))
+            assert np.array_equal(exact.to(getattr(torch, dtype)).float().numpy(), wanted), name
 
 
-def test_16_bit_state_differs_from_its_codes_only_by_rounding(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", dtype="bfloat16"))
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+def test_16_bit_state_differs_from_its_codes_only_by_rounding(
+    dtype: str, share: float, tmp_path: Path
+) -> None:
+    """Half a unit in the last place; float16's smallest numbers (below 2^-14) have their own."""
+    checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", dtype=dtype))
     assert isinstance(checkpoint, BitsAndBytesCheckpoint)
-    matrix = checkpoint.read_codes(NAME)
-    assert matrix is not None and checkpoint.read_quantized(NAME) is None
-    exact = torch.from_numpy(from_codes(matrix))
-    assert np.array_equal(exact.bfloat16().float().numpy(), checkpoint.read(NAME))
-    assert not np.array_equal(exact.numpy(), checkpoint.read(NAME))
-    assert checkpoint.read_codes("model.norm.weight") is None
+    matrix, rounded = checkpoint.read_quantized(NAME), checkpoint.read(NAME)
+    assert matrix is not None and checkpoint.rounded_to(NAME) == dtype
+    exact = from_codes(matrix)
+    assert not np.array_equal(exact, rounded)
+    assert (np.abs(exact - rounded) <= share * np.abs(exact) + 2.0**-25).all()
+    assert checkpoint.rounded_to("model.norm.weight") is None
+
+
+def test_float32_state_is_not_rounded(base: Path) -> None:
+    checkpoint = open_checkpoint(base)
+    assert isinstance(checkpoint, BitsAndBytesCheckpoint)
+    assert checkpoint.rounded_to(NAME) is None and checkpoint.obstacle(NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"quant_type": "fp4"}, "FP4"), ({"double_quant": False}, "NF4 without double quantization")],
+)
+def test_obstacle_to_carrying_is_named(settings: dict[str, Any], why: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", **settings))
+    assert isinstance(checkpoint, BitsAndBytesCheckpoint)
+    assert checkpoint.obstacle(NAME) == why
+    assert checkpoint.stored_as(NAME) is None and checkpoint.read_quantized(NAME) is None
+    assert checkpoint.obstacle("model.norm.weight") is None
+    assert take_inventory(checkpoint, {}).foreign == {why: 14}
 
 
 def test_biases_of_qwen2_stay_floats(tmp_path: Path) -> None:

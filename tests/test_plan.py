@@ -1,19 +1,15 @@
 """The plan: each decision follows from the base, the options and the device, and says why."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
 from edgelora.config import ModelConfig
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
-from edgelora.plan import ExportOptions, Plan, make_plan
-from edgelora.plan.memory import (
-    OVERHEAD_BYTES,
-    bits_per_weight,
-    kv_bytes_per_position,
-    weight_bytes,
-)
+from edgelora.layout import EMBEDDING, targets
+from edgelora.plan import ExportOptions, Inventory, Plan, make_plan
 
 SMALL = ModelConfig(
     architecture="llama",
@@ -43,14 +39,21 @@ LARGE = ModelConfig(
     rope_theta=5e5,
     tie_word_embeddings=False,
 )
+LINEARS = [target for target in targets(SMALL) if target != "lm_head"]
+LINEAR = "model.layers.0.mlp.up_proj"
+ADAPTER = {"a": {target: 16 for target in LINEARS if ".q_proj" in target}}
 
 
-def plan(
-    config: ModelConfig = SMALL, stored: dict[str, int] | None = None, **options: object
-) -> Plan:
-    made = ExportOptions(**options)  # type: ignore[arg-type]
+def held(kind: str | None, outer: str | None = None, **more: Any) -> Inventory:
+    """SMALL with all linears in codes of one kind, and the embedding in codes of another."""
+    stored = dict.fromkeys(LINEARS, kind) if kind else {}
+    return Inventory(stored | ({EMBEDDING: outer} if outer else {}), **more)  # type: ignore[arg-type]
+
+
+def plan(config: ModelConfig = SMALL, base: Inventory | None = None, **options: Any) -> Plan:
+    made = ExportOptions(**options)
     profile = load_profile(made.device) if made.device else None
-    return make_plan(config, made, stored=stored or {}, profile=profile)
+    return make_plan(config, made, base, profile=profile)
 
 
 def test_defaults_are_int4_in_blocks_of_32_with_an_int8_head() -> None:
@@ -59,80 +62,159 @@ def test_defaults_are_int4_in_blocks_of_32_with_an_int8_head() -> None:
     assert made.context_length == 8192
 
 
-def test_every_decision_has_a_reason() -> None:
-    made = plan(device="raspberry-pi-5", stored={"int4": 210})
-    named = {
-        "mode",
-        "format",
-        "block_size",
-        "embedding_format",
-        "carry",
-        "context_length",
-        "device",
-    }
-    assert set(made.reasons) == named
+BASES = [
+    Inventory(adapters=ADAPTER),
+    held("int4", "int4", offsets=frozenset(LINEARS), adapters=ADAPTER),
+    held("int8", "int8", adapters=ADAPTER),
+    held("nf4", rounded_to=("bfloat16",), adapters=ADAPTER),
+    held(None, foreign={"FP4": 210}, adapters=ADAPTER),
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=["float", "Q4_1", "Q8_0", "nf4", "fp4"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "merge"},
+        {"device": "raspberry-pi-5"},
+        {"device": "raspberry-pi-zero-2w", "context_length": 512},
+        {"flavor": "ort"},
+        {"format": "float"},
+        {"format": "nf4"},
+        {"format": "int4", "block_size": 64, "zero_points": True},
+        {"embedding_format": "int4"},
+    ],
+    ids=str,
+)
+def test_every_decision_has_a_reason(options: dict[str, Any], base: Inventory) -> None:
+    made = plan(base=base, **options)
+    assert set(made.reasons) == {field.name for field in fields(Plan)} - {"reasons"}
     assert all(made.reasons.values())
 
 
 def test_nf4_base_stays_nf4_unless_something_else_is_asked_for() -> None:
-    assert plan(stored={"nf4": 10}).format == "nf4"
-    assert plan(stored={"nf4": 10}, format="int4").format == "int4"
-    assert plan(stored={"nf4": 10}, block_size=32).format == "int4"
+    assert plan(base=held("nf4")).format == "nf4"
+    assert plan(base=held("nf4"), format="int4").format == "int4"
+    made = plan(base=held("nf4"), block_size=32)
+    assert (made.format, made.block_size) == ("int4", 32)
+    assert "210 NF4 matrices are dequantized: blocks of 32" in made.reasons["format"]
+    assert "210 in nf4) are dequantized: blocks of 32 were asked for" in made.reasons["carry"]
+
+
+def test_nf4_base_becomes_int4_in_flavor_ort() -> None:
+    made = plan(base=held("nf4"), flavor="ort")
+    assert made.format == "int4"
+    assert "have no nf4" in made.reasons["format"] and "have no nf4" in made.reasons["carry"]
+
+
+def test_nf4_needs_input_features_in_multiples_of_32() -> None:
+    odd = replace(SMALL, hidden_size=72, head_dim=8)
+    with pytest.raises(EdgeLoraError, match=r"format nf4: .*q_proj has 72 input features"):
+        plan(odd, format="nf4")
+    made = plan(odd, held("nf4"))
+    assert made.format == "int4" and "72 input features" in made.reasons["format"]
+
+
+def test_16_bit_nf4_says_what_its_rounding_is() -> None:
+    made = plan(base=held("nf4", rounded_to=("bfloat16",)))
+    assert "its rounding to bfloat16, at most 2^-8 relative" in made.reasons["carry"]
+    made = plan(base=held("nf4", rounded_to=("float16",)))
+    assert "its rounding to float16, at most 2^-11 relative" in made.reasons["carry"]
+    assert "rounding" not in plan(base=held("nf4")).reasons["carry"]
+
+
+def test_4_bit_matrices_that_nf4_cannot_hold_are_named() -> None:
+    made = plan(base=held(None, foreign={"FP4": 3, "blocks of 128": 4}))
+    assert made.format == "int4"
+    assert "cannot hold them: 3 in FP4, 4 in blocks of 128" in made.reasons["format"]
 
 
 @pytest.mark.parametrize(
-    ("options", "stored", "wanted", "kept"),
+    ("options", "stored", "kept"),
     [
-        ({}, "int4", "int4", True),
-        ({}, "int8", "int4", True),
-        ({"format": "int4"}, "int8", "int4", False),
-        ({"block_size": 64}, "int4", "int4", False),
-        ({"block_size": 64}, "int8", "int8", True),
-        ({"zero_points": True}, "int4", "int4", False),
-        ({"format": "nf4"}, "nf4", "nf4", True),
-        ({"format": "nf4"}, "int4", "nf4", False),
-        ({"format": "float"}, "int8", "float", False),
-        ({}, None, "int4", False),
+        ({}, "int4", True),
+        ({}, "int8", True),
+        ({"format": "int4"}, "int4", True),
+        ({"format": "int4"}, "int8", False),
+        ({"block_size": 64}, "int4", False),
+        ({"zero_points": True}, "int4", False),
+        ({"format": "nf4"}, "nf4", True),
+        ({"format": "nf4"}, "int4", False),
+        ({"format": "float"}, "int8", False),
+        ({"embedding_format": "int4"}, "int8", True),
+        ({}, None, False),
     ],
 )
-def test_codes_are_carried_when_nothing_else_is_asked_for(
-    options: dict[str, object],
+def test_codes_of_linears_are_carried_when_nothing_else_is_asked_for(
+    options: dict[str, Any],
     stored: str | None,
-    wanted: str,
     kept: bool,  # noqa: FBT001
 ) -> None:
-    counts = {stored: 1} if stored else {}
-    assert plan(stored=counts, **options).carries(stored, wanted) is kept
-
-
-def test_small_device_gets_the_context_that_fits() -> None:
-    made = plan(device="raspberry-pi-zero-2w")
-    used = weight_bytes(SMALL, "int4", made.block_size)
-    used += made.context_length * SMALL.num_hidden_layers * 2 * 3 * 64 * 4
-    assert used <= load_profile("raspberry-pi-zero-2w").usable_memory_bytes
-    assert made.context_length % 256 == 0
-    assert "raspberry-pi-zero-2w" in made.reasons["context_length"]
-
-
-def test_base_too_large_for_the_device_is_refused() -> None:
-    with pytest.raises(EdgeLoraError, match="raspberry-pi-zero-2w: room for 0 positions"):
-        plan(LARGE, device="raspberry-pi-zero-2w")
-
-
-@pytest.mark.parametrize("block_size", [32, 64, 128])
-def test_scarce_memory_gets_larger_blocks(block_size: int) -> None:
-    """The smallest blocks that leave room for 2048 positions."""
-    needed = weight_bytes(LARGE, "int4", block_size) + OVERHEAD_BYTES
-    needed += 2048 * kv_bytes_per_position(LARGE)
-    roomy = replace(load_profile("pixel-8"), memory_bytes=2**34, usable_memory_bytes=needed)
-    made = make_plan(LARGE, ExportOptions(device="pixel-8"), stored={}, profile=roomy)
-    assert (made.block_size, made.context_length) == (block_size, 2048)
+    assert plan(base=held(stored), **options).carries(stored, LINEAR) is kept
 
 
 @pytest.mark.parametrize(
-    ("arguments", "bits"),
-    [(("int4", 32), 4.5), (("int4", 64), 4.25), (("int8", 32), 8.5), (("float", 0), 32.0)],
+    ("options", "stored", "kept", "written"),
+    [
+        ({}, "int8", True, "int8"),
+        ({}, "int4", True, "int4"),
+        ({"embedding_format": "int4"}, "int8", False, "int4"),
+        ({"embedding_format": "int8"}, "int4", False, "int8"),
+        ({"embedding_format": "int4"}, "int4", True, "int4"),
+        ({"format": "int4"}, "int8", True, "int8"),
+        ({"block_size": 64}, "int8", True, "int8"),
+        ({"block_size": 64}, "int4", False, "int8"),
+        ({"format": "float"}, "int8", False, "float"),
+        ({"flavor": "ort"}, "int4", False, "int8"),
+    ],
 )
-def test_bits_per_weight(arguments: tuple[str, int], bits: float) -> None:
-    assert bits_per_weight(*arguments) == bits
-    assert bits_per_weight("nf4", 64) == pytest.approx(4.127, abs=5e-4)
+def test_embedding_format_goes_before_carrying(
+    options: dict[str, Any],
+    stored: str,
+    kept: bool,  # noqa: FBT001
+    written: str,
+) -> None:
+    made = plan(base=held(None, stored), **options)
+    assert made.carries(stored, EMBEDDING) is kept
+    assert made.embedding_format == written
+    assert ("kept" in made.reasons["carry_embedding"]) is kept
+
+
+def test_plan_names_the_format_in_which_all_linears_are_carried() -> None:
+    made = plan(base=held("int8"))
+    assert made.format == "int8" and "all linears" in made.reasons["format"]
+    some = Inventory({LINEAR: "int8"})
+    assert plan(base=some).format == "int4" and "1 in int8" in plan(base=some).reasons["carry"]
+
+
+def test_merged_targets_are_not_carried() -> None:
+    made = plan(base=held("int4", adapters=ADAPTER), mode="merge")
+    assert "kept, not rounded anew (180 in int4)" in made.reasons["carry"]
+    assert "30 that the adapter changes (30 in int4)" in made.reasons["carry"]
+
+
+def test_mode_says_whether_there_are_adapters() -> None:
+    assert "switched" in plan(base=Inventory(adapters=ADAPTER)).reasons["mode"]
+    assert "no adapter is given; they can be added later" in plan().reasons["mode"]
+    assert "at export only" in plan(flavor="ort").reasons["mode"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "float", "block_size": 32}, "block size 32: format float has no blocks"),
+        ({"format": "float", "embedding_format": "int4"}, "embedding format int4: with format"),
+        ({"format": "float", "zero_points": True}, "zero points with format float"),
+        ({"format": "nf4", "block_size": 32}, "nf4 has blocks of 64"),
+        ({"format": "nf4", "flavor": "ort"}, "no nf4 with double quantization"),
+    ],
+)
+def test_contradicting_options_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(EdgeLoraError, match=words):
+        ExportOptions(**options)
+
+
+def test_context_longer_than_the_base_is_refused() -> None:
+    with pytest.raises(EdgeLoraError, match="made for at most 8192"):
+        plan(context_length=8193)

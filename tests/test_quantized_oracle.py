@@ -9,9 +9,11 @@ moves one code by one.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -112,10 +114,71 @@ def test_bitsandbytes_logits_equal_transformers(tmp_path: Path) -> None:
     """
     base = tiny.tiny_bitsandbytes(tmp_path / "base")
     edgelora.export(base, tmp_path / "bundle")
-    theirs = oracle.float_model(base)
-    own = dict(oracle.BundleWeights(tmp_path / "bundle").matrices())
-    with torch.no_grad():
-        theirs.get_input_embeddings().weight.copy_(torch.tensor(own["model.embed_tokens"]))
-        theirs.get_output_embeddings().weight.copy_(torch.tensor(own["lm_head"]))
+    theirs = with_outer_weights(oracle.float_model(base), tmp_path / "bundle")
     with edgelora.load(tmp_path / "bundle", accuracy="float") as runtime:
         oracle.assert_close(runtime.logits(TOKENS), oracle.logits(theirs, TOKENS), EXACT_SHARE)
+
+
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of rounding to nearest
+SIGMAS = 6
+LOGIT_STEP = 16  # every 16th logit's slopes are computed
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_16_bit_bitsandbytes_logits_equal_transformers_up_to_its_rounding(
+    dtype: str, tmp_path: Path
+) -> None:
+    """The codes are kept; bitsandbytes rounds each weight to `dtype` and the bundle does not.
+
+    To first order a logit moves by Σ ∂logit/∂w · w · e over the linears' weights, each e of
+    variance unit² / 3 at most; EXACT_SHARE is float32's own noise.
+    """
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", dtype=dtype)
+    report = edgelora.export(base, tmp_path / "bundle")
+    assert report.plan.format == "nf4" and f"rounding to {dtype}" in report.plan.reasons["carry"]
+    theirs = with_outer_weights(oracle.float_model(base), tmp_path / "bundle")
+    round_weights(theirs, getattr(torch, dtype))
+    wanted = oracle.logits(theirs, TOKENS)[-1]
+    with edgelora.load(tmp_path / "bundle", accuracy="float") as runtime:
+        difference = np.abs(runtime.logits(TOKENS)[-1] - wanted)
+    exact = oracle.bundle_model(tmp_path / "bundle", oracle.float_model(tmp_path / "base-source"))
+    noise = EXACT_SHARE * np.abs(wanted).max()
+    bound = SIGMAS * UNIT[dtype] / 3**0.5 * sensitivity(exact)
+    assert difference.max() > noise, "the rounding shows"
+    assert (difference[::LOGIT_STEP] <= bound + noise).all()
+
+
+def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Every 4-bit linear with the weights that dequantize_4bit gives, in float32 arithmetic.
+
+    Not all of bitsandbytes' own CPU paths round.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state: Any = module.weight.quant_state  # type: ignore[union-attr]
+            state.dtype = dtype
+            values = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+            assert values.dtype == dtype
+            module.forward = partial(torch.nn.functional.linear, weight=values.float())
+
+
+def with_outer_weights(model: Any, bundle: Path) -> Any:
+    """The model with the bundle's embedding and head."""
+    own = dict(oracle.BundleWeights(bundle).matrices())
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.tensor(own["model.embed_tokens"]))
+        model.get_output_embeddings().weight.copy_(torch.tensor(own["lm_head"]))
+    return model
+
+
+def sensitivity(model: torch.nn.Module) -> np.ndarray:
+    """√Σ (∂logit/∂w · w)² over the weights of the layers' linears, for every 16th logit of
+    the last token.
+    """
+    weights = [w for name, w in model.named_parameters() if name.endswith("_proj.weight")]
+    values = torch.cat([weight.detach().flatten() for weight in weights])
+    lengths = []
+    for logit in model(torch.tensor([TOKENS])).logits[0, -1, ::LOGIT_STEP]:
+        slopes = torch.autograd.grad(logit, weights, retain_graph=True)
+        lengths.append(float((torch.cat([s.flatten() for s in slopes]) * values).norm()))
+    return np.array(lengths, np.float32)

@@ -38,8 +38,8 @@ class BitsAndBytesCheckpoint:
     """A folder that transformers saved with load_in_4bit. See `Checkpoint`.
 
     `read` gives what bitsandbytes' dequantize_4bit gives: with a state of dtype bfloat16 or float16
-    each weight is rounded to it. Our nf4 is not rounded, so `read_quantized` gives codes only for a
-    float32 state; `read_codes` gives them for the 16-bit ones too, and differs by that rounding.
+    each weight is rounded to it. `read_quantized` gives the codes themselves, whose values are not
+    rounded: `rounded_to` names the dtype by whose rounding the two differ.
     """
 
     def __init__(self, path: Path, name: str, config: ModelConfig) -> None:
@@ -76,17 +76,23 @@ class BitsAndBytesCheckpoint:
         return round_to(values, state.dtype).reshape(state.shape)
 
     def stored_as(self, name: str) -> StoredAs | None:
+        return "nf4" if name in self._states and self.obstacle(name) is None else None
+
+    def rounded_to(self, name: str) -> str | None:
+        """The 16-bit dtype that bitsandbytes rounds the values of these nf4 codes to, if any."""
+        if self.stored_as(name) is None or self._states[name].dtype == "float32":
+            return None
+        return self._states[name].dtype
+
+    def obstacle(self, name: str) -> str | None:
+        """What our nf4 cannot hold of a 4-bit matrix; None where it can, and for floats."""
         state = self._states.get(name)
-        return "nf4" if state and _carried(state) and state.dtype == "float32" else None
+        return _obstacle(state) if state else None
 
     def read_quantized(self, name: str) -> Nf4Matrix | None:
-        return self.read_codes(name) if self.stored_as(name) else None
-
-    def read_codes(self, name: str) -> Nf4Matrix | None:
-        """NF4 codes whatever the state's dtype; None for what our nf4 cannot hold."""
-        state = self._states.get(name)
-        if state is None or not _carried(state):
+        if self.stored_as(name) is None:
             return None
+        state = self._states[name]
         return Nf4Matrix(
             codes=self._codes(name).reshape(state.shape),
             absmax_codes=self._tensors[f"{name}.absmax"].raw(),
@@ -131,9 +137,17 @@ class BitsAndBytesCheckpoint:
         return state.shape if state else self._floats[name].shape
 
 
-def _carried(state: QuantState) -> bool:
-    """Whether our nf4 can hold it: NF4, blocks of 64, double-quantized in groups of 256."""
-    return (state.kind, state.block_size, state.nested_block_size) == ("nf4", NF4_BLOCK, NF4_GROUP)
+def _obstacle(state: QuantState) -> str | None:
+    """Our nf4 holds NF4 in blocks of 64, double-quantized in groups of 256, and nothing else."""
+    if state.kind != "nf4":
+        return state.kind.upper()
+    if state.block_size != NF4_BLOCK:
+        return f"blocks of {state.block_size}"
+    if state.nested_block_size is None:
+        return "NF4 without double quantization"
+    if state.nested_block_size != NF4_GROUP:
+        return f"absmax groups of {state.nested_block_size}"
+    return None
 
 
 def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

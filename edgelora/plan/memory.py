@@ -1,46 +1,125 @@
 """How much memory a planned model takes; all sizes in bytes."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
 from edgelora.config import ModelConfig
+from edgelora.layout import EMBEDDING, PANEL_ROWS, Projection, projections, targets
+from edgelora.plan.decisions import Kind, Plan, kind_of
+from edgelora.plan.inventory import Inventory
 
 OVERHEAD_BYTES = 60 * 10**6  # runtime, graph and activations beside weights and kv_cache
-_SCALE_BITS = 16
-_OFFSET_BITS = 16
+_K_STEP = 32  # columns that codes are padded to
+_NF4_GROUP = 256 * 64  # weights whose absmax codes share a nested absmax
+_NF4_TABLE = 256 * 4  # absmax_table, one a node
+_EXTRA_BYTES = {"": 0.0, "zero_points": 0.5, "offsets": 2.0}  # a block
 
 
-def linear_weights(config: ModelConfig) -> int:
-    """Weights of all linears but lm_head."""
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    attention = config.hidden_size * (2 * query + 2 * key)
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * (attention + mlp)
+@dataclass(frozen=True)
+class Sizes:
+    """Of the weights and adapters that a plan leads to; norms, biases and rotary tables are left
+    out.
+    """
+
+    weights: int  # in the weight file: linears, embedding, and lm_head where it is not the same
+    streamed: int  # read for each decoded token: linears and lm_head, not the embedding's rows
+    adapters: int  # all of them
+    largest_adapter: int
+
+    @property
+    def held(self) -> int:
+        return self.weights + self.adapters
 
 
-def embedding_weights(config: ModelConfig) -> int:
-    """Weights of the embedding, and of lm_head where it is not tied."""
-    matrices = 1 if config.tie_word_embeddings else 2
-    return matrices * config.vocab_size * config.hidden_size
+def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
+    """Of this model under this plan."""
+    *inner, head = projections(config)
+    linears = sum(_projection_bytes(projection, plan, base) for projection in inner)
+    embedding = embedding_bytes(config, plan, base)
+    shared = config.tie_word_embeddings and not _head_is_merged(plan, base)
+    head_bytes = embedding if shared else _projection_bytes(head, plan, base)
+    side = {} if plan.mode == "merge" else base.adapters
+    adapters = [adapter_bytes(config, plan, ranks) for ranks in side.values()]
+    return Sizes(
+        weights=linears + embedding + (0 if shared else head_bytes),
+        streamed=linears + head_bytes,
+        adapters=sum(adapters),
+        largest_adapter=max(adapters, default=0),
+    )
 
 
-def bits_per_weight(weight_format: str, block_size: int, *, zero_points: bool = False) -> float:
-    """Of codes, scales and zero points."""
-    match weight_format:
+def _head_is_merged(plan: Plan, base: Inventory) -> bool:
+    return plan.mode == "merge" and "lm_head" in base.changed
+
+
+def embedding_bytes(config: ModelConfig, plan: Plan, base: Inventory) -> int:
+    """A tied lm_head of flavor ort has the same codes, which are stored once (if 1 MiB or more)."""
+    kind = kind_of(plan, base, EMBEDDING)
+    shape = (config.vocab_size, config.hidden_size)
+    return _matrix_bytes(kind, shape, plan.flavor) + _tables([kind])
+
+
+def _projection_bytes(projection: Projection, plan: Plan, base: Inventory) -> int:
+    """Linears in one node share an nf4 table; they are in one where they are of one kind."""
+    kinds = [kind_of(plan, base, linear.target) for linear in projection.linears]
+    sizes = [
+        _matrix_bytes(kind, (linear.out_features, linear.in_features), plan.flavor)
+        for kind, linear in zip(kinds, projection.linears, strict=True)
+    ]
+    packed = plan.flavor == "edgelora" and projection.packable and len(set(kinds)) == 1
+    return sum(sizes) + _tables(kinds[:1] if packed else kinds)
+
+
+def _tables(kinds: Iterable[Kind]) -> int:
+    return sum(_NF4_TABLE for kind in kinds if kind.format == "nf4")
+
+
+def _matrix_bytes(kind: Kind, shape: tuple[int, int], flavor: str) -> int:
+    """ARCHITECTURE.md, "Weights: formats"; for flavor ort the layout of MatMulNBits."""
+    if flavor == "ort":
+        return _nbits_bytes(kind, shape)
+    rows, columns = _round_up(shape[0], PANEL_ROWS), _round_up(shape[1], _K_STEP)
+    match kind.format:
         case "float":
-            return 32.0
+            return rows * shape[1] * 4
         case "nf4":
-            return 4 + 8 / 64 + 32 / (64 * 256)
+            groups = _ceil_div(shape[0] * shape[1], _NF4_GROUP)
+            return rows * columns // 2 + groups * (256 + 4) + 4
         case "int8":
-            return 8 + _SCALE_BITS / block_size
-    return 4 + (_SCALE_BITS + (4 if zero_points else 0)) / block_size
+            return rows * columns + rows * _ceil_div(shape[1], kind.block_size) * 2
+    statistics = rows * _ceil_div(shape[1], kind.block_size) * (2 + _EXTRA_BYTES[kind.extra])
+    return rows * columns // 2 + int(statistics)
 
 
-def weight_bytes(config: ModelConfig, weight_format: str, block_size: int) -> int:
-    """Linears in the format, embedding and head in int8 (float in a float model)."""
-    embedding = bits_per_weight("float" if weight_format == "float" else "int8", 32)
-    bits = linear_weights(config) * bits_per_weight(weight_format, block_size)
-    return int((bits + embedding_weights(config) * embedding) / 8)
+def _nbits_bytes(kind: Kind, shape: tuple[int, int]) -> int:
+    """Scales and zero points (of offsets too) are float32 there."""
+    rows, columns = shape
+    if kind.format == "float":
+        return rows * columns * 4
+    blocks = _ceil_div(columns, kind.block_size)
+    codes = rows * blocks * kind.block_size
+    return codes // (1 if kind.format == "int8" else 2) + rows * blocks * (8 if kind.extra else 4)
+
+
+def adapter_bytes(config: ModelConfig, plan: Plan, ranks: Mapping[str, int]) -> int:
+    """Both factors of every target: float16, or float32 in a float bundle and flavor ort."""
+    shapes = targets(config)
+    is_half = plan.flavor == "edgelora" and plan.format != "float"
+    numbers = 0
+    for target, rank in ranks.items():
+        rows, columns = shapes[target]
+        numbers += rank * (columns + (rows if plan.flavor == "ort" else _round_up(rows, 16)))
+    return numbers * (2 if is_half else 4)
 
 
 def kv_bytes_per_position(config: ModelConfig) -> int:
     """Keys and values of one position in float32."""
     return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+
+
+def _ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _round_up(count: int, step: int) -> int:
+    return _ceil_div(count, step) * step

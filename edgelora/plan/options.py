@@ -9,6 +9,7 @@ EMBEDDING_FORMATS = ("int8", "int4")
 MODES = ("side", "merge")
 FLAVORS = ("edgelora", "ort")
 BLOCK_SIZES = (32, 64, 128)
+DEFAULT_CONTEXT = 8192  # positions; longer contexts are asked for
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class ExportOptions:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._check_flavor()
+        self._check_float()
+        if self.format == "nf4" and self.block_size not in (None, 64):
+            raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
+        if self.zero_points and self.format not in (None, "int4"):
+            raise EdgeLoraError(f"zero points with format {self.format}: only int4 has them")
+
+    def _check_values(self) -> None:
         _one_of("mode", self.mode, MODES)
         _one_of("flavor", self.flavor, FLAVORS)
         if self.format is not None:
@@ -35,14 +45,22 @@ class ExportOptions:
             _one_of("embedding format", self.embedding_format, EMBEDDING_FORMATS)
         if self.context_length is not None and self.context_length < 1:
             raise EdgeLoraError(f"context length {self.context_length}: at least 1")
-        if self.format == "nf4" and self.block_size not in (None, 64):
-            raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
+
+    def _check_flavor(self) -> None:
         if self.format == "nf4" and self.flavor == "ort":
             raise EdgeLoraError("--flavor ort: ONNX Runtime has no nf4 with double quantization")
         if self.embedding_format == "int4" and self.flavor == "ort":
             raise EdgeLoraError("--flavor ort: the embedding is int8")
-        if self.zero_points and self.format not in (None, "int4"):
-            raise EdgeLoraError(f"zero points with format {self.format}: only int4 has them")
+
+    def _check_float(self) -> None:
+        if self.format != "float":
+            return
+        if self.block_size is not None:
+            raise EdgeLoraError(f"block size {self.block_size}: format float has no blocks")
+        if self.embedding_format is not None:
+            raise EdgeLoraError(
+                f"embedding format {self.embedding_format}: with format float it is float too"
+            )
 
 
 def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -1,0 +1,45 @@
+"""Base and adapters → what the plan needs to know of them, from their headers alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from edgelora.adapter import Adapter
+from edgelora.checkpoint import Checkpoint
+from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
+from edgelora.checkpoint.gguf import GgufCheckpoint
+from edgelora.checkpoint.gguf_config import huggingface_name
+from edgelora.checkpoint.gguf_file import read_gguf
+from edgelora.plan import Inventory
+
+_SUFFIX = ".weight"
+
+
+def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> Inventory:
+    """Reads no weight."""
+    stored = {name: checkpoint.stored_as(name) for name in checkpoint.names()}
+    rounded: set[str] = set()
+    foreign: Counter[str] = Counter()
+    if isinstance(checkpoint, BitsAndBytesCheckpoint):
+        rounded = {dtype for name in stored if (dtype := checkpoint.rounded_to(name))}
+        foreign = Counter(why for name in stored if (why := checkpoint.obstacle(name)))
+    return Inventory(
+        stored={name.removesuffix(_SUFFIX): kind for name, kind in stored.items() if kind},
+        offsets=_with_offsets(checkpoint),
+        rounded_to=tuple(sorted(rounded)),
+        foreign=dict(foreign),
+        adapters={
+            name: {target: branch.rank for target, branch in adapter.branches.items()}
+            for name, adapter in adapters.items()
+        },
+    )
+
+
+def _with_offsets(checkpoint: Checkpoint) -> frozenset[str]:
+    if not isinstance(checkpoint, GgufCheckpoint):
+        return frozenset()
+    names = {
+        huggingface_name(name)
+        for name, tensor in read_gguf(checkpoint.path).tensors.items()
+        if tensor.type.name == "Q4_1"
+    }
+    return frozenset(name.removesuffix(_SUFFIX) for name in names if name)

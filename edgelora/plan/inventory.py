@@ -1,0 +1,23 @@
+"""What a plan needs to know of a base and its adapters; nothing of a weight is read for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Matrices go by their module path ("model.layers.0.mlp.up_proj")."""
+
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Matrices that the base holds in codes of ours → "int4" (blocks of 32), "int8" or "nf4"."""
+    offsets: frozenset[str] = frozenset()  # those in int4 that have offsets: GGUF's Q4_1
+    rounded_to: tuple[str, ...] = ()  # "bfloat16", "float16": what bitsandbytes rounds weights to
+    foreign: Mapping[str, int] = field(default_factory=dict)
+    """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
+    adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Adapter → target → rank."""
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Targets that some adapter changes."""
+        return frozenset(target for ranks in self.adapters.values() for target in ranks)

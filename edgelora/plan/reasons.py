@@ -1,0 +1,211 @@
+"""Why each decision of a plan is as it is: one line for every field."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from edgelora.config import ModelConfig
+from edgelora.device import DeviceProfile, predict_decode_tokens_per_second
+from edgelora.layout import EMBEDDING, targets
+from edgelora.plan.decisions import CARRIED_BLOCK, OUTER, Plan, is_carried, kind_of
+from edgelora.plan.inventory import Inventory
+from edgelora.plan.memory import plan_sizes
+from edgelora.plan.options import DEFAULT_CONTEXT, ExportOptions
+
+ROUNDING = {"bfloat16": "2^-8", "float16": "2^-11"}  # half a unit in the last place, relative
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan was made from."""
+
+    config: ModelConfig
+    options: ExportOptions
+    base: Inventory
+    profile: DeviceProfile | None
+    notes: Mapping[str, str]  # decision → how the device changed it
+    no_nf4: str | None  # why nf4 was impossible
+
+    @property
+    def linears(self) -> list[str]:
+        return [target for target in targets(self.config) if target not in OUTER]
+
+    @property
+    def outer(self) -> list[str]:
+        """Embedding, and lm_head where it has weights of its own."""
+        tied = self.config.tie_word_embeddings
+        merged = self.options.mode == "merge" and "lm_head" in self.base.changed
+        return [EMBEDDING, *(["lm_head"] if merged or not tied else [])]
+
+
+def all_reasons(plan: Plan, facts: Facts) -> dict[str, str]:
+    """Field of Plan → why."""
+    return {
+        "mode": _mode(plan, facts),
+        "format": _format(plan, facts),
+        "block_size": _block_size(plan, facts),
+        "zero_points": _zero_points(facts.options),
+        "embedding_format": _embedding_format(plan, facts),
+        "carry": _carry(plan, facts, facts.linears, "carry"),
+        "carry_embedding": _carry(plan, facts, facts.outer, "carry_embedding"),
+        "flavor": _FLAVORS[plan.flavor],
+        "context_length": _context_length(plan, facts),
+        "device": _device(plan, facts),
+    }
+
+
+_FLAVORS = {
+    "edgelora": "our own operators: adapters chosen row by row, nf4, base codes used in place",
+    "ort": "asked for: ONNX Runtime's own operators, one adapter at a time",
+}
+
+
+def _mode(plan: Plan, facts: Facts) -> str:
+    if plan.mode == "merge":
+        return "asked for: W0 + scaling·B·A in float32, then quantized once"
+    if facts.base.adapters:
+        return "adapters stay apart: the base is shared and they can be switched"
+    if plan.flavor == "ort":
+        return "no adapter is given; this flavor takes adapters at export only"
+    return "no adapter is given; they can be added later with `edgelora add-adapter`"
+
+
+def _format(plan: Plan, facts: Facts) -> str:
+    base, held = facts.base, Counter(facts.base.stored[t] for t in _held(facts, facts.linears))
+    if facts.options.format is not None:
+        return "asked for"
+    if plan.format == "nf4":
+        rest = len(facts.linears) - held["nf4"]
+        others = f"; the other {rest} are rounded to it" if rest else ""
+        return f"{held['nf4']} linears of the base are NF4 already{others}"
+    if held["nf4"]:
+        return f"4 bits; the base's {held['nf4']} NF4 matrices are dequantized: {facts.no_nf4}"
+    if all(is_carried(plan, base, target) for target in facts.linears):
+        return f"all linears of the base are {plan.format} already"
+    kernels = ""
+    if facts.profile is not None:
+        kernels = f"; on {facts.profile.isa} too, its kernels look up no table as nf4's do"
+    return f"the default: 4 bits{kernels}{_foreign(base)}"
+
+
+def _foreign(base: Inventory) -> str:
+    if not base.foreign:
+        return ""
+    listed = ", ".join(f"{count} in {why}" for why, count in sorted(base.foreign.items()))
+    return f"; the base's 4-bit matrices are dequantized, since our nf4 cannot hold them: {listed}"
+
+
+def _block_size(plan: Plan, facts: Facts) -> str:
+    kinds = {kind_of(plan, facts.base, target) for target in facts.linears}
+    if plan.format == "float":
+        return "float has no blocks"
+    if plan.format == "nf4":
+        return "bitsandbytes' NF4 has blocks of 64"
+    if "block_size" in facts.notes:
+        return facts.notes["block_size"]
+    if facts.options.block_size is not None:
+        return "asked for"
+    carried = all(is_carried(plan, facts.base, target) for target in facts.linears)
+    if carried and {kind.block_size for kind in kinds} == {CARRIED_BLOCK}:
+        return "the blocks of the base's own codes"
+    return "the default: the smallest blocks lose least"
+
+
+def _zero_points(options: ExportOptions) -> str:
+    if options.zero_points:
+        return "asked for"
+    return "not asked for: what is rounded to int4 is symmetric around zero"
+
+
+def _embedding_format(plan: Plan, facts: Facts) -> str:
+    if plan.embedding_format == "float":
+        return "as the linears"
+    if facts.options.embedding_format is not None:
+        return "asked for"
+    kept = {t: facts.base.stored[t] for t in facts.outer if is_carried(plan, facts.base, t)}
+    if len(kept) == len(facts.outer) and "embedding_format" not in facts.notes:
+        return "as the base holds it"
+    why = facts.notes.get(
+        "embedding_format",
+        "8 bits cost next to nothing; plainly rounded int4 adds a mean KL of about 0.1 on SmolLM2 "
+        "(tests/benchmarks/quality.py)",
+    )
+    exceptions = [f"{t} keeps its {kind}" for t, kind in kept.items()]
+    return "; ".join([why, *exceptions])
+
+
+def _carry(plan: Plan, facts: Facts, names: Iterable[str], decision: str) -> str:
+    """What becomes of the codes of these matrices."""
+    base, held = facts.base, _held(facts, names)
+    kept = [t for t in held if is_carried(plan, base, t)]
+    merged = [t for t in held if plan.mode == "merge" and t in base.changed]
+    lost = [t for t in held if t not in kept and t not in merged]
+    parts = []
+    if kept:
+        parts.append(f"the base's own codes are kept, not rounded anew ({_counts(base, kept)})")
+    if lost:
+        why = _why_lost(plan, facts, decision)
+        parts.append(f"the base's codes ({_counts(base, lost)}) are dequantized: {why}")
+    if merged:
+        some = f"{len(merged)} that the adapter changes ({_counts(base, merged)})"
+        parts.append(f"{some} are dequantized, merged and rounded anew")
+    if any(base.stored[t] == "nf4" for t in kept):
+        parts += [
+            f"weights differ from bitsandbytes' by its rounding to {dtype}, "
+            f"at most {ROUNDING[dtype]} relative"
+            for dtype in base.rounded_to
+        ]
+    return "; ".join(parts) or "the base has no codes here that could be kept"
+
+
+def _why_lost(plan: Plan, facts: Facts, decision: str) -> str:
+    options = facts.options
+    if decision in facts.notes:
+        return facts.notes[decision]
+    if plan.format == "float":
+        return "float was asked for"
+    if options.zero_points:
+        return "zero points were asked for"
+    if options.block_size not in (None, CARRIED_BLOCK):
+        return f"blocks of {options.block_size} were asked for"
+    outer = decision == "carry_embedding"
+    asked = options.embedding_format if outer else options.format
+    if asked:
+        return f"{asked} was asked for"
+    if outer and plan.flavor == "ort":
+        return "ONNX Runtime's embedding is int8"
+    return facts.no_nf4 or f"{plan.format} cannot hold them"
+
+
+def _held(facts: Facts, names: Iterable[str]) -> list[str]:
+    return [target for target in names if target in facts.base.stored]
+
+
+def _counts(base: Inventory, names: Iterable[str]) -> str:
+    counts = Counter(base.stored[target] for target in names)
+    return ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
+
+
+def _context_length(plan: Plan, facts: Facts) -> str:
+    limit = facts.config.max_position_embeddings
+    if facts.options.context_length is not None:
+        return "asked for"
+    if facts.profile is not None and plan.context_length < min(limit, DEFAULT_CONTEXT):
+        return f"what fits the memory of {facts.profile.id}"
+    if plan.context_length == limit:
+        return "the base's"
+    return f"the base's {limit}, by default at most {DEFAULT_CONTEXT}"
+
+
+def _device(plan: Plan, facts: Facts) -> str:
+    if facts.profile is None:
+        return "none is given: no decision is shaped for one"
+    sizes = plan_sizes(facts.config, plan, facts.base)
+    rate = predict_decode_tokens_per_second(facts.profile, sizes.streamed + sizes.largest_adapter)
+    adapters = f" and {sizes.adapters / 1e6:.1f} MB of adapters" if sizes.adapters else ""
+    active = " with the largest adapter active" if sizes.adapters else ""
+    return (
+        f"{sizes.weights / 1e6:.0f} MB of weights{adapters} of "
+        f"{facts.profile.usable_memory_bytes / 1e6:.0f} MB usable; memory bandwidth allows at "
+        f"most {rate:.0f} tokens/s{active}"
+    )
