@@ -1,15 +1,19 @@
 """config.json → ModelConfig: what is read, what passes, what is refused and with which words."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from edgelora.config import ModelConfig, RopeScaling, read_config
 from edgelora.errors import EdgeLoraError
-from tiny import LLAMA3_ROPE, SIZES
+from edgelora.exporter import prepare
+from edgelora.plan import ExportOptions
+from tiny import LLAMA3_ROPE, SIZES, tiny_llama
 
 SOURCE = Path("base/config.json")
 NAMES = {
@@ -118,6 +122,18 @@ def test_token_ids_beyond_the_vocabulary_are_refused(changes: dict[str, Any], wo
 def test_end_token_of_the_generation_file_is_held_to_the_vocabulary() -> None:
     with pytest.raises(EdgeLoraError, match="eos_token_id 384: not below vocab_size 384"):
         read_config(config(), SOURCE, {"eos_token_id": 384})
+
+
+def test_end_token_of_the_tokenizer_is_held_to_the_vocabulary(tmp_path: Path) -> None:
+    """An added token that the embedding was not resized for."""
+    base = tiny_llama(tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<|{i}|>" for i in range(384)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    last = tokenizer.token_to_id("<|383|>")
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|383|>"}))
+    with pytest.raises(EdgeLoraError, match=f"end tokens {last} of the tokenizer: not below"):
+        prepare(base, {}, ExportOptions())
 
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
