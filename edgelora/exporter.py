@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter import Adapter, compare_base_name, read_adapter, valid_adapter_name
+from edgelora.adapter import Adapter, compare_base_name, read_adapter, valid_adapter_names
 from edgelora.adapter_file import Dtype, write_adapter
 from edgelora.bundle import (
     WeightFile,
@@ -61,8 +61,7 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     """Reads headers and adapters and decides the plan; writes nothing. Raises EdgeLoraError."""
     profile = load_profile(options.device) if options.device else None
     checkpoint = open_checkpoint(base)
-    for name in adapters:
-        valid_adapter_name(name)
+    valid_adapter_names(adapters)
     shapes = targets(checkpoint.config)
     read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
     if options.mode == "merge" and len(read) != 1:
