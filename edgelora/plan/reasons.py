@@ -127,8 +127,8 @@ def _embedding_format(plan: Plan, facts: Facts) -> str:
         return "as the base holds it"
     why = facts.notes.get(
         "embedding_format",
-        "plainly rounded int4 saves 14 of 90 MB on SmolLM2 and raises its mean KL from 0.29 to 0.38 "
-        "(tests/benchmarks/results/quality.csv)",
+        "plainly rounded int4 saves 14 of 90 MB on SmolLM2 and raises its mean KL from 0.29 to "
+        "0.38 (tests/benchmarks/results/quality.csv)",
     )
     exceptions = [f"{t} keeps its {kind}" for t, kind in kept.items()]
     return "; ".join([why, *exceptions])
