@@ -7,11 +7,9 @@ from typing import Any
 
 from edgelora.adapter import Branch, compare_base_name, read_adapter, valid_adapter_names
 from edgelora.adapter_file import read_adapter_file, write_adapter
-from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path
+from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path, locked
 from edgelora.errors import EdgeLoraError
-from edgelora.manifest import read_manifest
-
-BOUND = "adapter.safetensors"
+from edgelora.manifest import bound_adapter_file, read_manifest
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,17 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
     Raises EdgeLoraError if the name is taken (unless `force`), if the base differs by
     fingerprint, or if the adapter does not fit. The bundle stays usable at every moment.
     """
-    manifest = read_manifest(bundle)
-    valid_adapter_names([*manifest["adapters"], name])
-    _refuse(bundle, manifest, name, force=force)
-    new = _read(bundle, manifest, name, path)
-    place = free_adapter_path(manifest, name, new.data)
-    entry = adapter_entry(place, new.branches, new.source, new.base)
-    adapters = manifest["adapters"] | {name: entry}
-    exchange_adapter(bundle, place, new.data, manifest | {"adapters": adapters})
-    return AddedAdapter(entry, len(new.data), new.warning)
+    read_manifest(bundle)
+    with locked(bundle):
+        manifest = read_manifest(bundle)
+        valid_adapter_names([*manifest["adapters"], name])
+        _refuse(bundle, manifest, name, force=force)
+        new = _read(bundle, manifest, name, path)
+        place = free_adapter_path(manifest, name, new.data)
+        entry = adapter_entry(place, new.branches, new.source, new.base)
+        adapters = manifest["adapters"] | {name: entry}
+        exchange_adapter(bundle, place, new.data, manifest | {"adapters": adapters})
+        return AddedAdapter(entry, len(new.data), new.warning)
 
 
 def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -> None:
@@ -68,7 +68,7 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
         target["name"]: (target["out_features"], target["in_features"])
         for target in manifest["targets"]
     }
-    file = path / BOUND if path.is_dir() else path
+    file = bound_adapter_file(path)
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)

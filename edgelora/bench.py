@@ -116,8 +116,8 @@ def _peak_resident_mb() -> float | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+    peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peaks[0].split()[1]) * 1024 / 1e6 if peaks else None
 
 
 def _machine() -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgelora.adapter import Branch, valid_adapter_names
+from edgelora.adapter import Branch, model_name, valid_adapter_names
 from edgelora.errors import EdgeLoraError
 from edgelora.graph.tensors import WEIGHT_FILE, StoredTensor
 from edgelora.manifest import HEAD_FIELDS, NAME, file_entries, manifest_bytes
@@ -125,7 +126,7 @@ def adapter_entry(
     return {
         "path": path,
         "source": source,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else model_name(base),
         "ranks": sorted({branch.rank for branch in branches.values()}),
         "scalings": sorted({branch.scaling for branch in branches.values()}),
         "targets": len(branches),
@@ -165,6 +166,17 @@ def exchange_adapter(bundle: Path, path: str, data: bytes, fields: Mapping[str, 
     except OSError as error:
         raise _disk_error(bundle, bundle, error) from error
     _delete_others(bundle / path)
+
+
+@contextmanager
+def locked(bundle: Path) -> Iterator[None]:
+    """Keeps other calls that change this bundle waiting; the lock goes with the process."""
+    descriptor = os.open(bundle, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _delete_others(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The orchestrator: base and adapters in, bundle out."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.inventory import take_inventory
 from edgelora.layout import targets
+from edgelora.manifest import is_unicode
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan, make_plan
 from edgelora.tokenizer import TokenizerFiles
@@ -69,6 +71,11 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     tokenizer = read_tokenizer(base)
     _check_end_tokens(tokenizer, checkpoint)
+    _check_texts(
+        base, [checkpoint.name, json.dumps(tokenizer.tokenizer_config, ensure_ascii=False)]
+    )
+    for path, adapter in zip(adapters.values(), read.values(), strict=True):
+        _check_texts(path, [adapter.base_model_name_or_path or ""])
     return Request(
         checkpoint,
         tokenizer,
@@ -76,6 +83,16 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
         make_plan(checkpoint.config, options, take_inventory(checkpoint, read), profile=profile),
         tuple(warning for warning in warnings if warning),
     )
+
+
+def _check_texts(source: Path, texts: Iterable[str]) -> None:
+    """What goes into the manifest or a tokenizer file must be text that UTF-8 can say."""
+    for text in texts:
+        if not is_unicode(text):
+            where, shown = (
+                t.encode("utf-8", "backslashreplace").decode() for t in (str(source), text)
+            )
+            raise EdgeLoraError(f"{where}: {shown:.80} is not valid Unicode: rename it")
 
 
 def _check_end_tokens(tokenizer: TokenizerFiles, checkpoint: Checkpoint) -> None:

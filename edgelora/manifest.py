@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +12,7 @@ from edgelora.manifest_fields import mismatches
 NAME = "manifest.json"
 FORMAT = "edgelora-bundle"
 FORMAT_VERSION = 1
+PEFT_WEIGHTS = "adapter_model.safetensors"
 HEAD_FIELDS = ("format", "format_version", "digest")
 SHOWN = 8  # of the problems in an error's line
 _NO_DIGEST = "0" * 64
@@ -69,8 +71,10 @@ def _check_version(path: Path, fields: dict[str, Any]) -> None:
 
 def _check_digest(path: Path, raw: bytes, fields: dict[str, Any]) -> None:
     digest = str(fields.get("digest", ""))
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise EdgeLoraError(f"{path}: digest is not 64 hex digits: copy the bundle again")
     zeroed = raw.replace(digest.encode(), _NO_DIGEST.encode(), 1)
-    if len(digest) != 64 or hashlib.sha256(zeroed).hexdigest() != digest:
+    if hashlib.sha256(zeroed).hexdigest() != digest:
         raise EdgeLoraError(f"{path}: digest does not match: changed or damaged, copy it again")
 
 
@@ -89,7 +93,7 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
 
 def _check_file(bundle: Path, name: str, entry: Any) -> None:
     parts = PurePosixPath(name)
-    if "\0" in name:
+    if "\0" in name or not is_unicode(name):
         raise EdgeLoraError(f"{bundle / NAME}: path {name!r} is not one: refused")
     inside = (bundle / name).resolve().is_relative_to(bundle.resolve())
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
@@ -102,6 +106,19 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
         raise EdgeLoraError(
             f"{bundle / name}: {size} bytes, {entry['size']} expected: copy the bundle again"
         )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: false for the half characters that stand for undecodable bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def bound_adapter_file(path: Path) -> Path:
+    """`path`, or in a folder its one adapter*.safetensors that is not PEFT's adapter_model."""
+    if not path.is_dir():
+        return path
+    found = [file for file in path.glob("adapter*.safetensors") if file.name != PEFT_WEIGHTS]
+    return found[0] if len(found) == 1 else path / "adapter.safetensors"
 
 
 def sha256_file(path: Path) -> str:

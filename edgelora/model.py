@@ -16,6 +16,7 @@ from edgelora import native
 from edgelora.answer import Answer
 from edgelora.errors import EdgeLoraError
 from edgelora.generation import Completion, Sampling, SamplingSettings, Timings
+from edgelora.manifest import bound_adapter_file
 from edgelora.session import Adapter, Session
 from edgelora.text import Message, Text
 
@@ -159,7 +160,7 @@ class Model:
         """
         if name in self.adapters:
             raise EdgeLoraError(f"adapter {name!r}: the name is taken: unload it or choose another")
-        file = Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)
+        file = bound_adapter_file(Path(path))
         if not file.is_file():
             raise EdgeLoraError(
                 f"{file}: no such file: to use a PEFT folder, run edgelora add-adapter"

@@ -47,6 +47,7 @@ class Session:
         self._finalizer = weakref.finalize(self, self._library.edgelora_session_free, pointer)
         self._adapter: Adapter = None
         self._sum: weakref.finalize[..., Any] | None = None  # unloads the weighted sum in use
+        self._sum_handle = 0
         self.set_adapter(adapter)
 
     def __enter__(self) -> "Session":
@@ -76,14 +77,24 @@ class Session:
         Raises EdgeLoraError for an unknown name.
         """
         if self._sum is not None and adapter == self._adapter:
+            self._set_handle(self._sum_handle, keep_cache=keep_cache)
             return
         handle = self._model.adapter_handle(adapter)
-        self._check(self._library.edgelora_session_set_adapter(self._pointer, handle, keep_cache))
+        unload = self._library.edgelora_adapter_unload
+        composed = weakref.finalize(self, unload, handle) if isinstance(adapter, Mapping) else None
+        try:
+            self._set_handle(handle, keep_cache=keep_cache)
+        except EdgeLoraError:
+            if composed is not None:
+                composed()
+            raise
         if self._sum is not None:
             self._sum()
-        unload = self._library.edgelora_adapter_unload
-        self._sum = weakref.finalize(self, unload, handle) if isinstance(adapter, Mapping) else None
+        self._sum, self._sum_handle = composed, handle
         self._adapter = dict(adapter) if isinstance(adapter, Mapping) else adapter
+
+    def _set_handle(self, handle: int, *, keep_cache: bool) -> None:
+        self._check(self._library.edgelora_session_set_adapter(self._pointer, handle, keep_cache))
 
     @property
     def position(self) -> int:

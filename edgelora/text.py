@@ -137,7 +137,7 @@ def _valid(text: str) -> str:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # tokenizers raises nothing narrower
         raise EdgeLoraError(f"{path}: no tokenizer ({error}): export the bundle again") from error
 

@@ -3,14 +3,17 @@
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import edgelora
 import tiny
 from edgelora import EdgeLoraError
+from edgelora.adapter import model_name
 from edgelora.adding import add_adapter
 from edgelora.manifest import read_manifest, sha256_file
 from killing import kill_at_every_step
@@ -171,3 +174,35 @@ def test_export_refuses_names_that_differ_in_case_only(
     with pytest.raises(EdgeLoraError, match="'Pirate' and 'pirate'"):
         edgelora.export(base, tmp_path / "bundle", adapters={"Pirate": one, "pirate": one})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_at_the_same_time_lose_no_adapter(bundle: Path, one: Path, two: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(add_adapter, bundle, f"n{i}", (one, two)[i % 2]) for i in range(8)]
+        for call in calls:
+            call.result()
+    names = set(read_manifest(bundle)["adapters"])
+    assert names == {"a", *(f"n{i}" for i in range(8))}
+
+
+def test_replaced_adapter_s_folder_is_a_source(bundle: Path, two: Path, tmp_path: Path) -> None:
+    add_adapter(bundle, "a", two, force=True)
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    add_adapter(other, "b", bundle / "adapters" / "a")
+    with edgelora.load(other) as model:
+        model.load_adapter("c", bundle / "adapters" / "a")
+        assert np.array_equal(model.logits([1, 2], adapter="b"), model.logits([1, 2], adapter="c"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("owner/model", "owner/model"),
+        ("/home/somebody/models/x", "x"),
+        ("C:\\models\\y", "y"),
+        ("./z/", "z"),
+        ("plain", "plain"),
+    ],
+)
+def test_manifest_holds_no_path_of_the_training_machine(given: str, kept: str) -> None:
+    assert model_name(given) == kept

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +292,23 @@ def test_impossible_options_are_refused(
     with pytest.raises(EdgeLoraError, match=message):
         edgelora.export(base, tmp_path / "bundle", **options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_name_that_is_no_text_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"base-\xff")
+    shutil.copytree(base, odd)
+    with pytest.raises(EdgeLoraError, match="not valid Unicode"):
+        edgelora.export(odd, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("digest", ['"\\ud800"', '"abc"', "12", "null"])
+def test_manifest_with_an_odd_digest_is_refused(base: Path, tmp_path: Path, digest: str) -> None:
+    edgelora.export(base, tmp_path / "bundle")
+    path = tmp_path / "bundle" / NAME
+    changed = re.sub(r'"digest": "\w+"', lambda _: f'"digest": {digest}', path.read_text())
+    path.write_text(changed)
+    with pytest.raises(EdgeLoraError, match="digest"):
+        read_manifest(tmp_path / "bundle")

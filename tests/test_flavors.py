@@ -110,3 +110,18 @@ def test_decode_equals_greedy_choice_of_plain_logits(bundle: Path, name: str | N
     with edgelora.load(bundle) as model, model.session(adapter=name) as session:
         session.prefill(TOKENS)
         assert session.decode(12, ignore_eos=True) == tokens[len(TOKENS) :]
+
+
+def test_equal_weighted_sum_set_again_computes_the_cache_anew(tmp_path: Path) -> None:
+    """Kept first, then asked for anew: as if it had been there from the start."""
+    base = ARCHITECTURES["llama"](tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, format="float")
+    with edgelora.load(tmp_path / "bundle") as model:
+        expected = model.logits(TOKENS, adapter={"a": 0.5})[-1]
+        with model.session() as session:
+            session.prefill(TOKENS[:-1])
+            session.set_adapter({"a": 0.5}, keep_cache=True)
+            session.adapter = {"a": 0.5}
+            ours = session.logits(TOKENS[-1:])[0]
+    oracle.assert_close(ours, expected, SHARE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
 from edgelora.adapter.ledger import LedgerEntry, refusals
-from edgelora.adapter.name import valid_adapter_name, valid_adapter_names
+from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
 from edgelora.adapter.settings import read_settings
 from edgelora.adapter.targets import check_patterns
 from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
@@ -21,6 +21,7 @@ __all__ = [
     "LedgerEntry",
     "adapter_ledger",
     "compare_base_name",
+    "model_name",
     "read_adapter",
     "valid_adapter_name",
     "valid_adapter_names",

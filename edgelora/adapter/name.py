@@ -9,6 +9,13 @@ _PORTS = tuple(f"{port}{number}" for port in ("com", "lpt") for number in range(
 WINDOWS_DEVICES = frozenset(("con", "prn", "aux", "nul", *_PORTS))
 
 
+def model_name(text: str) -> str:
+    """A hub's "owner/model" as it is; of anything else, such as a path, the last component."""
+    parts = [part for part in text.replace("\\", "/").split("/") if part]
+    is_hub_name = len(parts) == 2 and text[:1] not in "/.~" and "\\" not in text
+    return text if is_hub_name else parts[-1] if parts else ""
+
+
 def valid_adapter_name(name: str) -> str:
     """The name itself (it becomes a folder). Raises EdgeLoraError saying what is allowed."""
     if name.casefold() == "base":

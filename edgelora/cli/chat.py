@@ -119,6 +119,9 @@ class Conversation:
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo(" …", nl=False)
+            if not pieces:
+                click.echo()
+                return
         except EdgeLoraError as error:
             if pieces:
                 click.echo()

@@ -60,6 +60,8 @@ class Fitting:
             if keeps_codes and self.room(draft) >= self.needed:
                 return best
             best = self._with_blocks(draft, drop_codes=keeps_codes)
+            if keeps_codes and self.room(best.plan) <= self.room(draft):
+                best = Fitted(draft)  # rounding anew would free nothing
         if self.room(best.plan) < self.needed and self._may_shrink_embedding(draft):
             best = self._with_small_embedding(best)
         if self.room(best.plan) < self.needed:

@@ -70,7 +70,8 @@ def _format(config: ModelConfig, options: ExportOptions, base: Inventory) -> str
         raise EdgeLoraError(f"format nf4: {obstacle}")
     if options.format is not None:
         return options.format
-    return "nf4" if "nf4" in base.stored.values() and not obstacle else "int4"
+    held = {kind for target, kind in base.stored.items() if target not in OUTER}
+    return "nf4" if "nf4" in held and not obstacle else "int4"
 
 
 def _no_nf4(config: ModelConfig, options: ExportOptions) -> str | None:

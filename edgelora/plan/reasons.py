@@ -174,6 +174,8 @@ def _why_lost(plan: Plan, facts: Facts, decision: str) -> str:
         return f"{asked} was asked for"
     if outer and plan.flavor == "ort":
         return "ONNX Runtime's embedding is int8"
+    if outer:
+        return f"{plan.embedding_format} cannot hold them"
     return facts.no_nf4 or f"{plan.format} cannot hold them"
 
 
