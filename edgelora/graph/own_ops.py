@@ -1,6 +1,7 @@
 """Flavor `edgelora`: our operators; the side branch is inside `Linear`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto
@@ -34,10 +35,7 @@ class OwnOps:
             [x, "adapter_ids", *_present(matrix, ROLES)],
             name,
             domain=DOMAIN,
-            format=matrix.format,
-            block_size=matrix.block_size,
-            in_features=matrix.in_features,
-            out_features=matrix.out_features,
+            **_attributes(matrix),
             targets=",".join(linear.target for linear in linears),
             slices=[linear.out_features for linear in linears],
         )
@@ -49,10 +47,7 @@ class OwnOps:
             [input_ids, *_present(matrix, ROLES[:3])],
             name,
             domain=DOMAIN,
-            format=matrix.format,
-            block_size=matrix.block_size,
-            in_features=matrix.in_features,
-            out_features=matrix.out_features,
+            **_attributes(matrix),
         )
 
     def swiglu(self, nodes: Nodes, parts: Sequence[str], name: str) -> str:
@@ -67,6 +62,16 @@ class OwnOps:
     def adapter_inputs(self) -> list[onnx.ValueInfoProto]:
         """One handle for each sequence, 0 for the base."""
         return [value("adapter_ids", TensorProto.INT64, ["batch"])]
+
+
+def _attributes(matrix: StoredMatrix) -> dict[str, Any]:
+    """What both operators on a packed weight say of it."""
+    return {
+        "format": matrix.format,
+        "block_size": matrix.block_size,
+        "in_features": matrix.in_features,
+        "out_features": matrix.out_features,
+    }
 
 
 def _present(matrix: StoredMatrix, roles: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 //
 //   for each tile of up to kRowTile rows      activations rearranged once, block by block
 //     for each panel                          nf4: its absmax decoded once
-//       Isa::panel                            acc [rows, 16]
+//       run_panel: Isa::panel of the format   acc [rows, 16]
 //       acc → y
 //
 // One row needs no rearranging: [Kp / 32, 1, 32] is how it lies already.
@@ -137,6 +137,24 @@ inline void store_tile(const float* acc, int64_t rows, int64_t columns, float* y
 }
 
 template <class Isa>
+void run_panel(Format format, const PanelView& view, const RowTile& x, float* acc) {
+  switch (format) {
+    case Format::kInt4:
+      return Isa::template panel<Format::kInt4>(view, x, acc);
+    case Format::kInt4ZeroPoints:
+      return Isa::template panel<Format::kInt4ZeroPoints>(view, x, acc);
+    case Format::kInt4Offsets:
+      return Isa::template panel<Format::kInt4Offsets>(view, x, acc);
+    case Format::kInt8:
+      return Isa::template panel<Format::kInt8>(view, x, acc);
+    case Format::kNf4:
+      return Isa::template panel<Format::kNf4>(view, x, acc);
+    case Format::kFloat:
+      return;  // has no integer path
+  }
+}
+
+template <class Isa>
 void drive_linear(const Weights& weights, const Activations& x, int64_t panel_begin,
                   int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
   assert(weights.format != Format::kFloat);
@@ -147,7 +165,7 @@ void drive_linear(const Weights& weights, const Activations& x, int64_t panel_be
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       PanelView view = panel_view(weights, p);
       if (weights.format == Format::kNf4) view.absmax = scaled_absmax(weights, p, scratch);
-      Isa::panel(weights.format, view, tile, acc);
+      run_panel<Isa>(weights.format, view, tile, acc);
       store_tile(acc, tile.rows, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
                  y_stride);
     }

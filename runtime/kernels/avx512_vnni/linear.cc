@@ -145,15 +145,6 @@ void many_rows(const PanelView& panel, const RowTile& x, float* acc) {
   }
 }
 
-template <Format kFormat>
-void run(const PanelView& panel, const RowTile& x, float* acc) {
-  if (x.rows == 1) {
-    one_row<kFormat>(panel, x, acc);
-  } else {
-    many_rows<kFormat>(panel, x, acc);
-  }
-}
-
 struct Isa {
   static int32_t term_factor(Format format) {
     switch (format) {
@@ -171,20 +162,12 @@ struct Isa {
     return 0;
   }
 
-  static void panel(Format format, const PanelView& view, const RowTile& x, float* acc) {
-    switch (format) {
-      case Format::kInt4:
-        return run<Format::kInt4>(view, x, acc);
-      case Format::kInt4ZeroPoints:
-        return run<Format::kInt4ZeroPoints>(view, x, acc);
-      case Format::kInt4Offsets:
-        return run<Format::kInt4Offsets>(view, x, acc);
-      case Format::kInt8:
-        return run<Format::kInt8>(view, x, acc);
-      case Format::kNf4:
-        return run<Format::kNf4>(view, x, acc);
-      case Format::kFloat:
-        return;  // has no integer path
+  template <Format kFormat>
+  static void panel(const PanelView& view, const RowTile& x, float* acc) {
+    if (x.rows == 1) {
+      one_row<kFormat>(view, x, acc);
+    } else {
+      many_rows<kFormat>(view, x, acc);
     }
   }
 };
