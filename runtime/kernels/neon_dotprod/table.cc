@@ -1,0 +1,20 @@
+// The neon_dotprod table: its own integer linear. All else is neon's: those functions have no integer dot
+// products.
+#include "kernels/neon/neon.h"
+#include "kernels/neon_dotprod/neon_dotprod.h"
+#include "kernels/tables.h"
+
+namespace edgelora::kernels::neon_dotprod {
+
+extern const KernelTable kTable = {
+    "neon_dotprod",
+    neon::quantize_activations,
+    linear,
+    neon::linear_float,
+    neon::side_branch_down,
+    neon::side_branch_up,
+    neon::dequantize_row,
+    neon::swiglu,
+};
+
+}  // namespace edgelora::kernels::neon_dotprod
