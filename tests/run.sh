@@ -12,4 +12,5 @@ log=.venv/build-native.log
     -DEDGELORA_HEADER_CACHE="$PWD/.venv/headers" &&
   cmake --build .venv/native --parallel "$(nproc)"; } >"$log" 2>&1 || { cat "$log"; exit 1; }
 ctest --test-dir .venv/native --output-on-failure
+bash tests/native/arm.sh
 exec pytest "$@"
