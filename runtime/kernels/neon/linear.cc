@@ -34,67 +34,91 @@ EDGELORA_INLINE int8x16_t broadcast4(int8x16_t x) {
   return vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), kLane));
 }
 
-// Products of nibbles with x, not yet summed over a row's lanes.
-struct NibbleSums {
+// Products of four rows' bytes with x, not yet summed over a row's lanes.
+struct Products {
   int16x8_t low, high;
 
-  EDGELORA_INLINE void start(const Codes& w, int8x16_t x0, int8x16_t x1) {
-    low = vmull_s8(vget_low_s8(w.low), vget_low_s8(x0));
-    high = vmull_high_s8(w.low, x0);
-    low = vmlal_s8(low, vget_low_s8(w.high), vget_low_s8(x1));
-    high = vmlal_high_s8(high, w.high, x1);
+  template <bool kFirst>
+  EDGELORA_INLINE void add(int8x16_t w, int8x16_t x) {
+    low = kFirst ? vmull_s8(vget_low_s8(w), vget_low_s8(x))
+                 : vmlal_s8(low, vget_low_s8(w), vget_low_s8(x));
+    high = kFirst ? vmull_high_s8(w, x) : vmlal_high_s8(high, w, x);
   }
-  EDGELORA_INLINE void add(const Codes& w, int8x16_t x0, int8x16_t x1) {
-    low = vmlal_s8(low, vget_low_s8(w.low), vget_low_s8(x0));
-    high = vmlal_high_s8(high, w.low, x0);
-    low = vmlal_s8(low, vget_low_s8(w.high), vget_low_s8(x1));
-    high = vmlal_high_s8(high, w.high, x1);
+};
+
+// A block's dots of four rows; nibbles: products of all its K.
+struct NibbleSums {
+  Products products;
+
+  EDGELORA_INLINE int32x4_t rows(int32x4_t first) const {
+    return vpadalq_s16(first, vpaddq_s16(products.low, products.high));
   }
-  EDGELORA_INLINE int32x4_t rows(int32x4_t first) const { return vpadalq_s16(first, vpaddq_s16(low, high)); }
 };
 
 struct ByteSums {
   int32x4_t low, high;
 
-  EDGELORA_INLINE void start(const Codes& w, int8x16_t x0, int8x16_t x1) {
-    const NibbleSums pairs = products(w, x0, x1);
-    low = vpaddlq_s16(pairs.low);
-    high = vpaddlq_s16(pairs.high);
+  template <bool kFirst>
+  EDGELORA_INLINE void add(const Products& pairs) {
+    low = kFirst ? vpaddlq_s16(pairs.low) : vpadalq_s16(low, pairs.low);
+    high = kFirst ? vpaddlq_s16(pairs.high) : vpadalq_s16(high, pairs.high);
   }
-  EDGELORA_INLINE void add(const Codes& w, int8x16_t x0, int8x16_t x1) {
-    const NibbleSums pairs = products(w, x0, x1);
-    low = vpadalq_s16(low, pairs.low);
-    high = vpadalq_s16(high, pairs.high);
-  }
-  EDGELORA_INLINE int32x4_t rows(int32x4_t) const { return vpaddq_s32(low, high); }  // int8, nf4: it starts at 0
-
- private:
-  static EDGELORA_INLINE NibbleSums products(const Codes& w, int8x16_t x0, int8x16_t x1) {
-    NibbleSums pairs;
-    pairs.start(w, x0, x1);
-    return pairs;
+  EDGELORA_INLINE int32x4_t rows(int32x4_t) const {  // int8, nf4: it starts at 0
+    return vpaddq_s32(low, high);
   }
 };
 
 template <Format kFormat>
 using Sums = std::conditional_t<signed_codes(kFormat), ByteSums, NibbleSums>;
 
+// 8 K of kStep registers of W, from g on, times kRows rows of x. All first products, then all second
+// ones: on a core that does not reorder, none waits for the one before.
+template <Format kFormat, int kRows, int kStep, bool kFirst>
+EDGELORA_INLINE void add_products(const Codes w[kStep], int g, const int8x16_t x0[kRows],
+                                  const int8x16_t x1[kRows], Sums<kFormat> sums[kRows][4]) {
+  Products pairs[kRows * kStep];
+#pragma GCC unroll 4
+  for (int j = 0; j < kRows * kStep; ++j) {
+    if constexpr (signed_codes(kFormat)) {
+      pairs[j].template add<true>(w[j % kStep].low, x0[j / kStep]);
+    } else {
+      sums[j / kStep][g + j % kStep].products.template add<kFirst>(w[j % kStep].low, x0[j / kStep]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kRows * kStep; ++j) {
+    if constexpr (signed_codes(kFormat)) {
+      pairs[j].template add<false>(w[j % kStep].high, x1[j / kStep]);
+    } else {
+      sums[j / kStep][g + j % kStep].products.template add<false>(w[j % kStep].high, x1[j / kStep]);
+    }
+  }
+  if constexpr (signed_codes(kFormat)) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kRows * kStep; ++j) {
+      sums[j / kStep][g + j % kStep].template add<kFirst>(pairs[j]);
+    }
+  }
+}
+
 // 8 K of 16 rows of W times kRows rows of x. kSource: how `block` lies, kFormat's codes or bytes.
 template <Format kFormat, Format kSource, int kRows, int kQ>
-EDGELORA_INLINE void add_line(const uint8_t* block, const int8_t* x, Sums<kFormat> sums[kRows][4]) {
+EDGELORA_INLINE void add_line(const uint8_t* block, const int8_t* x,
+                              Sums<kFormat> sums[kRows][4]) {
   int8x16_t x0[kRows], x1[kRows];
+#pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) {
     const int8x16_t sixteen = vld1q_s8(x + r * kActivationBlock + kQ / 2 * 16);
     x0[r] = broadcast4<kQ % 2 * 2>(sixteen);
     x1[r] = broadcast4<kQ % 2 * 2 + 1>(sixteen);
   }
+  constexpr int kStep = kRows == 1 ? 4 : signed_codes(kFormat) ? 1 : 2;  // what the registers hold
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    const Codes w = load_codes<kSource>(block, kQ, g);
-#pragma GCC unroll 2
-    for (int r = 0; r < kRows; ++r) {
-      kQ == 0 ? sums[r][g].start(w, x0[r], x1[r]) : sums[r][g].add(w, x0[r], x1[r]);
-    }
+  for (int g = 0; g < 4; g += kStep) {
+    Codes w[kStep];
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) w[i] = load_codes<kSource>(block, kQ, g + i);
+    add_products<kFormat, kRows, kStep, kQ == 0>(w, g, x0, x1, sums);
   }
 }
 
@@ -105,7 +129,7 @@ struct Isa {
 
   template <Format kFormat, Format kSource, int kRows>
   static EDGELORA_INLINE void dots(const uint8_t* block, const Scales& s, const RowTile& x, int64_t i,
-                   int32x4_t out[kRows][4]) {
+                   float32x4_t out[kRows][4]) {
     const int8_t* codes = x.codes + i * kActivationBlock;
     Sums<kFormat> sums[kRows][4];
     add_line<kFormat, kSource, kRows, 0>(block, codes, sums);
@@ -114,7 +138,8 @@ struct Isa {
     add_line<kFormat, kSource, kRows, 3>(block, codes, sums);
 #pragma GCC unroll 8
     for (int j = 0; j < kRows * 4; ++j) {
-      out[j / 4][j % 4] = sums[j / 4][j % 4].rows(first_sum<kSource>(s, j % 4, x, i + j / 4));
+      const int32x4_t first = first_sum<kSource>(s, j % 4, x, i + j / 4, 0);
+      out[j / 4][j % 4] = vcvtq_f32_s32(sums[j / 4][j % 4].rows(first));
     }
   }
 

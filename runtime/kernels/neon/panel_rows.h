@@ -1,5 +1,5 @@
 // A panel times a tile's rows, for Isas whose registers hold four rows of W: neon and neon_dotprod.
-// Isa::dots gives the integer dots of one block:
+// Isa::dots gives the dots of one block, exact integers:
 //
 //   one row of x             acc in four registers through all blocks
 //   ≤ Isa::kTileRows rows    codes unpacked in registers, acc in L1
@@ -33,11 +33,10 @@ void one_row(const PanelView& panel, const RowTile& x, float* acc) {
   for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);
   for (int64_t b = 0; b < panel.blocks; ++b) {
     const Scales scales = load_scales<kFormat>(panel, b);
-    int32x4_t dots[1][4];
+    float32x4_t dots[1][4];
     Isa::template dots<kFormat, kFormat, 1>(block_codes<kFormat>(panel.codes, b), scales, x, b,
                                             dots);
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) sums[g] = add_block<kFormat>(sums[g], dots[0][g], scales, g, x, b);
+    add_block<kFormat>(dots[0], scales, x_scale<kFormat>(x, b), sums);
   }
   for (int g = 0; g < 4; ++g) vst1q_f32(acc + 4 * g, sums[g]);
 }
@@ -47,13 +46,20 @@ template <class Isa, Format kFormat, Format kSource, int kRows>
 EDGELORA_INLINE void some_rows(const uint8_t* block, const Scales& scales, const RowTile& x, int64_t b, int64_t m,
                float* acc) {
   const int64_t i = b * x.rows + m;
-  int32x4_t dots[kRows][4];
+  float32x4_t dots[kRows][4];
   Isa::template dots<kFormat, kSource, kRows>(block, scales, x, i, dots);
-#pragma GCC unroll 16
-  for (int j = 0; j < kRows * 4; ++j) {
-    float* out = acc + m * kPanelRows + 4 * j;
-    const int32x4_t dot = dots[j / 4][j % 4];
-    vst1q_f32(out, add_block<kFormat>(vld1q_f32(out), dot, scales, j % 4, x, i + j / 4));
+  XScale x_scales[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) x_scales[r] = x_scale<kFormat>(x, i + r);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    float* out = acc + (m + r) * kPanelRows;
+    float32x4_t sums[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) sums[g] = vld1q_f32(out + 4 * g);
+    add_block<kFormat>(dots[r], scales, x_scales[r], sums);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) vst1q_f32(out + 4 * g, sums[g]);
   }
 }
 

@@ -47,15 +47,24 @@ inline int32_t neon_term_factor(Format format) {
   return format == Format::kInt4 ? -8 : format == Format::kInt4ZeroPoints ? -1 : 0;
 }
 
-// Where the sums of rows 4g … 4g+3 start; i is [block, row] in the tile's small arrays. kSource: what
-// the products are made of, a format's codes or, kInt8, bytes.
+// A sum that starts at these bits is, read as a float, 1.5·2^23 + sum for every |sum| < 2^22: one
+// subtraction makes it a float, exactly. Neoverse N1's and N2's scvtf takes four times as long.
+constexpr int32_t kFloatBits = 0x4b400000;
+
+EDGELORA_INLINE float32x4_t float_of_biased(int32x4_t sum) {
+  return vsubq_f32(vreinterpretq_f32_s32(sum), vdupq_n_f32(0x1.8p23f));
+}
+
+// Where the sums of rows 4g … 4g+3 start, above `bias`; i is [block, row] in the tile's small arrays.
+// kSource: what the products are made of, a format's codes or, kInt8, bytes.
 template <Format kSource>
-EDGELORA_INLINE int32x4_t first_sum(const Scales& s, int g, const RowTile& x, int64_t i) {
-  if constexpr (kSource == Format::kInt4) return vdupq_n_s32(x.terms[i]);
+EDGELORA_INLINE int32x4_t first_sum(const Scales& s, int g, const RowTile& x, int64_t i,
+                                    int32_t bias) {
+  if constexpr (kSource == Format::kInt4) return vdupq_n_s32(x.terms[i] + bias);
   if constexpr (kSource == Format::kInt4ZeroPoints) {
-    return vmulq_n_s32(s.zero_points[g], x.terms[i]);
+    return vmlaq_n_s32(vdupq_n_s32(bias), s.zero_points[g], x.terms[i]);
   }
-  return vdupq_n_s32(0);
+  return vdupq_n_s32(bias);
 }
 
 // Four bytes of each row's zero point, rows 4g … 4g+3.
@@ -76,13 +85,31 @@ EDGELORA_INLINE Codes load_bytes_of(const uint8_t* block, const Scales& s, int q
   return {vsubq_s8(w.low, zero_point), vsubq_s8(w.high, zero_point)};
 }
 
+// What one row of x brings to a block, read before anything is stored.
+struct XScale {
+  float scale;
+  float shift;  // kInt4Offsets
+};
+
 template <Format kFormat>
-EDGELORA_INLINE float32x4_t add_block(float32x4_t acc, int32x4_t dot, const Scales& s, int g, const RowTile& x,
-                      int64_t i) {
+EDGELORA_INLINE XScale x_scale(const RowTile& x, int64_t i) {
+  return {x.scales[i], kFormat == Format::kInt4Offsets ? x.shifts[i] : 0.0f};
+}
+
+// acc [16] + one block. Step by step for all four registers: one after the other, each would wait for
+// its own results on a core that does not reorder.
+template <Format kFormat>
+EDGELORA_INLINE void add_block(const float32x4_t dots[4], const Scales& s, const XScale& x,
+                               float32x4_t acc[4]) {
+  float32x4_t scales[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) scales[g] = vmulq_n_f32(s.scale[g], x.scale);
   if constexpr (kFormat == Format::kInt4Offsets) {
-    acc = vfmaq_n_f32(acc, s.offset[g], x.shifts[i]);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) acc[g] = vfmaq_n_f32(acc[g], s.offset[g], x.shift);
   }
-  return vfmaq_f32(acc, vcvtq_f32_s32(dot), vmulq_n_f32(s.scale[g], x.scales[i]));
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) acc[g] = vfmaq_f32(acc[g], dots[g], scales[g]);
 }
 
 }  // namespace

@@ -11,13 +11,16 @@ struct Sdot {
   // kSource: how `block` lies, as kFormat's codes or as bytes; i is [block, first row] in the tile.
   template <Format kFormat, Format kSource, int kRows>
   static EDGELORA_INLINE void dots(const uint8_t* block, const Scales& s, const RowTile& x,
-                                   int64_t i, int32x4_t sums[kRows][4]) {
+                                   int64_t i, float32x4_t out[kRows][4]) {
+    int32x4_t sums[kRows][4];
 #pragma GCC unroll 16
     for (int j = 0; j < kRows * 4; ++j) {
-      sums[j / 4][j % 4] = first_sum<kSource>(s, j % 4, x, i + j / 4);
+      sums[j / 4][j % 4] = first_sum<kSource>(s, j % 4, x, i + j / 4, kFloatBits);
     }
     add_half<kSource, kRows, 0>(block, x.codes + i * kActivationBlock, sums);
     add_half<kSource, kRows, 1>(block, x.codes + i * kActivationBlock, sums);
+#pragma GCC unroll 16
+    for (int j = 0; j < kRows * 4; ++j) out[j / 4][j % 4] = float_of_biased(sums[j / 4][j % 4]);
   }
 
  private:

@@ -122,12 +122,11 @@ EDGELORA_INLINE void first_sums(const PairScales& s, const RowTile& x, int64_t i
                                 int32x4_t sums[8]) {
 #pragma GCC unroll 8
   for (int w = 0; w < 8; ++w) {
+    sums[w] = vdupq_n_s32(kFloatBits);
     if constexpr (kSource == Format::kInt4) {
-      sums[w] = two_each(x.terms + i, step);
+      sums[w] = vaddq_s32(sums[w], two_each(x.terms + i, step));
     } else if constexpr (kSource == Format::kInt4ZeroPoints) {
-      sums[w] = vmulq_s32(s.zero_points[w], two_each(x.terms + i, step));
-    } else {
-      sums[w] = vdupq_n_s32(0);
+      sums[w] = vmlaq_s32(sums[w], s.zero_points[w], two_each(x.terms + i, step));
     }
   }
 }
@@ -167,18 +166,39 @@ EDGELORA_INLINE void add_half(const uint8_t* block, const int8_t* x, int64_t ste
   }
 }
 
+// What two rows of x bring to a block, read before anything is stored.
+struct XPairScale {
+  float32x4_t scale;
+  float32x4_t shift;  // kInt4Offsets
+};
+
 template <Format kFormat>
-EDGELORA_INLINE void add_to_acc(const int32x4_t sums[8], const PairScales& s, const RowTile& x,
-                                int64_t i, int64_t step, float* acc) {
-  const float32x4_t xscale = two_each(x.scales + i, step);
-#pragma GCC unroll 8
-  for (int w = 0; w < 8; ++w) {
-    float32x4_t sum = vld1q_f32(acc + 4 * w);
+EDGELORA_INLINE XPairScale x_pair_scale(const RowTile& x, int64_t i, int64_t step) {
+  const bool offsets = kFormat == Format::kInt4Offsets;
+  return {two_each(x.scales + i, step),
+          offsets ? two_each(x.shifts + i, step) : vdupq_n_f32(0.0f)};
+}
+
+template <Format kFormat>
+EDGELORA_INLINE void add_to_acc(const int32x4_t sums[8], const PairScales& s,
+                                const XPairScale& x, float* acc) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 8; half += 4) {  // step by step for four registers, as add_block does
+    float32x4_t values[4], scales[4], out[4];
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) values[w] = float_of_biased(sums[half + w]);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) scales[w] = vmulq_f32(s.scale[half + w], x.scale);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) out[w] = vld1q_f32(acc + 4 * (half + w));
     if constexpr (kFormat == Format::kInt4Offsets) {
-      sum = vfmaq_f32(sum, s.offset[w], two_each(x.shifts + i, step));
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w) out[w] = vfmaq_f32(out[w], s.offset[half + w], x.shift);
     }
-    sum = vfmaq_f32(sum, vcvtq_f32_s32(sums[w]), vmulq_f32(s.scale[w], xscale));
-    vst1q_f32(acc + 4 * w, sum);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) out[w] = vfmaq_f32(out[w], values[w], scales[w]);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) vst1q_f32(acc + 4 * (half + w), out[w]);
   }
 }
 
@@ -189,13 +209,16 @@ EDGELORA_INLINE void some_pairs(const uint8_t* block, const PairScales& s, const
   const int64_t i = b * x.rows + m;
   const int8_t* codes = x.codes + i * kActivationBlock;
   int32x4_t sums[kPairs][8];
+  XPairScale x_scales[kPairs];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPairs; ++p) x_scales[p] = x_pair_scale<kFormat>(x, i + 2 * p, step);
 #pragma GCC unroll 2
   for (int p = 0; p < kPairs; ++p) first_sums<Source::kSource>(s, x, i + 2 * p, step, sums[p]);
   add_half<Source, kPairs, 0>(block, codes, step * kActivationBlock, sums);
   add_half<Source, kPairs, 1>(block, codes, step * kActivationBlock, sums);
 #pragma GCC unroll 2
   for (int p = 0; p < kPairs; ++p) {
-    add_to_acc<kFormat>(sums[p], s, x, i + 2 * p, step, acc + (m + 2 * p) * kPanelRows);
+    add_to_acc<kFormat>(sums[p], s, x_scales[p], acc + (m + 2 * p) * kPanelRows);
   }
 }
 
