@@ -1,4 +1,5 @@
-// Selection from feature masks: of known CPUs, and of dumps recorded on machines (tests/golden/cpuinfo).
+// Selection from feature masks: of known CPUs, and of dumps that were recorded on machines
+// (tests/golden/cpuinfo).
 #include <cstring>
 #include <fstream>
 #include <sstream>

@@ -71,8 +71,8 @@ struct ByteSums {
 template <Format kFormat>
 using Sums = std::conditional_t<signed_codes(kFormat), ByteSums, NibbleSums>;
 
-// 8 K of kStep registers of W, from g on, times kRows rows of x. All first products, then all second
-// ones: on a core that does not reorder, none waits for the one before.
+// 8 K of kStep registers of W, from g on, times kRows rows of x. All first products, then all
+// second ones: on a core that does not reorder, none waits for the one before.
 template <Format kFormat, int kRows, int kStep, bool kFirst>
 EDGELORA_INLINE void add_products(const Codes w[kStep], int g, const int8x16_t x0[kRows],
                                   const int8x16_t x1[kRows], Sums<kFormat> sums[kRows][4]) {
@@ -128,8 +128,8 @@ struct Isa {
   static int32_t term_factor(Format format) { return neon_term_factor(format); }
 
   template <Format kFormat, Format kSource, int kRows>
-  static EDGELORA_INLINE void dots(const uint8_t* block, const Scales& s, const RowTile& x, int64_t i,
-                   float32x4_t out[kRows][4]) {
+  static EDGELORA_INLINE void dots(const uint8_t* block, const Scales& s, const RowTile& x,
+                                   int64_t i, float32x4_t out[kRows][4]) {
     const int8_t* codes = x.codes + i * kActivationBlock;
     Sums<kFormat> sums[kRows][4];
     add_line<kFormat, kSource, kRows, 0>(block, codes, sums);

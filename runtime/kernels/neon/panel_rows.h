@@ -43,8 +43,8 @@ void one_row(const PanelView& panel, const RowTile& x, float* acc) {
 
 // Rows m … m + kRows − 1 of the tile.
 template <class Isa, Format kFormat, Format kSource, int kRows>
-EDGELORA_INLINE void some_rows(const uint8_t* block, const Scales& scales, const RowTile& x, int64_t b, int64_t m,
-               float* acc) {
+EDGELORA_INLINE void some_rows(const uint8_t* block, const Scales& scales, const RowTile& x,
+                               int64_t b, int64_t m, float* acc) {
   const int64_t i = b * x.rows + m;
   float32x4_t dots[kRows][4];
   Isa::template dots<kFormat, kSource, kRows>(block, scales, x, i, dots);

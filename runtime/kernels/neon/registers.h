@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-// For the steps of an inner loop: arrays of registers that are handed on stay registers only when the
-// step is inlined.
+// For the steps of an inner loop: arrays of registers that are handed on stay registers only when
+// the step is inlined.
 #define EDGELORA_INLINE __attribute__((always_inline)) inline
 
 namespace edgelora::kernels {

@@ -55,8 +55,8 @@ EDGELORA_INLINE float32x4_t float_of_biased(int32x4_t sum) {
   return vsubq_f32(vreinterpretq_f32_s32(sum), vdupq_n_f32(0x1.8p23f));
 }
 
-// Where the sums of rows 4g … 4g+3 start, above `bias`; i is [block, row] in the tile's small arrays.
-// kSource: what the products are made of, a format's codes or, kInt8, bytes.
+// Where the sums of rows 4g … 4g+3 start, above `bias`; i is [block, row] in the tile's small
+// arrays. kSource: what the products are made of, a format's codes or, kInt8, bytes.
 template <Format kSource>
 EDGELORA_INLINE int32x4_t first_sum(const Scales& s, int g, const RowTile& x, int64_t i,
                                     int32_t bias) {
@@ -96,8 +96,8 @@ EDGELORA_INLINE XScale x_scale(const RowTile& x, int64_t i) {
   return {x.scales[i], kFormat == Format::kInt4Offsets ? x.shifts[i] : 0.0f};
 }
 
-// acc [16] + one block. Step by step for all four registers: one after the other, each would wait for
-// its own results on a core that does not reorder.
+// acc [16] + one block. Step by step for all four registers: one after the other, each would wait
+// for its own results on a core that does not reorder.
 template <Format kFormat>
 EDGELORA_INLINE void add_block(const float32x4_t dots[4], const Scales& s, const XScale& x,
                                float32x4_t acc[4]) {

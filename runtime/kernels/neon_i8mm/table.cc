@@ -1,5 +1,5 @@
-// The neon_i8mm table: its own integer linear. All else is neon's: those functions have no integer dot
-// products.
+// The neon_i8mm table: its own integer linear. All else is neon's: those functions have no
+// integer dot products.
 #include "kernels/neon/neon.h"
 #include "kernels/neon_i8mm/neon_i8mm.h"
 #include "kernels/tables.h"
