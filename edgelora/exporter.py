@@ -138,10 +138,16 @@ def export(
     )
 
 
+def _ops(plan: Plan) -> OwnOps | StockOps:
+    if plan.flavor == "ort":
+        return StockOps()
+    return OwnOps(kv_format="float" if plan.format == "float" else "int8")
+
+
 def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
     """Fills the folder; returns bits a weight."""
     writer, fingerprint = _write_weights(folder, request, progress)
-    ops = OwnOps() if request.plan.flavor == "edgelora" else StockOps()
+    ops = _ops(request.plan)
     model = Decoder(request.checkpoint.config, writer.matrices, ops).build(writer.file.tensors)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     side = {} if request.plan.mode == "merge" else request.adapters

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from int8_attention import int8_kv_cache, round_int8
+
 PANEL_ROWS = 16
 NF4 = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy()
 BYTE_NF4 = np.round(NF4 * 127).astype(np.float32) / np.float32(127)
-ACTIVATION_BLOCK = 32
 
 
 def float_model(folder: Path) -> PreTrainedModel:
@@ -72,8 +73,8 @@ def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 @contextmanager
 def int8_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Rounds the input of every base linear to int8 in blocks of 32, as the runtime's arithmetic
-    does.
+    """Rounds the input of every base linear to int8 in blocks of 32, and what attention multiplies,
+    as the runtime's arithmetic does.
 
     The factors of an adapter see the input as it is.
     """
@@ -84,20 +85,11 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
     ]
     hooks = [m.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),)) for m in linears]
     try:
-        yield
+        with int8_kv_cache(model):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def round_int8(x: torch.Tensor) -> torch.Tensor:
-    """x → scale·round(x / scale), scale = largest magnitude of 32 neighbours / 127."""
-    width = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -width % ACTIVATION_BLOCK))
-    blocks = padded.unflatten(-1, (-1, ACTIVATION_BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scale > 0, torch.round(blocks / scale), 0.0) * scale
-    return rounded.flatten(-2)[..., :width]
 
 
 class BundleWeights:

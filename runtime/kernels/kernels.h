@@ -87,6 +87,15 @@ struct KernelTable {
 
   // out[i] = silu(gate[i]) · up[i]
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+
+  // out[i] = x[i] · weight[i] / √(Σ x² / n + epsilon); out may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float epsilon, float* out);
+
+  // x[i] = e^(x[i] − most), most ≥ every x; returns their sum.
+  float (*exp_minus)(float* x, int64_t n, float most);
+
+  // Rotary embedding of one head in place: x [2·half], cos and sin [half] of its position.
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
 };
 
 // Bytes of scratch that `linear` and `linear_float` want for these weights.

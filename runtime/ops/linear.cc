@@ -1,4 +1,5 @@
-// edgelora::Linear: y = dequantize(W)·x + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·x) + bias
+// edgelora::Linear: y = activation(dequantize(W)·n + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·n) + bias) + residual,
+// where n is x, or its RMS norm.
 #include <utility>
 
 #include "ops/linear_job.h"
@@ -8,7 +9,7 @@
 namespace edgelora::ops {
 namespace {
 
-enum InputIndex : size_t { kX = 0, kAdapterIds = 1, kCodes = 2, kBias = 7 };
+enum InputIndex : size_t { kX = 0, kAdapterIds = 1, kCodes = 2, kBias = 7, kNorm = 8, kResidual = 9 };
 
 constexpr Input kInputs[] = {
     {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_REQUIRED},      // x
@@ -19,6 +20,8 @@ constexpr Input kInputs[] = {
     {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // absmax_offset
     {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // absmax_table
     {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // bias
+    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // norm
+    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // residual
 };
 
 std::vector<std::string> read_targets(const NodeInfo& node, size_t count) {
@@ -37,14 +40,26 @@ std::vector<std::string> read_targets(const NodeInfo& node, size_t count) {
   return targets;
 }
 
-const float* read_bias(const NodeInfo& node, int64_t out_features) {
-  const std::optional<Tensor> bias = node.constant(kBias, "bias");
-  if (!bias) return nullptr;
-  if (bias->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || bias->shape.rank != 1 ||
-      bias->shape.dims[0] != out_features) {
-    throw Error(EDGELORA_BAD_FILE, "bias must be float32 [" + std::to_string(out_features) + "]");
+Activation read_activation(const NodeInfo& node, const kernels::Weights& weights) {
+  const std::string name = node.text("activation");
+  if (name == "none") return Activation::kNone;
+  if (name != "swiglu") {
+    throw Error(EDGELORA_BAD_FILE, "activation is \"" + name + "\", expected none or swiglu");
   }
-  return static_cast<const float*>(bias->data);
+  const int64_t* slices = weights.slices;
+  if (weights.slice_count != 2 || slices[0] != slices[1]) {
+    throw Error(EDGELORA_BAD_FILE, "swiglu needs two slices of one size: gate and up");
+  }
+  return Activation::kSwiGlu;
+}
+
+LinearNode read_node(const NodeInfo& node, const kernels::Weights& weights) {
+  LinearNode read;
+  read.norm = node.floats(kNorm, "norm", weights.in_features);
+  read.epsilon = node.real("epsilon");
+  read.bias = node.floats(kBias, "bias", weights.out_features);
+  read.activation = read_activation(node, weights);
+  return read;
 }
 
 class Linear : public Kernel {
@@ -52,7 +67,8 @@ class Linear : public Kernel {
   Linear(const Shared& shared, const NodeInfo& node)
       : shared_(shared),
         packed_(node, kCodes, node.integers("slices")),
-        bias_(read_bias(node, packed_.weights().out_features)),
+        node_(read_node(node, packed_.weights())),
+        has_residual_(node.has_input(kResidual)),
         cache_(read_targets(node, static_cast<size_t>(packed_.weights().slice_count)), slices(),
                packed_.weights().in_features) {}
 
@@ -61,11 +77,12 @@ class Linear : public Kernel {
     const Tensor ids = input(*shared_.api, context, kAdapterIds);
     check_inputs(x.shape, ids.shape);
     Shape shape = x.shape;
-    shape.dims[2] = packed_.weights().out_features;
+    shape.dims[2] = columns();
+    const float* residual = read_residual(context, shape);
     float* y = float_output(*shared_.api, context, shape);
     if (x.shape.elements() == 0) return;
     const Adapters adapters(cache_, ids);
-    run(context, x, y, adapters.rows);
+    run(x, residual, y, adapters.rows);
   }
 
  private:
@@ -101,27 +118,41 @@ class Linear : public Kernel {
     }
   }
 
-  void run(OrtKernelContext* context, const Tensor& x, float* y,
-           const RowAdapters& adapters) const {
+  int64_t columns() const {
+    const int64_t n = packed_.weights().out_features;
+    return node_.activation == Activation::kSwiGlu ? n / 2 : n;
+  }
+
+  const float* read_residual(const OrtKernelContext* context, const Shape& shape) const {
+    if (!has_residual_) return nullptr;
+    const Tensor residual = input(*shared_.api, context, kResidual);
+    if (residual.shape == shape) return static_cast<const float*>(residual.data);
+    throw Error(EDGELORA_INVALID_ARGUMENT, "residual is " + to_string(residual.shape) +
+                                               ", expected " + to_string(shape));
+  }
+
+  void run(const Tensor& x, const float* residual, float* y, const RowAdapters& adapters) const {
     const kernels::Weights& weights = packed_.weights();
     LinearCall call{};
     call.kernels = shared_.kernels;
     call.weights = &weights;
     call.exact = shared_.exact || weights.format == kernels::Format::kFloat;
     call.panels = packed_.panels();
-    call.bias = bias_;
+    call.node = node_;
     call.x = static_cast<const float*>(x.data);
+    call.residual = residual;
     call.y = y;
     call.rows = x.shape.dims[0] * x.shape.dims[1];
     call.sequence_length = x.shape.dims[1];
     call.adapters = &adapters;
-    call.threads = shared_.threads;
-    LinearJob(call).run(*shared_.api, context);
+    call.threads = shared_.crews->threads();
+    LinearJob(call).run(shared_.crews);
   }
 
   const Shared shared_;
   const PackedWeights packed_;
-  const float* const bias_;
+  const LinearNode node_;
+  const bool has_residual_;
   mutable AdapterCache cache_;  // guards itself
 };
 
@@ -131,6 +162,7 @@ std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
 
 }  // namespace
 
-const Schema kLinearSchema{"Linear", kInputs, std::size(kInputs), create};
+const Schema kLinearSchema{"Linear", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput),
+                          create};
 
 }  // namespace edgelora::ops

@@ -63,21 +63,30 @@ Tensor view(const OrtApi& api, const OrtValue* value) {
   return tensor;
 }
 
-Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+std::optional<Tensor> optional_input(const OrtApi& api, const OrtKernelContext* context,
+                                     size_t index) {
   const OrtValue* value = nullptr;
   check(api, api.KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) {
-    throw Error(EDGELORA_INVALID_ARGUMENT, "input " + std::to_string(index) + " is missing");
-  }
+  if (value == nullptr) return std::nullopt;
   return view(api, value);
 }
 
-float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape) {
+Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+  const std::optional<Tensor> tensor = optional_input(api, context, index);
+  if (tensor) return *tensor;
+  throw Error(EDGELORA_INVALID_ARGUMENT, "input " + std::to_string(index) + " is missing");
+}
+
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Shape& shape) {
   OrtValue* value = nullptr;
-  check(api, api.KernelContext_GetOutput(context, 0, shape.dims, shape.rank, &value));
+  check(api, api.KernelContext_GetOutput(context, index, shape.dims, shape.rank, &value));
   void* data = nullptr;
   check(api, api.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
+}
+
+float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape) {
+  return static_cast<float*>(output(api, context, 0, shape));
 }
 
 std::string NodeInfo::name() const {
@@ -104,6 +113,12 @@ std::vector<int64_t> NodeInfo::integers(const char* attribute) const {
                   api_.KernelInfoGetAttributeArray_int64(info_, attribute, values.data(), &count),
                   attribute);
   return values;
+}
+
+float NodeInfo::real(const char* attribute) const {
+  float value = 0.0f;
+  check_attribute(api_, api_.KernelInfoGetAttribute_float(info_, attribute, &value), attribute);
+  return value;
 }
 
 std::string NodeInfo::text(const char* attribute) const {
@@ -135,6 +150,18 @@ std::optional<Tensor> NodeInfo::constant(size_t index, const char* what) const {
     throw Error(EDGELORA_BAD_FILE, std::string(what) + " must be a constant initializer");
   }
   return view(api_, value);
+}
+
+const float* NodeInfo::floats(size_t index, const char* what, int64_t size) const {
+  const std::optional<Tensor> tensor = constant(index, what);
+  if (!tensor) return nullptr;
+  const Shape& shape = tensor->shape;
+  if (tensor->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.rank != 1 ||
+      shape.dims[0] != size) {
+    throw Error(EDGELORA_BAD_FILE,
+                std::string(what) + " must be float32 [" + std::to_string(size) + "]");
+  }
+  return static_cast<const float*>(tensor->data);
 }
 
 }  // namespace edgelora::ops

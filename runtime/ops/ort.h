@@ -56,7 +56,10 @@ struct Tensor {
 
 Tensor view(const OrtApi& api, const OrtValue* value);
 Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index);
-float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);
+std::optional<Tensor> optional_input(const OrtApi& api, const OrtKernelContext* context,
+                                     size_t index);
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Shape& shape);
+float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);  // the first
 
 // A node as seen at kernel creation.
 class NodeInfo {
@@ -66,15 +69,19 @@ class NodeInfo {
   std::string name() const;
   int64_t integer(const char* attribute) const;
   std::vector<int64_t> integers(const char* attribute) const;
+  float real(const char* attribute) const;
   std::string text(const char* attribute) const;
+
+  bool has_input(size_t index) const;  // an optional one that is given
 
   // Nothing when the optional input is absent; throws Error when it is not a constant. The data
   // lives as long as the session.
   std::optional<Tensor> constant(size_t index, const char* what) const;
 
- private:
-  bool has_input(size_t index) const;
+  // As `constant`, of float32 [size]; null when absent.
+  const float* floats(size_t index, const char* what, int64_t size) const;
 
+ private:
   const OrtApi& api_;
   const OrtKernelInfo* info_;
 };

@@ -15,6 +15,9 @@ extern const KernelTable kTable = {
     avx2::side_branch_up,
     avx2::dequantize_row,
     avx2::swiglu,
+    avx2::rms_norm,
+    avx2::exp_minus,
+    avx2::rotate,
 };
 
 }  // namespace edgelora::kernels::avx512_vnni
