@@ -91,6 +91,9 @@ struct KernelTable {
   // out[i] = x[i] · weight[i] / √(Σ x² / n + epsilon); out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float epsilon, float* out);
 
+  // The largest x; NaN are passed over. −Inf for none.
+  float (*largest)(const float* x, int64_t n);
+
   // x[i] = e^(x[i] − most), most ≥ every x; returns their sum.
   float (*exp_minus)(float* x, int64_t n, float most);
 

@@ -2,6 +2,7 @@
 // with the compiler's vectors as wide as the flags of the including folder allow.
 //
 //   rms_norm   out = x · weight / √(Σ x² / n + epsilon)
+//   largest    the greatest x
 //   exp_row    x = e^(x − most), returns Σ x
 //   rotate     (a, b) = (a·cos − b·sin, b·cos + a·sin), a the first half of a head, b the second
 //
@@ -80,6 +81,19 @@ inline Floats exp_of(Floats x) {
   Floats power;
   std::memcpy(&power, &bits, sizeof power);
   return x < -87.0f ? Floats{} : p * power;
+}
+
+inline float largest_of(const float* x, int64_t n) {
+  Floats most = broadcast_float(-HUGE_VALF);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats v = load_floats(x + i);
+    most = v > most ? v : most;
+  }
+  float largest = -HUGE_VALF;
+  for (int64_t j = 0; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
 }
 
 inline float exp_row(float* x, int64_t n, float most) {

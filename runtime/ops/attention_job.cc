@@ -99,7 +99,7 @@ void AttentionJob::plan_tickets() {
   const double shares = work / static_cast<double>(kWorkPerThread);
   workers_ = static_cast<int64_t>(std::clamp(shares, 1.0, static_cast<double>(call_.threads)));
   if (workers_ > 1 && tickets < workers_ * kTicketsPerThread) {
-    splits_ = std::min(ceil_div(longest, 2 * kCapacityStep),
+    splits_ = std::min(ceil_div(longest, kAttentionChunk),
                        ceil_div(workers_ * kTicketsPerThread, tickets));
   }
   const bool many = call_.batch * call_.sequence > 1 && workers_ > 1;
@@ -278,8 +278,7 @@ void AttentionJob::soften(const Part& part, int64_t begin, int64_t end, const Bu
 void AttentionJob::soften_row(float* scores, int64_t first, int64_t last, int64_t row,
                               const Softmax& softmax) const {
   const float before = softmax.most[row];
-  float most = before;
-  for (int64_t i = first; i < last; ++i) most = scores[i] > most ? scores[i] : most;
+  float most = std::max(before, call_.kernels->largest(scores + first, last - first));
   if (most == kNothing) most = 0.0f;  // only NaN, which the sum keeps
   const float sum = call_.kernels->exp_minus(scores + first, last - first, most);
   softmax.most[row] = most;

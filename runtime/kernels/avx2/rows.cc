@@ -8,6 +8,8 @@ void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, flo
   rms_norm_row(x, weight, n, epsilon, out);
 }
 
+float largest(const float* x, int64_t n) { return largest_of(x, n); }
+
 float exp_minus(float* x, int64_t n, float most) { return exp_row(x, n, most); }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {

@@ -7,7 +7,7 @@ namespace edgelora::kernels::avx2 {
 const KernelTable kTable = {
     "avx2",           quantize_activations, linear,         linear_float,
     side_branch_down, side_branch_up,       dequantize_row, swiglu,
-    rms_norm,         exp_minus,            rotate,
+    rms_norm,         largest,              exp_minus,      rotate,
 };
 
 }  // namespace edgelora::kernels::avx2

@@ -16,6 +16,7 @@ extern const KernelTable kTable = {
     avx2::dequantize_row,
     avx2::swiglu,
     avx2::rms_norm,
+    avx2::largest,
     avx2::exp_minus,
     avx2::rotate,
 };

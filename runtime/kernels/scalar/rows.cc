@@ -17,6 +17,12 @@ void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, flo
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
+float largest(const float* x, int64_t n) {
+  float most = -HUGE_VALF;
+  for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 float exp_minus(float* x, int64_t n, float most) {
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) {

@@ -7,7 +7,7 @@ namespace edgelora::kernels::scalar {
 const KernelTable kTable = {
     "scalar",         quantize_activations, linear,         linear_float,
     side_branch_down, side_branch_up,       dequantize_row, swiglu,
-    rms_norm,         exp_minus,            rotate,
+    rms_norm,         largest,              exp_minus,      rotate,
 };
 
 }  // namespace edgelora::kernels::scalar
