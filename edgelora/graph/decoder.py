@@ -2,11 +2,11 @@
 
 Read from top to bottom, a token meets embedding, then in each layer qkv_proj of its norm,
 attention, o_proj onto the residual, gate_up_proj of its norm with SwiGLU, down_proj onto the
-residual; at last lm_head of the norm of the rows that `logits_to_keep` names. What of this is one
-node is the flavor's affair.
+residual; at last lm_head of the norm of the rows that `logits_to_keep` names. In flavor `edgelora`
+a layer is one node, unless its parts are in formats that cannot be packed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import TensorProto
@@ -15,7 +15,7 @@ from edgelora.config import ModelConfig
 from edgelora.graph.nodes import Nodes, value
 from edgelora.graph.own_ops import OwnOps
 from edgelora.graph.stock_ops import StockOps
-from edgelora.graph.tensors import Around, AttentionInputs, StoredMatrix, StoredTensor
+from edgelora.graph.tensors import Around, AttentionInputs, LayerPart, StoredMatrix, StoredTensor
 from edgelora.layout import (
     EMBEDDING,
     FINAL_NORM,
@@ -45,8 +45,7 @@ class Decoder:
         self._lengths()
         x = self.ops.embedding(self.nodes, "input_ids", EMBEDDING, self.matrices[EMBEDDING])
         for layer in range(self.config.num_hidden_layers):
-            x = self._attention(x, layer)
-            x = self._mlp(x, layer)
+            x = self._layer(x, layer)
         self._logits(x)
         return self.nodes.model(self._inputs(), self._outputs(), stored)
 
@@ -63,6 +62,41 @@ class Decoder:
         total = add("Squeeze", [total], "mask_length_scalar")
         add("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
 
+    def _layer(self, x: str, layer: int) -> str:
+        """One node, where the flavor has it and all projections are packed."""
+        qkv, o_proj = attention_projections(self.config, layer)
+        gate_up, down = mlp_projections(self.config, layer)
+        packed = all(p.name in self.matrices for p in (qkv, o_proj, gate_up, down))
+        if not packed or not isinstance(self.ops, OwnOps):
+            return self._mlp(self._attention(x, layer), layer)
+        path = f"model.layers.{layer}"
+        after = f"{path}.post_attention_layernorm"
+        parts = {
+            "qkv": self._part(qkv, norm=f"{path}.input_layernorm"),
+            "o": self._part(o_proj),
+            "gate_up": self._part(gate_up, norm=after, activation="swiglu"),
+            "down": self._part(down),
+        }
+        return self.ops.layer(self.nodes, self.config, x, self._cached([], layer), parts)
+
+    def _part(
+        self, projection: Projection, *, norm: str = "", activation: str = "none"
+    ) -> LayerPart:
+        around = self._around(norm=norm, activation=activation)
+        return LayerPart(projection.linears, self.matrices[projection.name], around)
+
+    def _around(self, *, norm: str = "", residual: str = "", activation: str = "none") -> Around:
+        weight = f"{norm}.weight" if norm else ""
+        return Around(weight, self.config.rms_norm_eps, residual, activation)
+
+    def _cached(self, qkv: Sequence[str], layer: int) -> AttentionInputs:
+        return AttentionInputs(
+            path=f"model.layers.{layer}.self_attn",
+            qkv=qkv,
+            past=[f"past_key_values.{layer}.{kind}" for kind in ("key", "value")],
+            present=[f"present.{layer}.{kind}" for kind in ("key", "value")],
+        )
+
     def _project(
         self,
         x: str,
@@ -73,12 +107,7 @@ class Decoder:
         activation: str = "none",
     ) -> list[str]:
         """One value where the projection is packed, else one for each of its linears."""
-        around = Around(
-            norm=f"{norm}.weight" if norm else "",
-            epsilon=self.config.rms_norm_eps,
-            residual=residual,
-            activation=activation,
-        )
+        around = self._around(norm=norm, residual=residual, activation=activation)
         if projection.name in self.matrices:
             parts = {projection.name: projection.linears}
         else:
@@ -93,12 +122,7 @@ class Decoder:
         path = f"model.layers.{layer}"
         qkv_proj, o_proj = attention_projections(self.config, layer)
         qkv = self._project(x, qkv_proj, norm=f"{path}.input_layernorm")
-        inputs = AttentionInputs(
-            qkv=qkv,
-            past=[f"past_key_values.{layer}.{kind}" for kind in ("key", "value")],
-            present=[f"present.{layer}.{kind}" for kind in ("key", "value")],
-        )
-        attended = self.ops.attention(self.nodes, self.config, f"{path}.self_attn", inputs)
+        attended = self.ops.attention(self.nodes, self.config, self._cached(qkv, layer))
         return self._project(attended, o_proj, residual=x)[0]
 
     def _mlp(self, x: str, layer: int) -> str:

@@ -4,7 +4,7 @@ Norm, side branch, SwiGLU and residual are inside `Linear`, rotary embedding and
 `Attention`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from edgelora.config import ModelConfig
 from edgelora.graph.nodes import Nodes, value
-from edgelora.graph.tensors import COS, SIN, Around, AttentionInputs, StoredMatrix
+from edgelora.graph.tensors import COS, SIN, Around, AttentionInputs, LayerPart, StoredMatrix
 from edgelora.layout import Linear
 
 DOMAIN = "edgelora"
@@ -27,7 +27,7 @@ ROLES = (  # operator inputs 2…7, by position
 
 
 class OwnOps:
-    """Operators `Linear`, `Attention`, `Embedding` and `SwiGlu` (ARCHITECTURE.md, "Operators")."""
+    """`Layer`, `Linear`, `Attention`, `Embedding`, `SwiGlu` (ARCHITECTURE.md, "Operators")."""
 
     packs = True  # several linears that read the same row may share a node
 
@@ -47,37 +47,60 @@ class OwnOps:
         """y [batch, sequence, Σ out_features] of the linears packed in `matrix`; half of that
         behind SwiGLU.
         """
-        weights = [matrix.inputs.get(role, "") for role in ROLES]
         return nodes.add(
             "Linear",
-            _trimmed([x, "adapter_ids", *weights, around.norm, around.residual]),
+            _trimmed([x, "adapter_ids", *_part_inputs(matrix, around), around.residual]),
             name,
             domain=DOMAIN,
-            **_attributes(matrix),
-            targets=",".join(linear.target for linear in linears),
-            slices=[linear.out_features for linear in linears],
-            activation=around.activation,
-            epsilon=around.epsilon,
+            **_part_attributes(linears, matrix, around),
         )
 
-    def attention(
-        self, nodes: Nodes, config: ModelConfig, name: str, inputs: AttentionInputs
-    ) -> str:
+    def attention(self, nodes: Nodes, config: ModelConfig, inputs: AttentionInputs) -> str:
         """Attended heads [batch, sequence, num_attention_heads · head_dim]."""
         qkv = [*inputs.qkv, *[""] * (3 - len(inputs.qkv))]
-        norms = [f"{name}.q_norm.weight", f"{name}.k_norm.weight"] if config.qk_norm else []
         return nodes.add(
             "Attention",
-            [*qkv, *inputs.past, "seqlens_k", COS, SIN, *norms],
+            _trimmed([*qkv, *_attention_inputs(config, inputs)]),
+            inputs.path,
+            domain=DOMAIN,
+            outputs=[inputs.path, *inputs.present],
+            **self._attention_attributes(config),
+        )
+
+    def _attention_attributes(self, config: ModelConfig) -> dict[str, Any]:
+        return {
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "local_window_size": config.sliding_window or -1,
+            "epsilon": config.rms_norm_eps,
+            "kv_format": self.kv_format,
+        }
+
+    def layer(
+        self,
+        nodes: Nodes,
+        config: ModelConfig,
+        x: str,
+        inputs: AttentionInputs,
+        parts: Mapping[str, LayerPart],
+    ) -> str:
+        """A whole layer [batch, sequence, hidden_size] of qkv, o, gate_up and down, all packed."""
+        name = inputs.path.removesuffix(".self_attn")
+        values = [x, "adapter_ids", *_attention_inputs(config, inputs)]
+        attributes = self._attention_attributes(config)
+        for prefix in ("qkv", "o", "gate_up", "down"):
+            part = parts[prefix]
+            values += _part_inputs(part.matrix, part.around)
+            of_part = _part_attributes(part.linears, part.matrix, part.around)
+            attributes |= {f"{prefix}_{key}": value for key, value in of_part.items()}
+        return nodes.add(
+            "Layer",
+            _trimmed(values),
             name,
             domain=DOMAIN,
             outputs=[name, *inputs.present],
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            local_window_size=config.sliding_window or -1,
-            epsilon=config.rms_norm_eps,
-            kv_format=self.kv_format,
+            **attributes,
         )
 
     def cache(self, config: ModelConfig, name: str, kind: str, length: str) -> onnx.ValueInfoProto:
@@ -122,6 +145,26 @@ def _attributes(matrix: StoredMatrix) -> dict[str, Any]:
         "in_features": matrix.in_features,
         "out_features": matrix.out_features,
     }
+
+
+def _part_inputs(matrix: StoredMatrix, around: Around) -> list[str]:
+    return [*(matrix.inputs.get(role, "") for role in ROLES), around.norm]
+
+
+def _part_attributes(
+    linears: Sequence[Linear], matrix: StoredMatrix, around: Around
+) -> dict[str, Any]:
+    return _attributes(matrix) | {
+        "targets": ",".join(linear.target for linear in linears),
+        "slices": [linear.out_features for linear in linears],
+        "activation": around.activation,
+        "epsilon": around.epsilon,
+    }
+
+
+def _attention_inputs(config: ModelConfig, inputs: AttentionInputs) -> list[str]:
+    norms = [f"{inputs.path}.{kind}_norm.weight" if config.qk_norm else "" for kind in "qk"]
+    return [*inputs.past, "seqlens_k", COS, SIN, *norms]
 
 
 def _trimmed(inputs: list[str]) -> list[str]:

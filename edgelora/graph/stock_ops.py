@@ -63,10 +63,9 @@ class StockOps:
             )
         return self._normed[around.norm]
 
-    def attention(
-        self, nodes: Nodes, config: ModelConfig, name: str, inputs: AttentionInputs
-    ) -> str:
+    def attention(self, nodes: Nodes, config: ModelConfig, inputs: AttentionInputs) -> str:
         """Attended heads [batch, sequence, num_attention_heads · head_dim]."""
+        name = inputs.path
         q, k, v = inputs.qkv
         if config.qk_norm:
             q, k = (

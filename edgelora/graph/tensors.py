@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgelora.layout import Linear
+
 WEIGHT_FILE = "model.onnx.data"
 COS, SIN = "rotary.cos", "rotary.sin"
 
@@ -46,6 +48,16 @@ class Around:
 class AttentionInputs:
     """Values that meet in attention."""
 
+    path: str  # module path of the attention
     qkv: Sequence[str]  # q ‖ k ‖ v in one value, or three
     past: Sequence[str]  # key, value
     present: Sequence[str]
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """One packed projection of a layer."""
+
+    linears: Sequence[Linear]
+    matrix: StoredMatrix
+    around: Around  # its residual is the layer's affair

@@ -43,8 +43,14 @@ struct Schema {
 
 inline constexpr ONNXTensorElementDataType kFloatOutput[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
 
+// y, present_key, present_value
+inline constexpr ONNXTensorElementDataType kDecoderOutputs[] = {
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+
 extern const Schema kAttentionSchema;
 extern const Schema kEmbeddingSchema;
+extern const Schema kLayerSchema;
 extern const Schema kLinearSchema;
 extern const Schema kSwiGluSchema;
 

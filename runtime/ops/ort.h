@@ -61,10 +61,20 @@ std::optional<Tensor> optional_input(const OrtApi& api, const OrtKernelContext* 
 void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Shape& shape);
 float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);  // the first
 
+// x [batch, sequence, width]; throws Error if it is not.
+Tensor read_rows(const OrtApi& api, const OrtKernelContext* context, size_t index, const char* what,
+                 int64_t width);
+// int64 [batch]; throws Error if it is not.
+Tensor read_adapter_ids(const OrtApi& api, const OrtKernelContext* context, size_t index,
+                        int64_t batch);
+
 // A node as seen at kernel creation.
 class NodeInfo {
  public:
   NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  // A part of the node: attributes by their name behind `prefix`, inputs counted from `first`.
+  NodeInfo part(const char* prefix, size_t first) const;
 
   std::string name() const;
   int64_t integer(const char* attribute) const;
@@ -82,8 +92,12 @@ class NodeInfo {
   const float* floats(size_t index, const char* what, int64_t size) const;
 
  private:
+  std::string attribute_name(const char* name) const { return prefix_ + name; }
+
   const OrtApi& api_;
   const OrtKernelInfo* info_;
+  std::string prefix_;  // of attributes
+  size_t first_ = 0;    // input
 };
 
 }  // namespace edgelora::ops

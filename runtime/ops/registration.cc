@@ -30,8 +30,9 @@ struct Registration {
 
   ops::Crews crews;
   ops::Shared shared;
-  ops::Operator operators[4] = {{ops::kAttentionSchema, shared},
+  ops::Operator operators[5] = {{ops::kAttentionSchema, shared},
                                 {ops::kEmbeddingSchema, shared},
+                                {ops::kLayerSchema, shared},
                                 {ops::kLinearSchema, shared},
                                 {ops::kSwiGluSchema, shared}};
   OrtCustomOpDomain* domain = nullptr;
