@@ -54,6 +54,16 @@ struct Factors {
   const void* b;  // [panels of the slice, rank, 16]
 };
 
+// A factor pair rounded to int8: half the bytes that a decoded token streams.
+struct PackedFactors {
+  int64_t rank;           // 1…kMostPackedRank
+  Weights a;              // kInt8 [rank, K], block_size 32
+  const int8_t* b;        // [panels, ⌈rank/2⌉, 16, 2]: column 2q + j of row 16p + i at [p, q, i, j]
+  const float* b_scales;  // [panels, 16], of each row
+};
+
+inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32767
+
 // The functions of one ISA.
 struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avx512_vnni"…
@@ -81,6 +91,11 @@ struct KernelTable {
   // points to the slice's first row; rows ≥ out_features of the slice are not touched.
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
+
+  // As side_branch_up, of int8 b: y[16p + i] += t_scale · b_scale · Σ_r b[p, r, i] · t[r], the sum an
+  // exact integer. t [2·⌈rank/2⌉], a surplus one is 0.
+  void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features, const int16_t* t,
+                              float t_scale, int64_t panel_begin, int64_t panel_end, float* y);
 
   // One row of W as float32 [K] (embedding lookup).
   void (*dequantize_row)(const Weights& weights, int64_t row, float* out);

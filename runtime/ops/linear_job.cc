@@ -1,6 +1,9 @@
 #include "ops/linear_job.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <new>
 
 #include "ops/scratch.h"
@@ -22,6 +25,28 @@ constexpr int64_t kTileRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// t [rank] → int16 [2·⌈rank/2⌉] in its place, half to even; returns the scale, NaN if a t is not finite.
+float quantize_t(float* t, int64_t rank) {
+  float most = 0.0f;
+  bool finite = true;
+  for (int64_t r = 0; r < rank; ++r) {
+    const float size = std::fabs(t[r]);
+    finite = finite && size <= std::numeric_limits<float>::max();
+    most = std::max(most, size);
+  }
+  const bool none = !finite || most < 0x1p-100f;  // too small to divide by, and to matter
+  const float inverse = none ? 0.0f : 32767.0f / most;
+  auto* codes = reinterpret_cast<char*>(t);
+  for (int64_t r = 0; r < rank + rank % 2; ++r) {
+    // Adding 1.5·2^23 leaves the rounded integer in the lowest bits.
+    const float shifted = (none || r == rank ? 0.0f : t[r] * inverse) + 0x1.8p23f;
+    const auto code = static_cast<int16_t>(shifted - 0x1.8p23f);
+    std::memcpy(codes + 2 * r, &code, sizeof code);  // never beyond t[r]
+  }
+  if (!finite) return std::numeric_limits<float>::quiet_NaN();
+  return none ? 0.0f : most / 32767.0f;
+}
 
 }  // namespace
 
@@ -116,16 +141,45 @@ void LinearJob::prepare_rows(int64_t begin, int64_t end) {
   }
 }
 
+// Neighbouring rows of one sequence have one adapter.
 void LinearJob::down(int64_t slice, int64_t row_begin, int64_t row_end) {
-  for (int64_t m = row_begin; m < row_end; ++m) {
+  for (int64_t m = row_begin; m < row_end;) {
     const NodeAdapter* adapter = of_row(m);
-    if (adapter == nullptr) continue;
-    float* t = t_ + m * call_.adapters->t_size();
-    for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
-      call_.kernels->side_branch_down(branch.factors, weights_.in_features, branch.weight,
-                                      input_row(m), t + branch.offset);
+    const int64_t next = (m / call_.sequence_length + 1) * call_.sequence_length;
+    const int64_t end = std::min(row_end, next);
+    if (adapter != nullptr) {
+      for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
+        is_packed(branch) ? down_packed(branch, m, end) : down_branch(branch, m, end);
+      }
     }
+    m = end;
   }
+}
+
+void LinearJob::down_branch(const Branch& branch, int64_t row_begin, int64_t row_end) {
+  for (int64_t m = row_begin; m < row_end; ++m) {
+    call_.kernels->side_branch_down(branch.factors, weights_.in_features, branch.weight,
+                                    input_row(m), t_of(branch, m));
+  }
+}
+
+// t = A·x of the rows, then each row's as int16 in its own place.
+void LinearJob::down_packed(const Branch& branch, int64_t row_begin, int64_t row_end) {
+  const kernels::PackedFactors& factors = *branch.packed;
+  void* worker = scratch(ScratchUse::kWorker, kernels::linear_scratch_bytes(factors.a));
+  if (worker == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
+  float* t = t_of(branch, row_begin) + 1;
+  call_.kernels->linear(factors.a, quantized(row_begin, row_end), 0,
+                        ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(), worker);
+  for (int64_t m = row_begin; m < row_end; ++m) {
+    float* scale = t_of(branch, m);
+    *scale = branch.weight * quantize_t(scale + 1, factors.rank);
+  }
+}
+
+kernels::Activations LinearJob::quantized(int64_t row_begin, int64_t row_end) const {
+  const int64_t block = row_begin * ceil_div(weights_.in_features, kBlock);
+  return {row_end - row_begin, codes_ + block * kBlock, scales_ + block, sums_ + block};
 }
 
 // Scratch of `linear`; with SwiGLU gate and up of a tile behind it.
@@ -177,10 +231,8 @@ void LinearJob::product(const Tile& tile, const Target& target, void* worker) {
     call_.kernels->linear_float(weights_, input_row(tile.row_begin), rows, tile.panel_begin,
                                 tile.panel_end, target.y, target.stride, worker);
   } else {
-    const int64_t block = tile.row_begin * ceil_div(weights_.in_features, kBlock);
-    const kernels::Activations x{rows, codes_ + block * kBlock, scales_ + block, sums_ + block};
-    call_.kernels->linear(weights_, x, tile.panel_begin, tile.panel_end, target.y, target.stride,
-                          worker);
+    call_.kernels->linear(weights_, quantized(tile.row_begin, tile.row_end), tile.panel_begin,
+                          tile.panel_end, target.y, target.stride, worker);
   }
   if (call_.adapters->t_size() > 0) {
     downs_.wait();
@@ -208,11 +260,17 @@ void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
     const NodeAdapter* adapter = of_row(m);
     if (adapter == nullptr) continue;
-    const float* t = t_ + m * call_.adapters->t_size();
     float* y = target.y + (m - tile.row_begin) * target.stride + slice_row;
     for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
-      call_.kernels->side_branch_up(branch.factors, weights_.slices[slice], t + branch.offset,
-                                    tile.panel_begin - first, tile.panel_end - first, y);
+      const float* t = t_of(branch, m);
+      if (is_packed(branch)) {
+        const auto* codes = reinterpret_cast<const int16_t*>(t + 1);
+        call_.kernels->side_branch_up_int8(*branch.packed, weights_.slices[slice], codes, *t,
+                                           tile.panel_begin - first, tile.panel_end - first, y);
+      } else {
+        call_.kernels->side_branch_up(branch.factors, weights_.slices[slice], t,
+                                      tile.panel_begin - first, tile.panel_end - first, y);
+      }
     }
   }
 }

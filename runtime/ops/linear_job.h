@@ -68,6 +68,12 @@ class LinearJob {
   void take_scratch();
   void prepare_rows(int64_t begin, int64_t end);
   void down(int64_t slice, int64_t row_begin, int64_t row_end);
+  void down_branch(const Branch& branch, int64_t row_begin, int64_t row_end);
+  void down_packed(const Branch& branch, int64_t row_begin, int64_t row_end);
+  bool is_packed(const Branch& branch) const { return branch.packed != nullptr && !call_.exact; }
+  float* t_of(const Branch& branch, int64_t row) const {
+    return t_ + row * call_.adapters->t_size() + branch.offset;
+  }
   void panels(int64_t begin, int64_t end);
   void plain_tile(const Tile& tile, void* worker);
   void swiglu_tile(const Tile& tile, void* worker);
@@ -76,6 +82,7 @@ class LinearJob {
   void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target);
   void add_bias(const Tile& tile, const Target& target);
   void add_residual(const Tile& tile);
+  kernels::Activations quantized(int64_t row_begin, int64_t row_end) const;
   int64_t worker_bytes(int64_t panels) const;
   int64_t tile_rows() const;
   int64_t columns() const;  // of y
@@ -97,7 +104,7 @@ class LinearJob {
   int8_t* codes_ = nullptr;    // [M, Kp]
   float* scales_ = nullptr;    // [M, Kp/32]
   int32_t* sums_ = nullptr;    // [M, Kp/32]
-  float* t_ = nullptr;         // [M, t_size]
+  float* t_ = nullptr;         // [M, t_size], of row_adapters.h
   Stage prepared_;
   Stage downs_;
   std::atomic<bool> out_of_memory_{false};
