@@ -58,8 +58,9 @@ struct Factors {
 struct PackedFactors {
   int64_t rank;           // 1…kMostPackedRank
   Weights a;              // kInt8 [rank, K], block_size 32
-  const int8_t* b;        // [panels, ⌈rank/2⌉, 16, 2]: column 2q + j of row 16p + i at [p, q, i, j]
-  const float* b_scales;  // [panels, 16], of each row
+  // For each panel 32 + 32·⌈rank/2⌉ bytes: the scales of its rows, float16 [16]; int8 [⌈rank/2⌉, 16, 2],
+  // column 2q + j of row i at [q, i, j].
+  const uint8_t* b;
 };
 
 inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32767

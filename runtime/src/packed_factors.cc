@@ -28,7 +28,6 @@ PackedFactors::PackedFactors(const kernels::Factors& factors, int64_t in_feature
   pack_b(factors, ceil_div(out_features, kPanel));
   view_.rank = factors.rank;
   view_.b = b_.data();
-  view_.b_scales = b_scales_.data();
 }
 
 void PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) {
@@ -61,9 +60,8 @@ void PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features)
 }
 
 void PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
-  b_.resize(static_cast<size_t>(panels * pairs * kPanel * 2));
-  b_scales_.resize(static_cast<size_t>(panels * kPanel));
+  const int64_t stride = 32 * (1 + ceil_div(factors.rank, 2));  // bytes of a panel
+  b_.resize(static_cast<size_t>(panels * stride));
   for (int64_t row = 0; row < panels * kPanel; ++row) {
     const int64_t panel = row / kPanel, i = row % kPanel;
     const auto value = [&](int64_t r) {
@@ -71,12 +69,14 @@ void PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
     };
     float most = 0.0f;
     for (int64_t r = 0; r < factors.rank; ++r) most = std::max(most, std::fabs(value(r)));
-    const kernels::BlockScale scale = kernels::block_scale_of(most, true);
-    b_scales_[static_cast<size_t>(row)] = scale.scale;
-    int8_t* to = b_.data() + (panel * pairs * kPanel + i) * 2;
+    const uint16_t scale = kernels::float_to_half(most / 127.0f);
+    const float step = kernels::half_to_float(scale);
+    const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    uint8_t* to = b_.data() + panel * stride;
+    std::memcpy(to + 2 * i, &scale, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
-      to[r / 2 * 2 * kPanel + r % 2] =
-          static_cast<int8_t>(std::nearbyint(value(r) * scale.inverse));
+      const float code = std::clamp(std::nearbyint(value(r) * inverse), -127.0f, 127.0f);
+      to[32 + r / 2 * 32 + 2 * i + r % 2] = static_cast<uint8_t>(static_cast<int8_t>(code));
     }
   }
 }

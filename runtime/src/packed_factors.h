@@ -24,8 +24,7 @@ class PackedFactors {
 
   std::vector<int8_t> a_codes_;     // [P, Kp/4, 64], P panels of the rank
   std::vector<uint16_t> a_scales_;  // float16 [P, Kp/32, 16]
-  std::vector<int8_t> b_;
-  std::vector<float> b_scales_;
+  std::vector<uint8_t> b_;
   kernels::PackedFactors view_{};
 };
 

@@ -60,11 +60,12 @@ void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, con
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
     for (int64_t i = 0; i < rows; ++i) {
-      const int8_t* b = factors.b + (p * pairs * kPanelRows + i) * 2;
+      const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
+      const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 2 * i;
       int32_t sum = 0;
       for (int64_t r = 0; r < 2 * pairs; ++r) sum += b[r / 2 * 32 + r % 2] * t[r];
       y[p * kPanelRows + i] +=
-          static_cast<float>(sum) * factors.b_scales[p * kPanelRows + i] * t_scale;
+          static_cast<float>(sum) * half_to_float(load_u16(panel, i)) * t_scale;
     }
   }
 }
