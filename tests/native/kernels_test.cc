@@ -49,6 +49,7 @@ constexpr Family kFamilies[] = {
     {"dequantize_row", test_dequantize_row},
     {"quantize_activations", test_quantize_activations},
     {"side branch", test_side_branch},
+    {"side branch in int8", test_packed_factors},
     {"swiglu", test_swiglu},
 };
 

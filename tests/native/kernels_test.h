@@ -22,6 +22,7 @@ void test_linear_float(const std::vector<TestedIsa>& isas);
 void test_dequantize_row(const std::vector<TestedIsa>& isas);
 void test_quantize_activations(const std::vector<TestedIsa>& isas);
 void test_side_branch(const std::vector<TestedIsa>& isas);
+void test_packed_factors(const std::vector<TestedIsa>& isas);
 void test_swiglu(const std::vector<TestedIsa>& isas);
 void test_selection(const std::vector<TestedIsa>& isas);
 
