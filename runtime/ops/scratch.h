@@ -5,7 +5,7 @@
 
 namespace edgelora::ops {
 
-// The calling thread also works as one of the pool's: its two uses must not share memory.
+// The calling thread also works as one of the crew's: its two uses must not share memory.
 enum class ScratchUse { kCall, kWorker };
 
 // At least `bytes`, 64-byte aligned, contents undefined; valid until the thread asks again for the
