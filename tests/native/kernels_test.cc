@@ -50,6 +50,9 @@ constexpr Family kFamilies[] = {
     {"quantize_activations", test_quantize_activations},
     {"side branch", test_side_branch},
     {"swiglu", test_swiglu},
+    {"rms_norm", test_rms_norm},
+    {"exp_minus", test_exp_minus},
+    {"rotate", test_rotate},
 };
 
 }  // namespace
