@@ -190,7 +190,7 @@ void test_exact_attention_equals_sums_in_double(int64_t threads, int64_t window)
     decoding.remember(qkv, count);
     const std::string what = "threads " + std::to_string(threads) + ", window " +
                              std::to_string(window) + ", rows " + std::to_string(count);
-    if (count < 500 || threads == 4) decoding.check_rows(qkv, count, y, what);
+    if (count < 500 || (threads == 4 && window == 600)) decoding.check_rows(qkv, count, y, what);
     decoding.past[0] += count;
     decoding.past[1] += seed == 2 ? count / 2 : count;  // as if the rest were padding
   }
