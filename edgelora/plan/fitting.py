@@ -39,7 +39,7 @@ class Fitting:
     def room(self, plan: Plan) -> int:
         """Positions of kv_cache that fit beside weights and adapters."""
         held = plan_sizes(self.config, plan, self.base).held
-        position = kv_bytes_per_position(self.config)
+        position = kv_bytes_per_position(self.config, plan)
         return max_context(self.profile, held, position, OVERHEAD_BYTES)
 
     @property

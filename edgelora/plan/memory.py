@@ -112,9 +112,19 @@ def adapter_bytes(config: ModelConfig, plan: Plan, ranks: Mapping[str, int]) -> 
     return numbers * (2 if is_half else 4)
 
 
-def kv_bytes_per_position(config: ModelConfig) -> int:
-    """Keys and values of one position in float32."""
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+def kv_bytes_per_position(config: ModelConfig, plan: Plan) -> int:
+    """Keys and values of one position in all layers: ARCHITECTURE.md, "The kv_cache"; float32 in
+    flavor ort.
+    """
+    d = config.head_dim
+    key, value = _round_up(d, _K_STEP), _round_up(d, PANEL_ROWS)
+    if plan.flavor == "ort":
+        row = 2 * 4 * d
+    elif plan.format == "float":
+        row = 4 * d + 4 * value
+    else:
+        row = key + key // _K_STEP * 2 + value + 4  # int8 codes, float16 and float32 scales
+    return config.num_hidden_layers * config.num_key_value_heads * row
 
 
 def _ceil_div(count: int, size: int) -> int:

@@ -295,16 +295,22 @@ void AttentionJob::soften_row(float* scores, int64_t first, int64_t last, int64_
 // out += softmax · values of the chunk
 void AttentionJob::add_values(const Part& part, int64_t begin, int64_t end, const Buffers& buffers,
                               const Softmax& softmax) const {
-  const kernels::Weights weights = values(part.sequence, part.kv_head).weights(begin, end);
+  const ValueRows all = values(part.sequence, part.kv_head);
   const int64_t d = node_.head_dim, panels = ceil_div(d, kPanel), rows = rows_of(part);
   if (call_.layout.exact()) {
     for (int64_t r = 0; r < rows; ++r) {
-      call_.kernels->linear_float(weights, buffers.scores + r * kAttentionChunk, 1, 0, panels,
-                                  buffers.products + r * d, d, buffers.linear);
+      // No position behind the row: 0 times what is no number would be none.
+      const int64_t seen = std::clamp(position_of(part, r) + 1, begin, end);
+      float* product = buffers.products + r * d;
+      std::fill_n(product, d, 0.0f);
+      if (seen == begin) continue;
+      call_.kernels->linear_float(all.weights(begin, seen), buffers.scores + r * kAttentionChunk, 1,
+                                  0, panels, product, d, buffers.linear);
     }
   } else {
     const kernels::Activations x{rows, buffers.codes, buffers.scales, buffers.sums};
-    call_.kernels->linear(weights, x, 0, panels, buffers.products, d, buffers.linear);
+    call_.kernels->linear(all.weights(begin, end), x, 0, panels, buffers.products, d,
+                          buffers.linear);
   }
   for (int64_t i = 0; i < rows * d; ++i) softmax.out[i] += buffers.products[i];
 }

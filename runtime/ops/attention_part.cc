@@ -117,8 +117,12 @@ const std::vector<int64_t>& AttentionPart::read_past(const OrtKernelContext* con
   past.resize(static_cast<size_t>(run.batch));
   for (size_t i = 0; i < past.size(); ++i) {
     const int64_t positions = int64_t{static_cast<const int32_t*>(last.data)[i]} + 1;
+    if (positions < 0) {
+      throw Error(EDGELORA_INVALID_ARGUMENT,
+                  "last position is " + std::to_string(positions - 1) + ", expected −1 or more");
+    }
     past[i] = std::max<int64_t>(0, positions - run.sequence);
-    if (positions >= 0 && past[i] + run.sequence <= node_.positions) continue;
+    if (past[i] + run.sequence <= node_.positions) continue;
     throw Error(EDGELORA_INVALID_ARGUMENT,
                 "position " + std::to_string(past[i] + run.sequence) +
                     " is beyond the context of " + std::to_string(node_.positions));

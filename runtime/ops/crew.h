@@ -1,8 +1,8 @@
 // Threads that share one call's work with the caller: numbered tickets, handed out in order, each run once.
 //
 // Why not ORT's own pool: a hand-over there costs a decode step several microseconds and allocates;
-// a step makes 150 of them (ARCHITECTURE.md has the figures). Here it is one atomic store, seen by helpers
-// that still spin from the call before.
+// a step makes 150 of them. Here it is one atomic store, seen by helpers that still spin from the call
+// before.
 #pragma once
 
 #include <atomic>

@@ -27,7 +27,7 @@ struct LinearCall {
   bool exact;  // float32 activations
   int64_t panels;
   const float* x;           // [rows, K]
-  const float* residual;    // [rows, columns of y] or null; may be y
+  const float* residual;    // [rows, columns of y] or null; not y, which the products overwrite
   float* y;                 // [rows, N]; kSwiGlu: [rows, N / 2]
   int64_t rows;             // M
   int64_t sequence_length;  // row m belongs to sequence m / sequence_length

@@ -33,8 +33,8 @@ class Buffer {
   int64_t capacity_ = 0;  // bytes
 };
 
-// A global by need: the pool's threads belong to ONNX Runtime, which hands us no place to keep
-// memory for each of them, and a decode step makes hundreds of calls that must not allocate.
+// A global by need: whoever runs the session calls us on a thread of its own, with no place to keep
+// memory for it, and a decode step makes hundreds of calls that must not allocate.
 thread_local Buffer buffers[3];  // by use
 
 }  // namespace

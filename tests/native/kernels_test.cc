@@ -51,6 +51,9 @@ constexpr Family kFamilies[] = {
     {"side branch", test_side_branch},
     {"side branch in int8", test_packed_factors},
     {"swiglu", test_swiglu},
+    {"rms_norm", test_rms_norm},
+    {"exp_minus", test_exp_minus},
+    {"rotate", test_rotate},
 };
 
 }  // namespace

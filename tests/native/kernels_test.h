@@ -24,6 +24,9 @@ void test_quantize_activations(const std::vector<TestedIsa>& isas);
 void test_side_branch(const std::vector<TestedIsa>& isas);
 void test_packed_factors(const std::vector<TestedIsa>& isas);
 void test_swiglu(const std::vector<TestedIsa>& isas);
+void test_rms_norm(const std::vector<TestedIsa>& isas);
+void test_exp_minus(const std::vector<TestedIsa>& isas);
+void test_rotate(const std::vector<TestedIsa>& isas);
 void test_selection(const std::vector<TestedIsa>& isas);
 
 }  // namespace edgelora::kernels::test
