@@ -1,7 +1,12 @@
 // Tests of every kernel of every ISA that runs here, against references written from the formulas.
+//
+//   kernels_test [ISA [N]]    ISA: the one that must be this machine's best
+//                             N: one in N of the shapes of each format, for slow emulators
 #include "kernels_test.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/features.h"
@@ -59,10 +64,12 @@ constexpr Family kFamilies[] = {
 }  // namespace
 }  // namespace edgelora::kernels::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace edgelora::kernels::test;
   const std::vector<TestedIsa> isas = isas_of_this_machine();
   for (const TestedIsa& isa : isas) std::printf("tested: %s\n", isa.name.c_str());
+  if (argc > 1) KERNELS_CHECK(isas[0].name == argv[1], "the best ISA is %s", isas[0].name.c_str());
+  if (argc > 2) one_shape_in() = static_cast<size_t>(std::max(1, std::atoi(argv[2])));
   for (const Family& family : kFamilies) {
     const Counts before = counts();
     family.run(isas);

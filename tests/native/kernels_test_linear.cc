@@ -177,17 +177,16 @@ void for_each_width(Format format, Body body) {
   }
 }
 
-// Every N with M in turn, and every M with N in turn.
+// Every N with M in turn, and every M with N in turn; of these, one_shape_in().
 template <class Body>
 void for_each_shape(Format format, Body body) {
   size_t turn = 0;
   for_each_width(format, [&](int64_t features, int64_t block) {
-    for (int64_t columns : kColumns) {
-      body(Shape{format, features, {columns}, block}, kRows[turn++ % std::size(kRows)]);
-    }
-    for (int64_t rows : kRows) {
-      body(Shape{format, features, {kColumns[turn++ % std::size(kColumns)]}, block}, rows);
-    }
+    const auto check = [&](int64_t columns, int64_t rows) {
+      if (turn++ % one_shape_in() == 0) body(Shape{format, features, {columns}, block}, rows);
+    };
+    for (int64_t columns : kColumns) check(columns, kRows[turn % std::size(kRows)]);
+    for (int64_t rows : kRows) check(kColumns[turn % std::size(kColumns)], rows);
   });
 }
 
