@@ -21,6 +21,10 @@ struct Weights {
   int64_t out_features;    // N
   int64_t block_size;      // 32, 64 or 128 (nf4: 64)
   const void* codes;       // kFloat: float32 weights
+  // Where panels have room for more K than in_features (a cache that grows along K): bytes of codes
+  // and blocks of scales, zero points or offsets from one panel to the next. 0: tightly packed.
+  int64_t panel_stride;
+  int64_t block_stride;
   const uint16_t* scales;  // float16 [P, blocks, 16]; null for kFloat and kNf4
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;

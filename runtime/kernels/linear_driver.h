@@ -108,7 +108,7 @@ inline const float* scaled_absmax(const Weights& weights, int64_t panel, void* s
 
 // Of everything but absmax, which is decoded only where it is used.
 inline PanelView panel_view(const Weights& weights, int64_t panel) {
-  const int64_t first = panel * scale_blocks(weights);
+  const int64_t first = first_scale_block(weights, panel);
   PanelView view{};
   view.codes = panel_codes(weights, panel);
   view.blocks = activation_blocks(weights.in_features);

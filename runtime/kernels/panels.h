@@ -47,7 +47,8 @@ inline int64_t panel_code_bytes(const Weights& weights) {
 }
 
 inline const uint8_t* panel_codes(const Weights& weights, int64_t panel) {
-  return static_cast<const uint8_t*>(weights.codes) + panel * panel_code_bytes(weights);
+  return static_cast<const uint8_t*>(weights.codes) +
+         panel * (weights.panel_stride != 0 ? weights.panel_stride : panel_code_bytes(weights));
 }
 
 // nf4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only when
@@ -60,6 +61,11 @@ inline int64_t scale_block_size(const Weights& weights) {
 
 inline int64_t scale_blocks(const Weights& weights) {
   return ceil_div(weights.in_features, scale_block_size(weights));
+}
+
+// The first block of a panel's scales, zero points and offsets; not of nf4's absmax.
+inline int64_t first_scale_block(const Weights& weights, int64_t panel) {
+  return panel * (weights.block_stride != 0 ? weights.block_stride : scale_blocks(weights));
 }
 
 // Rows of the nf4 slice that a panel belongs to, and where that slice's absmax starts.

@@ -109,6 +109,8 @@ class Linear {
                  shape.out_features,
                  kind.block_size,
                  nullptr,
+                 0,
+                 0,
                  nullptr,
                  nullptr,
                  nullptr,

@@ -43,6 +43,7 @@ constexpr Family kFamilies[] = {
     {"linear: formats, blocks, shapes", test_linear},
     {"linear: saturated codes", test_linear_saturated},
     {"linear: panel ranges", test_linear_panel_ranges},
+    {"linear: room between panels", test_linear_room},
     {"linear: NaN and Inf", test_linear_not_a_number},
     {"linear_float: formats, blocks, shapes", test_linear_float},
     {"dequantize_row", test_dequantize_row},

@@ -16,6 +16,7 @@ struct TestedIsa {
 void test_linear(const std::vector<TestedIsa>& isas);
 void test_linear_saturated(const std::vector<TestedIsa>& isas);
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas);
+void test_linear_room(const std::vector<TestedIsa>& isas);
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas);
 void test_linear_float(const std::vector<TestedIsa>& isas);
 void test_dequantize_row(const std::vector<TestedIsa>& isas);

@@ -144,6 +144,22 @@ void check_linear_float(const std::vector<TestedIsa>& isas, const Shape& shape, 
   }
 }
 
+void check_dequantize_row(const std::vector<TestedIsa>& isas, const Shape& shape) {
+  const Matrix w(shape, Fill::kRandom, 3);
+  for (const TestedIsa& isa : isas) {
+    for (int64_t n = 0; n < shape.out_features(); ++n) {
+      GuardedBytes out(static_cast<size_t>(shape.in_features * 4));
+      isa.table->dequantize_row(w.packed(), n, out.as<float>());
+      bool equal = true;
+      for (int64_t k = 0; k < shape.in_features; ++k) {
+        equal = equal && out.as<float>()[k] == w.weight(n, k);
+      }
+      KERNELS_CHECK(equal, "%s dequantize_row %s row %lld", isa.name.c_str(), shape.name().c_str(),
+                    static_cast<long long>(n));
+    }
+  }
+}
+
 constexpr Format kIntegerFormats[] = {Format::kInt4, Format::kInt4ZeroPoints, Format::kInt4Offsets,
                                       Format::kInt8, Format::kNf4};
 constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70};
@@ -234,6 +250,21 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
   }
 }
 
+// Panels with room for more K, as those of a cache that grows along K.
+void test_linear_room(const std::vector<TestedIsa>& isas) {
+  for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+    for_each_width(format, [&](int64_t features, int64_t block) {
+      const Shape shape{format, features, {49}, block, 256};
+      for (int64_t rows : {1, 3, 18}) {
+        if (format != Format::kFloat) check_linear(isas, shape, rows, Fill::kPowers);
+        check_linear_float(isas, shape, rows);
+      }
+      check_dequantize_row(isas, shape);
+    });
+  }
+}
+
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
   const float kInf = HUGE_VALF, kNan = std::nanf("");
   for (const TestedIsa& isa : isas) {
@@ -272,19 +303,7 @@ void test_dequantize_row(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
                         Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
     for_each_width(format, [&](int64_t features, int64_t block) {
-      const Matrix w({format, features, {16, 19}, block}, Fill::kRandom, 3);
-      for (const TestedIsa& isa : isas) {
-        for (int64_t n = 0; n < 35; ++n) {
-          GuardedBytes out(static_cast<size_t>(features * 4));
-          isa.table->dequantize_row(w.packed(), n, out.as<float>());
-          bool equal = true;
-          for (int64_t k = 0; k < features; ++k) {
-            equal = equal && out.as<float>()[k] == w.weight(n, k);
-          }
-          KERNELS_CHECK(equal, "%s dequantize_row %s row %lld", isa.name.c_str(),
-                        w.shape().name().c_str(), static_cast<long long>(n));
-        }
-      }
+      check_dequantize_row(isas, {format, features, {16, 19}, block});
     });
   }
 }
