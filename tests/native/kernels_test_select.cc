@@ -25,7 +25,8 @@ constexpr Device kDevices[] = {
     {"Zen 3", kHaswell, "avx2"},
     {"Skylake server (AVX-512 without VNNI)", kSkylakeServer, "avx2"},
     {"Cascade Lake", kSkylakeServer | kAvx512vnni, "avx512_vnni"},
-    {"Zen 5", kSkylakeServer | kAvx512vnni, "avx512_vnni"},
+    {"Zen 5", kSkylakeServer | kAvx512vnni | kAvxVnni, "avx512_vnni"},
+    {"Alder Lake", kHaswell | kAvxVnni, "avx_vnni"},
     {"VNNI, but the OS saves no zmm", kHaswell, "avx2"},
 };
 
@@ -44,6 +45,7 @@ void test_selection(const std::vector<TestedIsa>& isas) {
   KERNELS_CHECK(select_kernels(~Features{0}, "avx3") == nullptr, "unknown name");
   KERNELS_CHECK(select_kernels(~Features{0}, "") == nullptr, "empty name");
   KERNELS_CHECK(select_kernels(kHaswell, "avx512_vnni") == nullptr, "features lack it");
+  KERNELS_CHECK(select_kernels(kHaswell, "avx_vnni") == nullptr, "features lack it");
   KERNELS_CHECK(select_kernels(kAvx2, "avx2") == nullptr, "features lack FMA");
   KERNELS_CHECK(isa_name(-1) == nullptr && !isa_supported(-1, ~Features{0}), "before the first");
   int count = 0;
