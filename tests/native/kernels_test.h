@@ -11,6 +11,7 @@ namespace edgelora::kernels::test {
 struct TestedIsa {
   std::string name;
   const KernelTable* table;
+  bool levels;  // its `linear` takes seven-bit levels for nf4's values, not bytes
 };
 
 void test_linear(const std::vector<TestedIsa>& isas);
