@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from edgelora.config import ModelConfig
 from edgelora.layout import EMBEDDING, PANEL_ROWS, Projection, projections, targets
-from edgelora.plan.decisions import Kind, Plan, kind_of
+from edgelora.plan.decisions import Kind, Plan, kind_of, shares_head
 from edgelora.plan.inventory import Inventory
 
 OVERHEAD_BYTES = 60 * 10**6  # runtime, graph and activations beside weights and kv_cache
@@ -36,7 +36,7 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
     *inner, head = projections(config)
     linears = sum(_projection_bytes(projection, plan, base) for projection in inner)
     embedding = embedding_bytes(config, plan, base)
-    shared = config.tie_word_embeddings and not _head_is_merged(plan, base)
+    shared = shares_head(config, plan, base)
     head_bytes = embedding if shared else _projection_bytes(head, plan, base)
     side = {} if plan.mode == "merge" else base.adapters
     adapters = [adapter_bytes(config, plan, ranks) for ranks in side.values()]
@@ -46,10 +46,6 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
         adapters=sum(adapters),
         largest_adapter=max(adapters, default=0),
     )
-
-
-def _head_is_merged(plan: Plan, base: Inventory) -> bool:
-    return plan.mode == "merge" and "lm_head" in base.changed
 
 
 def embedding_bytes(config: ModelConfig, plan: Plan, base: Inventory) -> int:
