@@ -360,7 +360,7 @@ def cache_of(*shape: int) -> NDArray[np.uint8]:
     [
         ({"q": zeros(1, 1, 127)}, "q is [1, 1, 127], expected [batch, sequence, 128]"),
         ({"v": zeros(1, 1, 32)}, "v is [1, 1, 32], expected [batch, sequence, 64]"),
-        ({"k": zeros(1, 2, 64)}, "k or v is [1, 2, 64], q is [1, 1, 128]"),
+        ({"k": zeros(1, 2, 64)}, "k is [1, 2, 64], q is [1, 1, 128]"),
         ({"past_key": cache_of(1, 2, 32, 128)},
          "the kv_cache is [1, 2, 32, 128], expected [1, 2, a multiple of 32 ≥ 5, 34]"),
         ({"past_value": cache_of(1, 2, 32, 128)}, "expected [1, 2, a multiple of 32 ≥ 5, 36]"),

@@ -48,11 +48,10 @@ def needed(config: ModelConfig, made: Plan, base: Inventory, positions: int, **c
 
 
 def test_small_device_gets_the_context_that_fits() -> None:
-    made = plan(device="raspberry-pi-zero-2w")
-    used = needed(SMALL, made, NOTHING, made.context_length)
-    assert used <= load_profile("raspberry-pi-zero-2w").usable_memory_bytes
-    assert made.context_length % 256 == 0
-    assert "raspberry-pi-zero-2w" in made.reasons["context_length"]
+    usable = needed(SMALL, plan(), NOTHING, 1200)
+    made = on(usable, SMALL, NOTHING)
+    assert made.context_length == 1024  # of 1200 positions, in steps of 256
+    assert "pixel-8" in made.reasons["context_length"]
 
 
 def test_base_too_large_for_the_device_is_refused() -> None:
