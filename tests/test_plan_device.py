@@ -48,8 +48,8 @@ def needed(config: ModelConfig, made: Plan, base: Inventory, positions: int, **c
 
 
 def test_small_device_gets_the_context_that_fits() -> None:
-    usable = needed(SMALL, plan(), NOTHING, 1200)
-    made = on(usable, SMALL, NOTHING)
+    usable = needed(SMALL, plan(block_size=128), NOTHING, 1200)
+    made = on(usable, SMALL, NOTHING, block_size=128)
     assert made.context_length == 1024  # of 1200 positions, in steps of 256
     assert "pixel-8" in made.reasons["context_length"]
 
