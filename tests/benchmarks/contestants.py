@@ -7,13 +7,12 @@ decode behind it, batch 1.
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.folder import GGUF_RANKS, RANKS, Peers, offline
+from benchmarks.folder import GGUF_RANKS, OURSELVES, RANKS, Peers, offline
 
 PROGRAMS = Path(__file__).parent
 OURS = "EdgeLoRA"
@@ -35,16 +34,13 @@ Command = Sequence[object]
 
 @dataclass(frozen=True)
 class Contestant:
-    """weights: the files that decode streams, the base's first; it takes part when all exist.
-    unread_bytes: of them, what decode does not stream.
-    """
+    """weights: the files that decode streams, the base's first; it takes part when all exist."""
 
     name: str
     weights: tuple[Path, ...]
     command: Callable[[Load], Command]
     parse: Callable[[str], Rates]
     version: Callable[[], str]
-    unread_bytes: int = 0
 
     @property
     def ready(self) -> bool:
@@ -57,7 +53,7 @@ class Contestant:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.weights) - self.unread_bytes
+        return sum(path.stat().st_size for path in self.weights)
 
     def measure(self, load: Load) -> Rates:
         """Runs the command. Raises RuntimeError with the end of what it said if it fails."""
@@ -111,7 +107,7 @@ def edgelora(name: str, bundle: Path, *, rank: int | None = None, load: bool = F
         weights.append(bundle / "adapters" / f"rank{rank}" / "adapter.safetensors")
 
     def command(load: Load) -> Command:
-        start: Command = [sys.executable, "-m", "edgelora", "bench", bundle, "--json", *options]
+        start: Command = [*OURSELVES, "bench", bundle, "--json", *options]
         sizes = ["--prompt-tokens", load.prompt_tokens, "--new-tokens", load.new_tokens]
         return [*start, "--threads", load.threads, "--repeats", 1, *sizes]
 
@@ -165,14 +161,7 @@ def llama_cpp_adapter(peers: Peers, name: str, gguf: Path, adapters: Sequence[Pa
 def genai(peers: Peers, folder: Path) -> Contestant:
     kind = folder.name.removeprefix("genai-").replace("-head8", ", int8 head")
     name = f"onnxruntime-genai {kind}"
-    made = _scripted(peers, name, "genai", folder / "model.onnx.data", "onnxruntime-genai")
-    return replace(made, unread_bytes=_float_embedding_bytes(folder)) if made.ready else made
-
-
-def _float_embedding_bytes(folder: Path) -> int:
-    """Its builder keeps the embedding in float32 beside the quantized output layer."""
-    model = json.loads((folder / "genai_config.json").read_text())["model"]
-    return 4 * int(model["vocab_size"]) * int(model["decoder"]["hidden_size"])
+    return _scripted(peers, name, "genai", folder / "model.onnx.data", "onnxruntime-genai")
 
 
 def openvino(peers: Peers, folder: Path) -> Contestant:

@@ -9,12 +9,15 @@ fills.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 SMOLLM2, LLAMA_1B = "smollm2-135m", "llama-1.07b"
 MODELS = (SMOLLM2, LLAMA_1B)
 RANKS = (8, 16, 32, 64)
+# The installed EdgeLoRA, not a source tree that is the current folder.
+OURSELVES = (sys.executable, "-P", "-m", "edgelora")
 GGUF_RANKS = (16, 64)  # of them, as llama.cpp's adapters
 
 

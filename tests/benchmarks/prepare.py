@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.folder import GGUF_RANKS, RANKS, Peers, offline
+from benchmarks.folder import GGUF_RANKS, OURSELVES, RANKS, Peers, offline
 from benchmarks.random_adapter import write_random_adapter
 
 PEERS = ("edgelora", "llama.cpp", "genai", "openvino")
@@ -144,7 +144,7 @@ def _named(adapters: dict[str, Path]) -> list[str]:
 
 
 def _bundle(peers: Peers, model: str, name: str, options: Sequence[str]) -> Step:
-    export = [sys.executable, "-m", "edgelora", "export", peers.checkpoint(model), *options, "-o"]
+    export = [*OURSELVES, "export", peers.checkpoint(model), *options, "-o"]
     return _command(peers.model(model) / f"edgelora-{name}", export)
 
 

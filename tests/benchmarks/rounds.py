@@ -6,7 +6,6 @@ import fnmatch
 import json
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import click
 from benchmarks import bandwidth
 from benchmarks.contestants import Contestant, Load, about_adapters, contestants, output
 from benchmarks.figures import Row, append
-from benchmarks.folder import Peers
+from benchmarks.folder import OURSELVES, Peers
 
 MAX_ADAPTER_PROMPT = 512  # longer prompts say nothing new of a side branch and take minutes
 
@@ -101,7 +100,7 @@ def machine() -> str:
 
 def isa() -> str:
     """What our runtime chooses here."""
-    said = output([sys.executable, "-m", "edgelora", "devices", "detect", "--json"])
+    said = output([*OURSELVES, "devices", "detect", "--json"])
     return str(json.loads(said[said.index("{") :])["isa"])
 
 
