@@ -48,6 +48,11 @@ class Peers:
         """Its Python, which sees neither PYTHONPATH nor the files beside a script."""
         return [self.python(peer), "-I"]
 
+    @property
+    def calibration(self) -> Path:
+        """A plain text that whoever measures puts there, for quality balanced."""
+        return self.root / "calibration.txt"
+
     def model(self, name: str) -> Path:
         return self.root / "models" / name
 

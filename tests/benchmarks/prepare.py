@@ -76,12 +76,14 @@ def bundles(peers: Peers, model: str) -> Iterator[Step]:
     """Ours, with the options that export has by itself."""
     adapters = {f"rank{rank}": peers.adapter(model, rank) for rank in RANKS}
     merged = {"rank16": adapters["rank16"]}
-    kinds = {
+    kinds: dict[str, Sequence[object]] = {
         "int4": ("--format", "int4"),
         "nf4": ("--format", "nf4"),
         "merged": ("--format", "int4", "--mode", "merge", *_named(merged)),
         "adapters": ("--format", "int4", *_named(adapters)),
     }
+    if peers.calibration.exists():
+        kinds["balanced"] = ("--quality", "balanced", "--calibration", peers.calibration)
     for name, options in kinds.items():
         yield _bundle(peers, model, name, options)
 
@@ -143,7 +145,7 @@ def _named(adapters: dict[str, Path]) -> list[str]:
     return [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
 
 
-def _bundle(peers: Peers, model: str, name: str, options: Sequence[str]) -> Step:
+def _bundle(peers: Peers, model: str, name: str, options: Sequence[object]) -> Step:
     export = [*OURSELVES, "export", peers.checkpoint(model), *options, "-o"]
     return _command(peers.model(model) / f"edgelora-{name}", export)
 

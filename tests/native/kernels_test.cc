@@ -1,15 +1,23 @@
 // Tests of every kernel of every ISA that runs here, against references written from the formulas.
+//
+//   kernels_test [ISA [N]]    ISA: the one that must be this machine's best
+//                             N: one in N of the shapes of each format, for slow emulators
 #include "kernels_test.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/features.h"
 #include "kernels/tables.h"
 #include "kernels_test_check.h"
 
-#ifdef EDGELORA_EMULATED_AVX512
+#ifdef EDGELORA_EMULATED
 namespace edgelora::kernels::avx512_vnni_emulated {
+extern const KernelTable kTable;
+}
+namespace edgelora::kernels::avx_vnni_emulated {
 extern const KernelTable kTable;
 }
 #endif
@@ -22,13 +30,15 @@ std::vector<TestedIsa> isas_of_this_machine() {
   const Features features = detect_features();
   for (int i = 0; isa_name(i) != nullptr; ++i) {
     if (isa_supported(i, features)) {
-      isas.push_back({isa_name(i), select_kernels(features, isa_name(i))});
+      const std::string name = isa_name(i);
+      isas.push_back({name, select_kernels(features, isa_name(i)), name == "avx2"});
     } else {
       std::printf("not on this machine: %s\n", isa_name(i));
     }
   }
-#ifdef EDGELORA_EMULATED_AVX512
-  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable});
+#ifdef EDGELORA_EMULATED
+  isas.push_back({"avx_vnni (emulated)", &avx_vnni_emulated::kTable, false});
+  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable, false});
 #endif
   return isas;
 }
@@ -43,21 +53,28 @@ constexpr Family kFamilies[] = {
     {"linear: formats, blocks, shapes", test_linear},
     {"linear: saturated codes", test_linear_saturated},
     {"linear: panel ranges", test_linear_panel_ranges},
+    {"linear: room between panels", test_linear_room},
     {"linear: NaN and Inf", test_linear_not_a_number},
     {"linear_float: formats, blocks, shapes", test_linear_float},
     {"dequantize_row", test_dequantize_row},
     {"quantize_activations", test_quantize_activations},
     {"side branch", test_side_branch},
+    {"side branch in int8", test_packed_factors},
     {"swiglu", test_swiglu},
+    {"rms_norm", test_rms_norm},
+    {"exp_minus", test_exp_minus},
+    {"rotate", test_rotate},
 };
 
 }  // namespace
 }  // namespace edgelora::kernels::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace edgelora::kernels::test;
   const std::vector<TestedIsa> isas = isas_of_this_machine();
   for (const TestedIsa& isa : isas) std::printf("tested: %s\n", isa.name.c_str());
+  if (argc > 1) KERNELS_CHECK(isas[0].name == argv[1], "the best ISA is %s", isas[0].name.c_str());
+  if (argc > 2) one_shape_in() = static_cast<size_t>(std::max(1, std::atoi(argv[2])));
   for (const Family& family : kFamilies) {
     const Counts before = counts();
     family.run(isas);

@@ -123,10 +123,9 @@ void Matrix::fill_scales(Fill fill, Random& random) {
 
 void Matrix::fill_absmax(Fill fill, Random& random) {
   const bool exact = fill != Fill::kRandom;
-  // 127 is the byte table's divisor: absmax / 127 is 1 or a power of two then.
   for (int i = 0; i < 256; ++i) {
     const float power = fill == Fill::kPowers && i % 2 != 0 ? 0.5f : 1.0f;
-    table_.push_back(exact ? 127.0f * power : random.symmetric());
+    table_.push_back(exact ? static_cast<float>(shape_.absmax) * power : random.symmetric());
   }
   for (int64_t slice : shape_.slices) {
     const int64_t blocks = (slice * shape_.in_features + 63) / 64;
@@ -191,9 +190,15 @@ float Matrix::weight(int64_t n, int64_t k) const {
 void Matrix::pack() {
   const int64_t rows = shape_.out_features(), panels = panels_of(shape_), blocks = shape_.blocks();
   const int64_t padded = (shape_.in_features + 31) / 32 * 32;
-  const auto allocate = [this](int64_t bytes, size_t slack) {
-    memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(bytes), slack));
-    return memory_.back()->as<uint8_t>();
+  // Zeros, and ones (as a scale: NaN) in the room between panels; no room after the last panel.
+  const auto allocate = [&](int64_t stride, int64_t used, size_t slack) {
+    const int64_t size = (panels - 1) * stride + used;
+    memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(size), slack));
+    uint8_t* out = memory_.back()->as<uint8_t>();
+    for (int64_t p = 0; p + 1 < panels; ++p) {
+      std::memset(out + p * stride + used, 0xff, static_cast<size_t>(stride - used));
+    }
+    return out;
   };
   const size_t slack = static_cast<size_t>(rows) % 2 * 2;  // half of the shapes: misaligned by 2
   packed_.format = shape_.format;
@@ -204,33 +209,43 @@ void Matrix::pack() {
   packed_.slice_count = static_cast<int64_t>(shape_.slices.size());
 
   if (shape_.format == Format::kFloat) {
-    uint8_t* out = allocate(panels * shape_.in_features * 64, slack);
+    const int64_t panel_stride = (shape_.in_features + shape_.room) * 64;
+    if (shape_.room != 0) packed_.panel_stride = panel_stride;
+    uint8_t* out = allocate(panel_stride, shape_.in_features * 64, slack);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t k = 0; k < shape_.in_features; ++k) {
         const float w = weight(n, k);
-        std::memcpy(out + ((n / 16 * shape_.in_features + k) * 16 + n % 16) * 4, &w, 4);
+        std::memcpy(out + n / 16 * panel_stride + (k * 16 + n % 16) * 4, &w, 4);
       }
     }
     packed_.codes = out;
     return;
   }
   const bool bytes = shape_.format == Format::kInt8;
-  uint8_t* codes = allocate(panels * 16 * padded / (bytes ? 1 : 2), slack);
+  const int64_t code_bytes = 16 * padded / (bytes ? 1 : 2);
+  const int64_t panel_stride = code_bytes + 16 * shape_.room / (bytes ? 1 : 2);
+  uint8_t* codes = allocate(panel_stride, code_bytes, slack);
+  const int64_t block_stride = blocks + shape_.room / shape_.block_size;
+  if (shape_.room != 0) {
+    packed_.panel_stride = panel_stride;
+    packed_.block_stride = shape_.format == Format::kNf4 ? 0 : block_stride;
+  }
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t k = 0; k < shape_.in_features; ++k) {
       const int64_t p = n / 16, r = n % 16;
       if (bytes) {
-        codes[(p * (padded / 4) + k / 4) * 64 + 4 * r + k % 4] = static_cast<uint8_t>(code(n, k));
+        codes[p * panel_stride + k / 4 * 64 + 4 * r + k % 4] = static_cast<uint8_t>(code(n, k));
       } else {
-        uint8_t& byte = codes[(p * (padded / 8) + k / 8) * 64 + 4 * r + k % 4];
+        uint8_t& byte = codes[p * panel_stride + k / 8 * 64 + 4 * r + k % 4];
         byte = static_cast<uint8_t>(byte | code(n, k) << (k % 8 < 4 ? 0 : 4));
       }
     }
   }
   packed_.codes = codes;
   if (shape_.format == Format::kNf4) {
-    const auto keep = [&allocate](const void* from, size_t size) {
-      uint8_t* to = allocate(static_cast<int64_t>(size), 0);
+    const auto keep = [this](const void* from, size_t size) {
+      memory_.push_back(std::make_unique<GuardedBytes>(size));
+      uint8_t* to = memory_.back()->as<uint8_t>();
       std::memcpy(to, from, size);
       return to;
     };
@@ -242,10 +257,10 @@ void Matrix::pack() {
     return;
   }
   const auto pack_halves = [&](const std::vector<uint16_t>& values) {
-    uint8_t* out = allocate(panels * blocks * 32, slack);
+    uint8_t* out = allocate(block_stride * 32, blocks * 32, slack);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t b = 0; b < blocks; ++b) {
-        std::memcpy(out + ((n / 16 * blocks + b) * 16 + n % 16) * 2,
+        std::memcpy(out + ((n / 16 * block_stride + b) * 16 + n % 16) * 2,
                     &values[static_cast<size_t>(n * blocks + b)], 2);
       }
     }
@@ -254,10 +269,10 @@ void Matrix::pack() {
   packed_.scales = reinterpret_cast<uint16_t*>(pack_halves(scales_));
   if (shape_.format == Format::kInt4Offsets) packed_.zero_points = pack_halves(offsets_);
   if (shape_.format == Format::kInt4ZeroPoints) {
-    uint8_t* out = allocate(panels * blocks * 8, 0);
+    uint8_t* out = allocate(block_stride * 8, blocks * 8, 0);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t b = 0; b < blocks; ++b) {
-        uint8_t& byte = out[(n / 16 * blocks + b) * 8 + n % 8];
+        uint8_t& byte = out[(n / 16 * block_stride + b) * 8 + n % 8];
         const int zp = zero_points_[static_cast<size_t>(n * blocks + b)];
         byte = static_cast<uint8_t>(byte | zp << (n % 16 < 8 ? 0 : 4));
       }

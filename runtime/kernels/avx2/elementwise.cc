@@ -105,7 +105,7 @@ struct RowScale {
 };
 
 RowScale row_scale(const Weights& weights, int64_t row, int64_t block_in_panel) {
-  const int64_t block = row / kPanelRows * scale_blocks(weights) + block_in_panel;
+  const int64_t block = first_scale_block(weights, row / kPanelRows) + block_in_panel;
   const int64_t r = row % kPanelRows, i = block * kPanelRows + r;
   RowScale s{_mm_set1_ps(half_to_float(load_u16(weights.scales, i))), _mm_setzero_ps(),
              _mm_setzero_si128()};

@@ -48,7 +48,7 @@ __m256i zero_points_of(const Weights& weights, int64_t block, int half) {
 Dequantizer dequantizer(const Weights& weights, int64_t panel, int64_t k, int half,
                         const float* absmax) {
   const int64_t in_panel = k / scale_block_size(weights);
-  const int64_t block = panel * scale_blocks(weights) + in_panel;
+  const int64_t block = first_scale_block(weights, panel) + in_panel;
   Dequantizer d{weights.format, _mm256_setzero_ps(), _mm256_setzero_ps(),
                 zero_points_of(weights, block, half)};
   if (weights.format == Format::kNf4) {

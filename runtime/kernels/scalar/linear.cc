@@ -4,7 +4,7 @@
 //   zero points   dot_b = Σ code·x − zp·Σ x
 //   offsets       dot_b = Σ code·x, and the offset term
 //   int8          dot_b = Σ code·x
-//   nf4           dot_b = Σ byte[code]·x, scale = absmax / 127
+//   nf4           dot_b = Σ byte[code]·x, scale = absmax / 124.125
 //
 // Codes of a panel, int4 and nf4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
 //     byte 4r+j:  high nibble K = 8q+4+j │ low nibble K = 8q+j
@@ -36,7 +36,7 @@ int zero_point(const Weights& weights, int64_t panel, int64_t block, int64_t r) 
   if (weights.format == Format::kInt4) return 8;
   if (weights.format != Format::kInt4ZeroPoints) return 0;
   const auto* packed = static_cast<const uint8_t*>(weights.zero_points);
-  const uint8_t byte = packed[(panel * scale_blocks(weights) + block) * 8 + r % 8];
+  const uint8_t byte = packed[(first_scale_block(weights, panel) + block) * 8 + r % 8];
   return r < 8 ? byte & 15 : byte >> 4;
 }
 
@@ -44,13 +44,13 @@ float block_scale(const Weights& weights, int64_t panel, int64_t block, int64_t 
                   const float* absmax) {
   if (weights.format == Format::kNf4) return absmax[block * kPanelRows + r];
   return half_to_float(
-      load_u16(weights.scales, (panel * scale_blocks(weights) + block) * kPanelRows + r));
+      load_u16(weights.scales, (first_scale_block(weights, panel) + block) * kPanelRows + r));
 }
 
 float block_offset(const Weights& weights, int64_t panel, int64_t block, int64_t r) {
   if (weights.format != Format::kInt4Offsets) return 0.0f;
   return half_to_float(
-      load_u16(weights.zero_points, (panel * scale_blocks(weights) + block) * kPanelRows + r));
+      load_u16(weights.zero_points, (first_scale_block(weights, panel) + block) * kPanelRows + r));
 }
 
 struct Block {  // one activation block of one row of x
@@ -85,7 +85,7 @@ float* panel_absmax(const Weights& weights, int64_t panel, void* scratch) {
 // w[r, k] exactly as edgelora/quantize computes it: the product in float32, then the sum.
 float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const float* absmax) {
   if (weights.format == Format::kFloat) {
-    return load_f32(weights.codes, (panel * weights.in_features + k) * kPanelRows + r);
+    return load_f32(panel_codes(weights, panel), k * kPanelRows + r);
   }
   const int64_t block = k / scale_block_size(weights);
   const uint8_t* codes = panel_codes(weights, panel);

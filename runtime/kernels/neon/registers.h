@@ -1,0 +1,42 @@
+// Loads that the files of all NEON folders share, unaligned to 1 byte; each folder compiles its own
+// copy with its own flags.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+// For the steps of an inner loop: arrays of registers that are handed on stay registers only when the
+// step is inlined.
+#define EDGELORA_INLINE __attribute__((always_inline)) inline
+
+namespace edgelora::kernels {
+namespace {
+
+inline uint8x16_t load_bytes(const void* from) {
+  return vld1q_u8(static_cast<const uint8_t*>(from));
+}
+
+inline float32x4_t load_float4(const void* from) { return vreinterpretq_f32_u8(load_bytes(from)); }
+
+inline float32x4_t load_half4(const void* from) {
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(from))));
+}
+
+// 16 of them: the rows of a panel.
+inline void load_float16(const float* from, float32x4_t out[4]) {
+  for (int g = 0; g < 4; ++g) out[g] = load_float4(from + 4 * g);
+}
+
+inline void load_half16(const uint16_t* from, float32x4_t out[4]) {
+  const float16x8_t low = vreinterpretq_f16_u8(load_bytes(from));
+  const float16x8_t high = vreinterpretq_f16_u8(load_bytes(from + 8));
+  out[0] = vcvt_f32_f16(vget_low_f16(low));
+  out[1] = vcvt_high_f32_f16(low);
+  out[2] = vcvt_f32_f16(vget_low_f16(high));
+  out[3] = vcvt_high_f32_f16(high);
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

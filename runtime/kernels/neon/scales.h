@@ -1,0 +1,89 @@
+// What `linear` of all NEON folders does with a block's dots:
+//
+//   acc += float(dot) · (scale · xscale)  [+ offset · xscale·Σx]
+//   int4, zero points: dot = Σ code·x − zp·Σx where codes go straight from the panel into the sums,
+//   which start at −zp·Σx; Σ (code − zp)·x where a block is unpacked for many rows
+#pragma once
+
+#include "kernels/linear_driver.h"
+#include "kernels/neon/codes.h"
+
+namespace edgelora::kernels {
+namespace {
+
+struct Scales {  // of 16 rows for one scale block
+  float32x4_t scale[4];
+  float32x4_t offset[4];     // kInt4Offsets
+  int32x4_t zero_points[4];  // kInt4ZeroPoints
+};
+
+inline void load_zero_points(const uint8_t* from, int32x4_t out[4]) {
+  const uint8x8_t packed = vld1_u8(from);
+  const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vand_u8(packed, vdup_n_u8(15))));
+  const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vshr_n_u8(packed, 4)));
+  out[0] = vmovl_s16(vget_low_s16(low));
+  out[1] = vmovl_high_s16(low);
+  out[2] = vmovl_s16(vget_low_s16(high));
+  out[3] = vmovl_high_s16(high);
+}
+
+template <Format kFormat>
+EDGELORA_INLINE Scales load_scales(const PanelView& panel, int64_t b) {
+  const int64_t i = b >> panel.shift;
+  Scales s;
+  if constexpr (kFormat == Format::kNf4) {
+    load_float16(panel.absmax + i * 16, s.scale);
+  } else {
+    load_half16(panel.scales + i * 16, s.scale);
+  }
+  if constexpr (kFormat == Format::kInt4Offsets) load_half16(panel.offsets + i * 16, s.offset);
+  if constexpr (kFormat == Format::kInt4ZeroPoints) {
+    load_zero_points(panel.zero_points + i * 8, s.zero_points);
+  }
+  return s;
+}
+
+inline int32_t neon_term_factor(Format format) {
+  return format == Format::kInt4 ? -8 : format == Format::kInt4ZeroPoints ? -1 : 0;
+}
+
+// Where the sums of rows 4g … 4g+3 start; i is [block, row] in the tile's small arrays. kSource: what
+// the products are made of, a format's codes or, kInt8, bytes.
+template <Format kSource>
+EDGELORA_INLINE int32x4_t first_sum(const Scales& s, int g, const RowTile& x, int64_t i) {
+  if constexpr (kSource == Format::kInt4) return vdupq_n_s32(x.terms[i]);
+  if constexpr (kSource == Format::kInt4ZeroPoints) {
+    return vmulq_n_s32(s.zero_points[g], x.terms[i]);
+  }
+  return vdupq_n_s32(0);
+}
+
+// Four bytes of each row's zero point, rows 4g … 4g+3.
+template <Format kFormat>
+EDGELORA_INLINE int8x16_t zero_point_bytes(const Scales& s, int g) {
+  if constexpr (kFormat == Format::kInt4) return vdupq_n_s8(8);
+  if constexpr (kFormat == Format::kInt4ZeroPoints) {
+    return vreinterpretq_s8_s32(vmulq_n_s32(s.zero_points[g], 0x01010101));
+  }
+  return vdupq_n_s8(0);
+}
+
+// Codes less their zero points: the bytes that `linear` multiplies x with.
+template <Format kFormat>
+EDGELORA_INLINE Codes load_bytes_of(const uint8_t* block, const Scales& s, int q, int g) {
+  const Codes w = load_codes<kFormat>(block, q, g);
+  const int8x16_t zero_point = zero_point_bytes<kFormat>(s, g);
+  return {vsubq_s8(w.low, zero_point), vsubq_s8(w.high, zero_point)};
+}
+
+template <Format kFormat>
+EDGELORA_INLINE float32x4_t add_block(float32x4_t acc, int32x4_t dot, const Scales& s, int g, const RowTile& x,
+                      int64_t i) {
+  if constexpr (kFormat == Format::kInt4Offsets) {
+    acc = vfmaq_n_f32(acc, s.offset[g], x.shifts[i]);
+  }
+  return vfmaq_f32(acc, vcvtq_f32_s32(dot), vmulq_n_f32(s.scale[g], x.scales[i]));
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

@@ -1,0 +1,25 @@
+// The neon_i8mm table: its own integer linear. All else is neon's: those functions have no integer dot
+// products.
+#include "kernels/neon/neon.h"
+#include "kernels/neon_i8mm/neon_i8mm.h"
+#include "kernels/tables.h"
+
+namespace edgelora::kernels::neon_i8mm {
+
+extern const KernelTable kTable = {
+    "neon_i8mm",
+    neon::quantize_activations,
+    linear,
+    neon::linear_float,
+    neon::side_branch_down,
+    neon::side_branch_up,
+    neon::side_branch_up_int8,
+    neon::dequantize_row,
+    neon::swiglu,
+    neon::rms_norm,
+    neon::largest,
+    neon::exp_minus,
+    neon::rotate,
+};
+
+}  // namespace edgelora::kernels::neon_i8mm
