@@ -7,6 +7,7 @@ Both have SmolLM2's tokenizer, so every peer can convert them. Speed does not de
 """
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,25 @@ def write_llama_1b(folder: Path) -> None:
 
 
 def _save(model: LlamaForCausalLM, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
-    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
-    tokenizer.pad_token = "<|im_end|>"
     model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
+    make_byte_level(folder / "tokenizer.json")
+
+
+def make_byte_level(path: Path) -> None:
+    """Leaves of a tokenizer what SmolLM2's is: byte-level BPE that adds no token of its own.
+
+    transformers takes every Llama's for SentencePiece, and llama.cpp's converter believes that.
+    """
+    fields = json.loads(path.read_text())
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    fields["model"]["byte_fallback"] = False
+    fields |= {"decoder": plain | {"use_regex": True}, "normalizer": None}
+    fields["post_processor"] = plain | {"use_regex": True}
+    path.write_text(json.dumps(fields, ensure_ascii=False))
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {SMOLLM2: write_smollm2, LLAMA_1B: write_llama_1b}
