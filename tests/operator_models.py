@@ -137,7 +137,7 @@ def nf4(slices: list[int], columns: int) -> Packed:
         "absmax_table": table,
     }
     scale = np.concatenate(scale_parts)
-    return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 0.5 / 127)
+    return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 2 / 250)
 
 
 def linear_model(

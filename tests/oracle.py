@@ -20,7 +20,9 @@ from int8_attention import int8_kv_cache, round_int8, round_keys
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
 NF4 = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy()
-BYTE_NF4 = np.round(NF4 * 127).astype(np.float32) / np.float32(127)
+# What integer kernels look up instead (ARCHITECTURE.md): bytes, or levels of seven bits with AVX2.
+BYTE_NF4 = np.round(NF4 * 124.125).astype(np.float32) / np.float32(124.125)
+LEVEL_NF4 = (4 * np.round((NF4 * 250 + 255) / 4) - 255).astype(np.float32) / np.float32(250)
 
 
 def float_model(folder: Path) -> PreTrainedModel:
@@ -117,7 +119,7 @@ class BundleWeights:
     """
 
     def __init__(self, bundle: Path, nf4: NDArray[np.float32] = NF4) -> None:
-        """nf4: the codebook, BYTE_NF4 for what the int8 kernels look up."""
+        """nf4: the codebook, BYTE_NF4 or LEVEL_NF4 for what the int8 kernels look up."""
         self.nf4 = nf4
         self.graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         self.data = (bundle / "model.onnx.data").read_bytes()
