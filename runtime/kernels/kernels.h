@@ -58,8 +58,8 @@ struct Factors {
 struct PackedFactors {
   int64_t rank;           // 1…kMostPackedRank
   Weights a;              // kInt8 [rank, K], block_size 32
-  // For each panel 32 + 32·⌈rank/2⌉ bytes: the scales of its rows, float16 [16]; int8 [⌈rank/2⌉, 16, 2],
-  // column 2q + j of row i at [q, i, j].
+  // For each panel 32 + 32·⌈rank/2⌉ bytes: the scales of its rows, float16 [16]; int8
+  // [⌈rank/2⌉, 16, 2], column 2q + j of row i at [q, i, j].
   const uint8_t* b;
 };
 
