@@ -93,8 +93,8 @@ struct KernelTable {
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
 
-  // As side_branch_up, of int8 b: y[16p + i] += t_scale · b_scale · Σ_r b[p, r, i] · t[r], the sum an
-  // exact integer. t [2·⌈rank/2⌉], a surplus one is 0.
+  // As side_branch_up, of int8 b: y[16p + i] += t_scale · b_scale · Σ_r b[p, r, i] · t[r], the sum
+  // an exact integer. t [2·⌈rank/2⌉], a surplus one is 0.
   void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features, const int16_t* t,
                               float t_scale, int64_t panel_begin, int64_t panel_end, float* y);
 
