@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.model import Adapter, Model, Session, load
 
 SWITCHES = 1000
+WARM_UP = 512  # tokens of the prompt that runs first, at most
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def bench(
     bundle: Path,
     *,
     adapter: Adapter = None,
+    loaded: Sequence[str] = (),
     threads: int = 0,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
@@ -48,14 +51,18 @@ def bench(
 ) -> BenchResult:
     """Loads the bundle, then measures prefill and decode `repeats` times after one warm-up.
 
-    Raises EdgeLoraError if prompt and new tokens do not fit in the context.
+    loaded: adapters that are in memory meanwhile, but not active. Raises EdgeLoraError if prompt
+    and new tokens do not fit in the context.
     """
     started = time.perf_counter()
     with load(bundle, threads=threads) as model:
         load_ms = 1e3 * (time.perf_counter() - started)
         _check_length(bundle, model, prompt_tokens, new_tokens)
+        for name in loaded:
+            model.adapter_handle(name)
         prompt = [(7 * i + 11) % model.info.vocab_size for i in range(prompt_tokens)]
-        runs = [_run(model, adapter, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+        _run(model, adapter, prompt[:WARM_UP], new_tokens=1)
+        runs = [_run(model, adapter, prompt, new_tokens) for _ in range(repeats)]
         prefill, first, rate = (statistics.median(run[i] for run in runs) for i in range(3))
         return BenchResult(
             prefill_tokens_per_second=prompt_tokens / prefill,

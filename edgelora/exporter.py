@@ -18,6 +18,7 @@ from edgelora.bundle import (
     new_folder,
     write_manifest,
 )
+from edgelora.calibration import CalibrationText, read_calibration
 from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
@@ -28,7 +29,8 @@ from edgelora.inventory import take_inventory
 from edgelora.layout import targets
 from edgelora.manifest import is_unicode
 from edgelora.onnx_adapter import write_onnx_adapter
-from edgelora.plan import ExportOptions, Plan, make_plan
+from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
+from edgelora.rounding import Rounding
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter
 
@@ -56,6 +58,7 @@ class Request:
     tokenizer: TokenizerFiles
     adapters: Mapping[str, Adapter]
     plan: Plan
+    calibration: CalibrationText | None
     warnings: tuple[str, ...]
 
 
@@ -76,12 +79,34 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     )
     for path, adapter in zip(adapters.values(), read.values(), strict=True):
         _check_texts(path, [adapter.base_model_name_or_path or ""])
+    calibration = _read_calibration(checkpoint, tokenizer, options)
+    plan = make_plan(
+        checkpoint.config,
+        options,
+        take_inventory(checkpoint, read),
+        profile=profile,
+        calibration=str(calibration) if calibration else None,
+    )
     return Request(
         checkpoint,
         tokenizer,
         read,
-        make_plan(checkpoint.config, options, take_inventory(checkpoint, read), profile=profile),
+        plan,
+        calibration,
         tuple(warning for warning in warnings if warning),
+    )
+
+
+def _read_calibration(
+    checkpoint: Checkpoint, tokenizer: TokenizerFiles, options: ExportOptions
+) -> CalibrationText | None:
+    if options.calibration is None:
+        return None
+    return read_calibration(
+        Path(options.calibration),
+        tokenizer,
+        checkpoint.config,
+        windows=CALIBRATION_WINDOWS[options.quality],
     )
 
 
@@ -118,8 +143,8 @@ def export(
     """Converts `base` and PEFT `adapters` (name → folder) into the bundle folder `out`.
 
     `options` are the fields of ExportOptions: mode, format, block_size, zero_points,
-    embedding_format, flavor, context_length, device. The bundle appears whole or not
-    at all. Raises EdgeLoraError on any bad input.
+    embedding_format, head_format, quality, calibration, flavor, context_length, device. The
+    bundle appears whole or not at all. Raises EdgeLoraError on any bad input.
     """
     started = time.perf_counter()
     folders = {name: Path(path) for name, path in (adapters or {}).items()}
@@ -138,10 +163,16 @@ def export(
     )
 
 
+def _ops(plan: Plan) -> OwnOps | StockOps:
+    if plan.flavor == "ort":
+        return StockOps()
+    return OwnOps(kv_format="float" if plan.format == "float" else "int8")
+
+
 def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
     """Fills the folder; returns bits a weight."""
     writer, fingerprint = _write_weights(folder, request, progress)
-    ops = OwnOps() if request.plan.flavor == "edgelora" else StockOps()
+    ops = _ops(request.plan)
     model = Decoder(request.checkpoint.config, writer.matrices, ops).build(writer.file.tensors)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     side = {} if request.plan.mode == "merge" else request.adapters
@@ -180,9 +211,10 @@ def _write_weights(folder: Path, request: Request, progress: Progress) -> tuple[
     if request.plan.mode == "merge":
         (adapter,) = request.adapters.values()
         branches = dict(adapter.branches)
-    writer = WeightWriter(
-        checkpoint, request.plan, branches, WeightFile(folder), FingerprintBuilder(), advance
-    )
+    windows = request.calibration.windows if request.calibration else None
+    rounding = Rounding(checkpoint, request.plan, branches, windows)
+    file, fingerprint = WeightFile(folder), FingerprintBuilder()
+    writer = WeightWriter(checkpoint, request.plan, branches, rounding, file, fingerprint, advance)
     try:
         writer.write()
     finally:

@@ -40,6 +40,11 @@ class TokenizerFiles:
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return vocabulary
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids, none added at the ends."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def write(self, folder: Path) -> None:
         """tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja."""
         (folder / TOKENIZER_FILE).write_bytes(self.tokenizer_json)

@@ -14,21 +14,19 @@ from edgelora.errors import EdgeLoraError
 from edgelora.graph import COS, SIN, StoredMatrix, rotary_tables
 from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections
 from edgelora.merge import merge
-from edgelora.plan import EMBEDDING_BLOCK, Plan
+from edgelora.plan import Plan
 from edgelora.quantize import (
-    FloatMatrix,
+    Curvature,
     Matrix,
     NBitsLinear,
     PackedLinear,
     concatenate,
     pack,
-    quantize_int4,
-    quantize_int8,
-    quantize_nf4,
     same_kind,
     to_nbits,
     to_rows,
 )
+from edgelora.rounding import Rounding
 
 Progress = Callable[[int], None]  # called with the number of weights just written
 
@@ -40,6 +38,7 @@ class WeightWriter:
     checkpoint: Checkpoint
     plan: Plan
     branches: Mapping[str, Branch]  # to be merged, by target
+    rounding: Rounding
     file: WeightFile
     fingerprint: FingerprintBuilder
     progress: Progress
@@ -74,38 +73,64 @@ class WeightWriter:
         return values
 
     def _write_embedding(self) -> None:
-        """Kept until the head is written, which may be tied to it."""
-        name = f"{EMBEDDING}.weight"
-        self.embedding = self._quantize(name, self._read(name), self.plan.embedding_format)
-        self._store(EMBEDDING, pack(self.embedding) if self._own else to_rows(self.embedding))
+        """Kept until the head is written, which may be tied to it.
+
+        Where the head's inputs have a say in it, it is rounded anew and stored with the head.
+        """
+        self.embedding = self.rounding.matrix(EMBEDDING, self._read(f"{EMBEDDING}.weight"))
+        self.rounding.begin(self.embedding)
+        if not (self._shares_head and self.rounding.compensates(EMBEDDING)):
+            self._store_embedding(self.embedding)
+
+    def _store_embedding(self, matrix: Matrix) -> None:
+        self._store(EMBEDDING, pack(matrix) if self._own else to_rows(matrix))
+
+    @property
+    def _shares_head(self) -> bool:
+        same = self.plan.head_format == self.plan.embedding_format
+        tied = self.checkpoint.config.tie_word_embeddings
+        return tied and same and "lm_head" not in self.branches
 
     def _write_head(self, projection: Projection) -> None:
+        if self._shares_head:
+            self._write_shared_head(projection)
+            return
         (linear,) = projection.linears
         tied = self.checkpoint.config.tie_word_embeddings
-        if not tied or linear.target in self.branches:
-            weight = f"{EMBEDDING}.weight" if tied else linear.weight
-            values = self.checkpoint.read(weight) if tied else self._read(weight)
-            merged = self._merged(linear, values)
-            matrix = self._quantize(linear.weight, merged, self.plan.embedding_format)
-            self._store(projection.name, self._laid_out([matrix]))
-        elif self._own:
+        name = f"{EMBEDDING}.weight" if tied else linear.weight
+        values = self.checkpoint.read(name) if tied else self._read(name)
+        curvature = self.rounding.inputs_of(projection.name, [linear.target])
+        matrix = self.rounding.matrix(linear.target, self._merged(linear, values), curvature)
+        self._store(projection.name, self._laid_out([matrix]))
+
+    def _write_shared_head(self, projection: Projection) -> None:
+        assert self.embedding is not None
+        if EMBEDDING not in self.matrices:
+            curvature = self.rounding.inputs_of(projection.name, [EMBEDDING])
+            values = self.checkpoint.read(f"{EMBEDDING}.weight")
+            self.embedding = self.rounding.matrix(EMBEDDING, values, curvature)
+            self._store_embedding(self.embedding)
+        if self._own:
             self.matrices[projection.name] = self.matrices[EMBEDDING]
-        elif self.embedding is not None:
+        else:
             self._store(projection.name, to_nbits(self.embedding))
 
     def _write_projection(self, projection: Projection) -> None:
         """In one packed matrix where the parts allow it, else each linear for itself."""
-        parts = [self._linear_matrix(linear) for linear in projection.linears]
+        targets = [linear.target for linear in projection.linears]
+        curvature = self.rounding.inputs_of(projection.name, targets)
+        parts = [self._linear_matrix(linear, curvature) for linear in projection.linears]
         biases = [self._bias(linear) for linear in projection.linears]
+        self.rounding.pass_on(parts, biases)
         if len(parts) > 1 and self._own and projection.packable and same_kind(parts):
             self._store(projection.name, self._laid_out(parts), np.concatenate(biases))
             return
         for linear, part, bias in zip(projection.linears, parts, biases, strict=True):
             self._store(linear.target, self._laid_out([part]), bias)
 
-    def _linear_matrix(self, linear: Linear) -> Matrix:
+    def _linear_matrix(self, linear: Linear, curvature: Curvature | None) -> Matrix:
         values = self._merged(linear, self._read(linear.weight))
-        return self._quantize(linear.weight, values, self.plan.format)
+        return self.rounding.matrix(linear.target, values, curvature)
 
     def _merged(self, linear: Linear, values: NDArray[np.float32]) -> NDArray[np.float32]:
         branch = self.branches.get(linear.target)
@@ -116,30 +141,6 @@ class WeightWriter:
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""
         return self._read(f"{linear.target}.bias") if linear.bias else np.zeros(0, np.float32)
-
-    def _quantize(self, name: str, values: NDArray[np.float32], wanted: str) -> Matrix:
-        target = name.removesuffix(".weight")
-        if target not in self.branches and self._carries(name, target):
-            matrix = self.checkpoint.read_quantized(name)
-            assert matrix is not None
-            return matrix
-        try:
-            return self._round(values, wanted)
-        except ValueError as error:
-            raise EdgeLoraError(f"{self.checkpoint.path}: {name}: {error}") from error
-
-    def _carries(self, name: str, target: str) -> bool:
-        return self.plan.carries(self.checkpoint.stored_as(name), target)
-
-    def _round(self, values: NDArray[np.float32], wanted: str) -> Matrix:
-        match wanted:
-            case "float":
-                return FloatMatrix(values)
-            case "int8":
-                return quantize_int8(values, EMBEDDING_BLOCK)
-            case "nf4":
-                return quantize_nf4(values)
-        return quantize_int4(values, self.plan.block_size, zero_points=self.plan.zero_points)
 
     @property
     def _own(self) -> bool:

@@ -4,6 +4,7 @@ Packing is written here from the formulas of ARCHITECTURE.md, element by element
 nothing to edgelora.quantize.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,11 +137,15 @@ def nf4(slices: list[int], columns: int) -> Packed:
         "absmax_table": table,
     }
     scale = np.concatenate(scale_parts)
-    return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 0.5 / 127)
+    return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 2 / 250)
 
 
 def linear_model(
-    packed: Packed, *, bias: NDArray[np.float32] | None = None, **changes: Any
+    packed: Packed,
+    *,
+    bias: NDArray[np.float32] | None = None,
+    residual: bool = False,
+    **changes: Any,
 ) -> bytes:
     """A model of one Linear; `changes` replace attributes or, by role, arrays (None: left out)."""
     arrays = {**packed.arrays, **({} if bias is None else {"bias": bias})}
@@ -151,12 +156,17 @@ def linear_model(
         "out_features": packed.shape[0],
         "targets": ",".join(f"layer.{i}" for i in range(len(packed.slices))),
         "slices": packed.slices,
+        "activation": "none",
+        "epsilon": 1e-5,
     }
     for key, value in changes.items():
         (attributes if key in attributes else arrays)[key] = value
     inputs = [("x", TensorProto.FLOAT, ["batch", "sequence", "k"]),
               ("adapter_ids", TensorProto.INT64, ["ids"])]  # fmt: skip
-    return one_node("Linear", inputs, [*ROLES, "bias"], arrays, attributes, 3)
+    last = []
+    if residual:
+        last = [("residual", TensorProto.FLOAT, ["batch", "sequence", "n"])]
+    return one_node("Linear", inputs, [*ROLES, "bias", "norm"], arrays, attributes, 3, last)
 
 
 def embedding_model(packed: Packed, **changes: Any) -> bytes:
@@ -183,13 +193,16 @@ def one_node(
     arrays: dict[str, NDArray[Any]],
     attributes: dict[str, Any],
     rank: int,
+    last: Sequence[tuple[str, int, list[str]]] = (),
 ) -> bytes:
+    """A graph of one node: its inputs are `inputs`, the arrays by role, then `last`."""
     present = {role: array for role, array in arrays.items() if array is not None}
     names = [name for name, _, _ in inputs] + [role if role in present else "" for role in roles]
+    names += [name for name, _, _ in last]
     while not names[-1]:
         names.pop()
     node = helper.make_node(op, names, ["y"], "the_node", domain="edgelora", **attributes)
-    values = [helper.make_tensor_value_info(*value) for value in inputs]
+    values = [helper.make_tensor_value_info(*value) for value in [*inputs, *last]]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [f"d{i}" for i in range(rank)])
     initializers = [numpy_helper.from_array(array, role) for role, array in present.items()]
     graph = helper.make_graph([node], "one_node", values, [output], initializers)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional
 import numpy as np
@@ -14,10 +15,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from int8_attention import int8_kv_cache, round_int8, round_keys
+
 PANEL_ROWS = 16
+LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
 NF4 = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy()
-BYTE_NF4 = np.round(NF4 * 127).astype(np.float32) / np.float32(127)
-ACTIVATION_BLOCK = 32
+# What integer kernels look up instead (ARCHITECTURE.md): bytes, or levels of seven bits with AVX2.
+BYTE_NF4 = np.round(NF4 * 124.125).astype(np.float32) / np.float32(124.125)
+LEVEL_NF4 = (4 * np.round((NF4 * 250 + 255) / 4) - 255).astype(np.float32) / np.float32(250)
 
 
 def float_model(folder: Path) -> PreTrainedModel:
@@ -72,32 +77,40 @@ def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 @contextmanager
 def int8_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Rounds the input of every base linear to int8 in blocks of 32, as the runtime's arithmetic
-    does.
-
-    The factors of an adapter see the input as it is.
+    """Rounds the input of every base linear and of every lora_a to int8 in blocks of 32, the
+    factors of adapters, and what attention multiplies, as the runtime's arithmetic does.
     """
-    linears = [
-        module
+    linears = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name
+        if isinstance(module, torch.nn.Linear)
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),))
+        for name, module in linears.items()
+        if "lora_B" not in name
     ]
-    hooks = [m.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),)) for m in linears]
+    factors = [module for name, module in linears.items() if "lora_" in name]
+    before = [module.weight.data for module in factors]
+    for name, module in linears.items():
+        if "lora_" in name:
+            module.weight.data = (round_keys if "lora_A" in name else round_rows)(
+                module.weight.data
+            )
     try:
-        yield
+        with int8_kv_cache(model):
+            yield
     finally:
+        for module, weight in zip(factors, before, strict=True):
+            module.weight.data = weight
         for hook in hooks:
             hook.remove()
 
 
-def round_int8(x: torch.Tensor) -> torch.Tensor:
-    """x → scale·round(x / scale), scale = largest magnitude of 32 neighbours / 127."""
-    width = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -width % ACTIVATION_BLOCK))
-    blocks = padded.unflatten(-1, (-1, ACTIVATION_BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scale > 0, torch.round(blocks / scale), 0.0) * scale
-    return rounded.flatten(-2)[..., :width]
+def round_rows(b: torch.Tensor) -> torch.Tensor:
+    """lora_b in int8, one float16 scale a row."""
+    scales = (b.abs().amax(-1, keepdim=True) / 127).half().float()
+    return torch.where(scales > 0, torch.round(b / scales).clamp(-127, 127), 0.0) * scales
 
 
 class BundleWeights:
@@ -106,7 +119,7 @@ class BundleWeights:
     """
 
     def __init__(self, bundle: Path, nf4: NDArray[np.float32] = NF4) -> None:
-        """nf4: the codebook, BYTE_NF4 for what the int8 kernels look up."""
+        """nf4: the codebook, BYTE_NF4 or LEVEL_NF4 for what the int8 kernels look up."""
         self.nf4 = nf4
         self.graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         self.data = (bundle / "model.onnx.data").read_bytes()
@@ -122,19 +135,29 @@ class BundleWeights:
     def matrices(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """(module path, float32 [out_features, in_features]) of every linear and the embedding."""
         for node in self.graph.node:
-            if node.op_type not in ("Linear", "Embedding"):
-                continue
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            inputs = list(node.input[2 if node.op_type == "Linear" else 1 :])
-            weights = self._dequantized(attributes, inputs + [""] * 6)
+            inputs = [*node.input, *[""] * 40]
             if node.op_type == "Embedding":
-                yield node.name, weights
-                continue
-            row = 0
-            targets = attributes["targets"].decode().split(",")
-            for target, rows in zip(targets, attributes["slices"], strict=True):
-                yield target, weights[row : row + rows]
-                row += rows
+                yield node.name, self._dequantized(attributes, inputs[1:7])
+            elif node.op_type == "Linear":
+                yield from self._slices(attributes, inputs[2:8])
+            elif node.op_type == "Layer":
+                for prefix, first in LAYER_PARTS.items():
+                    part = {
+                        name.removeprefix(prefix): value
+                        for name, value in attributes.items()
+                        if name.startswith(prefix)
+                    }
+                    yield from self._slices(part, inputs[first : first + 6])
+
+    def _slices(
+        self, attributes: dict[str, Any], inputs: list[str]
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        weights, row = self._dequantized(attributes, inputs), 0
+        targets = attributes["targets"].decode().split(",")
+        for target, rows in zip(targets, attributes["slices"], strict=True):
+            yield target, weights[row : row + rows]
+            row += rows
 
     def vectors(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Norm weights by checkpoint name."""

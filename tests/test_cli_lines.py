@@ -292,6 +292,14 @@ def test_bench_takes_a_weighted_adapter(call: Call, bundle: Path) -> None:
     assert json.loads(call("bench", bundle, "--adapter", "a", *few).out)["adapter"] == "a"
 
 
+def test_bench_with_adapters_in_memory_measures_the_base(
+    call: Call, fails: Callable[..., str], bundle: Path
+) -> None:
+    few = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
+    assert json.loads(call("bench", bundle, "--load", "a", *few).out)["adapter"] is None
+    assert "nobody" in fails("bench", bundle, "--load", "nobody", *few)
+
+
 def test_demo_checks_the_folder_first(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "exists already" in fails("demo", "--keep", tmp_path)
     assert "no bundle" in fails("demo", "--keep", tmp_path, "--force")

@@ -33,9 +33,8 @@ def library() -> str:
     return path
 
 
-def open_session(library: str, model: bytes, threads: int = 2) -> onnxruntime.InferenceSession:
+def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # the errors below are meant
     options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -67,8 +66,8 @@ def tolerance(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float64]:
     return bound
 
 
-def check_linear(library: str, packed: Packed, batch: int, sequence: int, threads: int = 2) -> None:
-    session = open_session(library, linear_model(packed), threads)
+def check_linear(library: str, packed: Packed, batch: int, sequence: int) -> None:
+    session = open_session(library, linear_model(packed))
     x = random_x(batch, sequence, packed.shape[1])
     (y,) = session.run(None, {"x": x, "adapter_ids": np.zeros(batch, np.int64)})
     assert y.shape == (batch, sequence, packed.shape[0])
@@ -108,10 +107,10 @@ def test_linear_equals_numpy_for_each_block_size(library: str, kind: str, block_
     check_linear(library, packed_of(kind, 33, 200, block_size), 1, 3)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_linear_equals_numpy_when_threads_share_the_panels(library: str, threads: int) -> None:
-    check_linear(library, int4(1040, 320, 32), 1, 1, threads)
-    check_linear(library, int4(400, 320, 32), 2, 30, threads)
+def test_linear_equals_numpy_when_threads_share_the_panels(library: str) -> None:
+    """As many as the machine has; tests/native/linear_job_test.cc chooses their number."""
+    check_linear(library, int4(1040, 320, 32), 1, 1)
+    check_linear(library, int4(400, 320, 32), 2, 30)
 
 
 def test_linear_counts_nf4_blocks_in_each_slice_anew(library: str) -> None:
@@ -132,6 +131,98 @@ def test_linear_adds_bias(library: str) -> None:
     (plain,) = open_session(library, linear_model(packed)).run(None, feeds)
     (y,) = open_session(library, linear_model(packed, bias=bias)).run(None, feeds)
     np.testing.assert_array_equal(y, plain + bias)
+
+
+def run_linear(
+    library: str, packed: Packed, x: NDArray[np.float32], **extra: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`norm`, `bias` and `residual` as they are given; SwiGLU for two slices."""
+    residual = {name: extra.pop(name) for name in ("residual",) if name in extra}
+    activation = "swiglu" if len(packed.slices) == 2 else "none"
+    model = linear_model(packed, residual=bool(residual), activation=activation, **extra)
+    feeds = {"x": x, "adapter_ids": np.zeros(len(x), np.int64), **residual}
+    (y,) = open_session(library, model).run(None, feeds)
+    return y
+
+
+def normed(x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    rows = x.astype(np.float64)
+    epsilon = np.float64(np.float32(1e-5))  # of linear_model
+    return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + epsilon) * weight
+
+
+def product_tolerance(packed: Packed, n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `tolerance`; a normed value is off by a sum of K squares, halved by the root, and a few
+    roundings more.
+    """
+    off = (packed.shape[1] / 2 + 8) * EPSILON
+    return 1.01 * tolerance(packed, n.astype(np.float32)) + off * (
+        np.abs(n) @ np.abs(packed.matrix).T
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch, sequence", [(1, 1), (2, 1), (1, 67)])
+def test_linear_norms_its_rows(library: str, kind: str, batch: int, sequence: int) -> None:
+    packed = packed_of(kind, 37, 96)
+    weight = np.random.default_rng(1).uniform(0.5, 1.5, 96).astype(np.float32)
+    x = 8 * random_x(batch, sequence, 96)
+    n = normed(x, weight)
+    y = run_linear(library, packed, x, norm=weight)
+    assert (np.abs(y - n @ packed.matrix.T) <= product_tolerance(packed, n)).all()
+
+
+@pytest.mark.parametrize("sequence", [1, 64, 65])
+def test_linear_adds_a_residual(library: str, sequence: int) -> None:
+    packed = int4(37, 64, 32)
+    x, residual = random_x(2, sequence, 64), random_x(2, sequence, 37)
+    plain = run_linear(library, packed, x)
+    y = run_linear(library, packed, x, residual=residual)
+    np.testing.assert_array_equal(y, plain + residual)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sequence", [1, 3, 65])
+def test_linear_gates_its_halves(library: str, kind: str, sequence: int) -> None:
+    packed = nf4([48, 48], 96) if kind == "nf4" else packed_of(kind, 96, 96)
+    packed.slices = [48, 48]
+    weight = np.random.default_rng(1).uniform(0.05, 0.2, 96).astype(np.float32)
+    bias = np.linspace(-1, 1, 96, dtype=np.float32)
+    x, residual = random_x(1, sequence, 96), random_x(1, sequence, 48)
+    n = normed(x, weight)
+    both = n @ packed.matrix.T + bias
+    off = product_tolerance(packed, n) + 4 * EPSILON * np.abs(both)
+    gate, up = np.split(both, 2, -1)
+    off_gate, off_up = np.split(off, 2, -1)
+    silu = gate / (1 + np.exp(-gate))
+    bound = np.abs(silu) * off_up + 1.1 * off_gate * (np.abs(up) + off_up)  # |silu'| <= 1.1
+    bound += 16 * EPSILON * (np.abs(silu * up) + np.abs(residual))
+    y = run_linear(library, packed, x, norm=weight, bias=bias, residual=residual)
+    assert y.shape == (1, sequence, 48)
+    assert (np.abs(y - (silu * up + residual)) <= bound).all()
+
+
+def test_linear_equals_its_parts(library: str) -> None:
+    """Bit for bit what SwiGlu makes of the products: fusing changes nothing."""
+    packed = int4(96, 64, 32)
+    x, residual = random_x(1, 5, 64), random_x(1, 5, 48)
+    products = run_linear(library, packed, x)
+    (activated,) = open_session(library, swiglu_model()).run(None, {"x": products})
+    packed.slices = [48, 48]
+    fused = run_linear(library, packed, x, residual=residual)
+    np.testing.assert_array_equal(fused, activated + residual)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 47), (1, 3, 48), (2, 2, 48), (1, 2, 1)])
+def test_linear_refuses_a_residual_of_another_shape(
+    library: str, shape: tuple[int, int, int]
+) -> None:
+    session = open_session(library, linear_model(int4(48, 64, 32), residual=True))
+    feeds = {"x": random_x(1, 2, 64), "adapter_ids": np.zeros(1, np.int64)}
+    expected = f"residual is {list(shape)}, expected [1, 2, 48]"
+    with pytest.raises(Exception, match=r"edgelora\.Linear the_node: ") as error:
+        session.run(None, {**feeds, "residual": np.zeros(shape, np.float32)})
+    assert expected in str(error.value)
 
 
 def test_linear_gives_an_empty_output_for_an_empty_sequence(library: str) -> None:
@@ -164,6 +255,18 @@ def test_linear_gives_an_empty_output_for_an_empty_sequence(library: str) -> Non
         ({"zero_points": np.zeros((3, 2, 16), np.uint8)}, "expected uint8 [3, 2, 8]"),
         ({"zero_points": np.zeros((3, 2, 8), np.float16)}, "offsets is float16 [3, 2, 8]"),
         ({"bias": np.zeros(47, np.float32)}, "bias must be float32 [48]"),
+        ({"norm": np.zeros(48, np.float32)}, "norm must be float32 [64]"),
+        ({"activation": "gelu"}, 'activation is "gelu", expected none or swiglu'),
+        ({"activation": "swiglu"}, "swiglu needs two slices of one size: gate and up"),
+        (
+            {"activation": "swiglu", "slices": [32, 16], "targets": "a,b"},
+            "swiglu needs two slices of one size: gate and up",
+        ),
+        (
+            {"activation": "swiglu", "slices": [16, 16, 16], "targets": "a,b,c"},
+            "swiglu needs two slices of one size: gate and up",
+        ),
+        ({"epsilon": "small"}, "attribute epsilon is missing or has the wrong type"),
     ],
 )
 def test_linear_refuses_a_wrong_model(

@@ -10,6 +10,7 @@ from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import EMBEDDING, targets
 from edgelora.plan import ExportOptions, Inventory, Plan, make_plan
+from edgelora.plan.memory import plan_sizes
 
 SMALL = ModelConfig(
     architecture="llama",
@@ -53,15 +54,18 @@ def held(kind: str | None, outer: str | None = None, **more: Any) -> Inventory:
 def plan(config: ModelConfig = SMALL, base: Inventory | None = None, **options: Any) -> Plan:
     made = ExportOptions(**options)
     profile = load_profile(made.device) if made.device else None
-    return make_plan(config, made, base, profile=profile)
+    read = "32 windows" if made.calibration else None
+    return make_plan(config, made, base, profile=profile, calibration=read)
 
 
 def test_defaults_are_int4_in_blocks_of_32_with_an_int8_head() -> None:
     made = plan()
     assert (made.format, made.block_size, made.embedding_format) == ("int4", 32, "int8")
+    assert (made.quality, made.calibration, made.head_format) == ("fast", None, "int8")
     assert made.context_length == 8192
 
 
+BALANCED: dict[str, Any] = {"quality": "balanced", "calibration": "text.txt"}
 BASES = [
     Inventory(adapters=ADAPTER),
     held("int4", "int4", offsets=frozenset(LINEARS), adapters=ADAPTER),
@@ -84,6 +88,8 @@ BASES = [
         {"format": "nf4"},
         {"format": "int4", "block_size": 64, "zero_points": True},
         {"embedding_format": "int4"},
+        {"head_format": "int4"},
+        BALANCED | {"head_format": "int4", "format": "int4", "block_size": 64},
     ],
     ids=str,
 )
@@ -91,6 +97,71 @@ def test_every_decision_has_a_reason(options: dict[str, Any], base: Inventory) -
     made = plan(base=base, **options)
     assert set(made.reasons) == {field.name for field in fields(Plan)} - {"reasons"}
     assert all(made.reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "tied", "embedding", "head"),
+    [
+        ({}, True, "int8", "int8"),
+        ({"head_format": "int4"}, True, "int8", "int4"),
+        ({"embedding_format": "int4"}, False, "int4", "int4"),
+        (BALANCED, True, "int4", "int4"),
+        (BALANCED, False, "int8", "int4"),
+        (BALANCED | {"flavor": "ort"}, True, "int8", "int4"),
+        (BALANCED | {"embedding_format": "int8"}, True, "int8", "int8"),
+        (BALANCED | {"embedding_format": "int8", "head_format": "int4"}, True, "int8", "int4"),
+        (BALANCED | {"head_format": "int8"}, True, "int8", "int8"),
+        (BALANCED | {"device": "raspberry-pi-5"}, True, "int4", "int4"),
+    ],
+)
+def test_formats_of_embedding_and_head(
+    options: dict[str, Any],
+    tied: bool,  # noqa: FBT001
+    embedding: str,
+    head: str,
+) -> None:
+    made = plan(replace(SMALL, tie_word_embeddings=tied), **options)
+    assert (made.embedding_format, made.head_format) == (embedding, head)
+    assert all(made.reasons.values())
+
+
+def test_merged_head_leaves_the_embedding_in_int8() -> None:
+    base = Inventory(adapters={"a": {"lm_head": 16}})
+    made = plan(base=base, mode="merge", **BALANCED)
+    assert (made.embedding_format, made.head_format) == ("int8", "int4")
+    assert "lookup's error" in made.reasons["embedding_format"]
+
+
+def test_bytes_count_a_head_of_its_own() -> None:
+    rows, columns = SMALL.vocab_size, SMALL.hidden_size
+    four, eight = (rows * columns * bits // 8 + rows * columns // 32 * 2 for bits in (4, 8))
+    sizes = [
+        plan_sizes(SMALL, plan(**options), Inventory())
+        for options in ({}, {"head_format": "int4"}, {"embedding_format": "int4"})
+    ]
+    linears = sizes[0].weights - eight
+    assert [size.weights - linears for size in sizes] == [eight, eight + four, four]
+    assert [size.streamed - linears for size in sizes] == [eight, four, four]
+
+
+def test_balanced_says_how_many_matrices_it_works_on() -> None:
+    assert "in 211 matrices" in plan(**BALANCED).reasons["quality"]
+    some = plan(base=held("int4", "int8"), **BALANCED, head_format="int4")
+    assert "in 1 matrices" in some.reasons["quality"]
+    alone = plan(**BALANCED, embedding_format="int4", flavor="edgelora")
+    assert "rounded plainly" not in alone.reasons["quality"]
+    untied = plan(replace(SMALL, tie_word_embeddings=False), **BALANCED, embedding_format="int4")
+    assert "in 211 matrices" in untied.reasons["quality"]
+    assert "the embedding is rounded plainly" in untied.reasons["quality"]
+    said = plan(**BALANCED).reasons["quality"]  # 4.5 bits for each of 134 479 872 weights
+    assert "; 75.6 MB of weights, 75.6 MB read a token" in said
+
+
+@pytest.mark.parametrize("base", [held("int4", "int8"), held("nf4"), held("int8", "int8")])
+def test_balanced_is_refused_where_nothing_is_rounded_to_int4(base: Inventory) -> None:
+    options = {"embedding_format": "int8"} if base.stored.get(LINEAR) == "nf4" else {}
+    with pytest.raises(EdgeLoraError, match="quality balanced: nothing would be rounded to int4"):
+        plan(base=base, **BALANCED, **options)
 
 
 def test_nf4_base_stays_nf4_unless_something_else_is_asked_for() -> None:
@@ -208,6 +279,12 @@ def test_mode_says_whether_there_are_adapters() -> None:
         ({"format": "float", "zero_points": True}, "zero points with format float"),
         ({"format": "nf4", "block_size": 32}, "nf4 has blocks of 64"),
         ({"format": "nf4", "flavor": "ort"}, "no nf4 with double quantization"),
+        ({"format": "float", "head_format": "int4"}, "head format int4: with format float"),
+        ({"head_format": "int2"}, "head format 'int2': one of int8, int4"),
+        ({"quality": "superb"}, "quality 'superb': one of fast, balanced"),
+        ({"quality": "balanced"}, "quality balanced: needs --calibration FILE, a plain text"),
+        ({"calibration": "t.txt"}, "t.txt: quality fast reads no calibration text"),
+        (BALANCED | {"format": "nf4"}, "quality balanced with format nf4: int4 only"),
     ],
 )
 def test_contradicting_options_are_refused(options: dict[str, Any], words: str) -> None:

@@ -42,16 +42,16 @@ def on(usable: int, config: ModelConfig, base: Inventory, **options: Any) -> Pla
 
 def needed(config: ModelConfig, made: Plan, base: Inventory, positions: int, **ch: Any) -> int:
     """Bytes for that many positions under the plan, changed as said."""
-    sizes = plan_sizes(config, replace(made, **ch), base)
-    return sizes.held + OVERHEAD_BYTES + positions * kv_bytes_per_position(config)
+    changed = replace(made, **ch)
+    held = plan_sizes(config, changed, base).held
+    return held + OVERHEAD_BYTES + positions * kv_bytes_per_position(config, changed)
 
 
 def test_small_device_gets_the_context_that_fits() -> None:
-    made = plan(device="raspberry-pi-zero-2w")
-    used = needed(SMALL, made, NOTHING, made.context_length)
-    assert used <= load_profile("raspberry-pi-zero-2w").usable_memory_bytes
-    assert made.context_length % 256 == 0
-    assert "raspberry-pi-zero-2w" in made.reasons["context_length"]
+    usable = needed(SMALL, plan(block_size=128), NOTHING, 1200)
+    made = on(usable, SMALL, NOTHING, block_size=128)
+    assert made.context_length == 1024  # of 1200 positions, in steps of 256
+    assert "pixel-8" in made.reasons["context_length"]
 
 
 def test_base_too_large_for_the_device_is_refused() -> None:
@@ -209,6 +209,34 @@ def test_predicted_weight_bytes_are_the_real_ones(
     sizes = plan_sizes(checkpoint.config, report.plan, take_inventory(checkpoint, {}))
     real = written_bytes(tmp_path / "bundle")
     assert abs(sizes.weights - real) <= SIZE_TOLERANCE * real
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"format": "nf4"}, {"format": "float"}, {"flavor": "ort"}], ids=str
+)
+def test_predicted_kv_cache_is_what_the_runtime_keeps(
+    options: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    report = edgelora.export(bases["llama"], tmp_path / "bundle", **options)
+    predicted = kv_bytes_per_position(open_checkpoint(bases["llama"]).config, report.plan)
+    with edgelora.load(tmp_path / "bundle") as model:
+        assert model.info.kv_cache_bytes == predicted
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options", "row"),
+    [
+        (64, {}, 64 + 2 * 2 + 64 + 4),  # int8 codes, a float16 for 32 of a key, a float32 a value
+        (80, {}, 96 + 3 * 2 + 80 + 4),
+        (72, {"format": "nf4"}, 96 + 3 * 2 + 80 + 4),
+        (72, {"format": "float"}, 4 * 72 + 4 * 80),
+        (72, {"flavor": "ort"}, 4 * 72 + 4 * 72),
+    ],
+)
+def test_kv_cache_counts_codes_and_scales(head_dim: int, options: dict[str, Any], row: int) -> None:
+    config = replace(SMALL, head_dim=head_dim)
+    predicted = kv_bytes_per_position(config, replace(plan(), **options))
+    assert predicted == config.num_hidden_layers * config.num_key_value_heads * row
 
 
 @pytest.mark.parametrize("flavor", ["edgelora", "ort"])

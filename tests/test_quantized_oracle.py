@@ -48,11 +48,12 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
     exact = oracle.logits(dequantized(bundle, plain, adapter, oracle.NF4), TOKENS)
     with edgelora.load(bundle, threads=2, accuracy="float") as runtime:
         oracle.assert_close(runtime.logits(TOKENS, adapter=name), exact, EXACT_SHARE)
-    model = dequantized(bundle, plain, adapter, oracle.BYTE_NF4)
-    with oracle.int8_activations(model):
-        simulated = oracle.logits(model, TOKENS)
     with edgelora.load(bundle, threads=2) as runtime:
         ours = runtime.logits(TOKENS, adapter=name)
+        nf4 = oracle.LEVEL_NF4 if runtime.info.isa == "avx2" else oracle.BYTE_NF4
+    model = dequantized(bundle, plain, adapter, nf4)
+    with oracle.int8_activations(model):
+        simulated = oracle.logits(model, TOKENS)
     allowed = SIMULATION_SHARE * np.abs(simulated - exact).max()
     assert np.abs(ours - simulated).max() <= allowed
 

@@ -1,6 +1,7 @@
 """The wheel: its tag, what it holds, and that a bundle runs where nothing else is installed."""
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 
 import edgelora
 import tiny
+from elf import MACHINES, check_release
 from test_float_oracle import make_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,15 @@ def test_it_holds_nothing_else(contents: Mapping[str, int]) -> None:
     demo = {name for name in inside if name.startswith("edgelora/adapters/")}
     assert [name for name in inside - demo if not name.endswith(kinds)] == []
     assert [name for name in inside if "test" in name or not name.startswith("edgelora/")] == []
+
+
+def test_library_is_small_and_stripped(wheel: Path, tmp_path: Path) -> None:
+    machine = platform.machine()
+    if machine not in MACHINES:
+        pytest.skip(f"a library for {machine} has other names")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("edgelora/libedgelora.so", tmp_path)
+    check_release(Path(library), MACHINES[machine])
 
 
 def test_tiny_bundle_runs_without_the_converter(python: Path, tmp_path: Path) -> None:

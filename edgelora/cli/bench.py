@@ -26,6 +26,12 @@ from edgelora.cli.parameters import (
     multiple=True,
     help="Measure with it active; repeat for a weighted sum.",
 )
+@click.option(
+    "--load",
+    "loaded",
+    multiple=True,
+    help="Keep this adapter in memory, not active; repeat for more.",
+)
 @threads_option
 @click.option(
     "--prompt-tokens",
@@ -52,6 +58,7 @@ from edgelora.cli.parameters import (
 def bench(
     bundle: Path,
     adapters: tuple[tuple[str, float], ...],
+    loaded: tuple[str, ...],
     threads: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -67,6 +74,7 @@ def bench(
     result = run_bench(
         bundle,
         adapter=chosen_adapter(unique(adapters, "--adapter")),
+        loaded=loaded,
         threads=threads,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

@@ -21,6 +21,7 @@ from edgelora.plan import (
     FLAVORS,
     FORMATS,
     MODES,
+    QUALITIES,
     ExportOptions,
     Plan,
 )
@@ -64,7 +65,25 @@ MEGABYTE = 1e6
 @click.option(
     "--embedding-format",
     type=click.Choice(EMBEDDING_FORMATS),
-    help="Of the embedding and lm_head.  [default: int8]",
+    help="Of the embedding, and of lm_head if it is not given.  [default: the plan's]",
+)
+@click.option(
+    "--head-format",
+    type=click.Choice(EMBEDDING_FORMATS),
+    help="Of lm_head.  [default: the plan's]",
+)
+@click.option(
+    "--quality",
+    type=click.Choice(QUALITIES),
+    default="fast",
+    show_default=True,
+    help="balanced: rounding errors make up for each other on a text; takes minutes.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plain text of the kind that the model will read and write.",
 )
 @click.option(
     "--flavor",

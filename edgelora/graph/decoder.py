@@ -1,11 +1,12 @@
 """A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) as an ONNX graph.
 
-Read from top to bottom, a token meets the nodes in this order: embedding, then in each layer
-norm, qkv_proj, attention, o_proj, norm, gate_up_proj, SwiGlu, down_proj; at last the norm and
-lm_head of the rows that `logits_to_keep` names.
+Read from top to bottom, a token meets embedding, then in each layer qkv_proj of its norm,
+attention, o_proj onto the residual, gate_up_proj of its norm with SwiGLU, down_proj onto the
+residual; at last lm_head of the norm of the rows that `logits_to_keep` names. In flavor `edgelora`
+a layer is one node, unless its parts are in formats that cannot be packed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import TensorProto
@@ -14,7 +15,7 @@ from edgelora.config import ModelConfig
 from edgelora.graph.nodes import Nodes, value
 from edgelora.graph.own_ops import OwnOps
 from edgelora.graph.stock_ops import StockOps
-from edgelora.graph.tensors import StoredMatrix, StoredTensor
+from edgelora.graph.tensors import Around, AttentionInputs, LayerPart, StoredMatrix, StoredTensor
 from edgelora.layout import (
     EMBEDDING,
     FINAL_NORM,
@@ -23,8 +24,6 @@ from edgelora.layout import (
     head,
     mlp_projections,
 )
-
-COS, SIN = "rotary.cos", "rotary.sin"
 
 
 class Decoder:
@@ -44,16 +43,10 @@ class Decoder:
     def build(self, stored: Mapping[str, StoredTensor]) -> onnx.ModelProto:
         """The whole model; `stored` are the tensors of the weight file by name."""
         self._lengths()
-        residual = ""
-        table = self.matrices[EMBEDDING]
-        out = self.ops.embedding(self.nodes, "input_ids", EMBEDDING, table)
+        x = self.ops.embedding(self.nodes, "input_ids", EMBEDDING, self.matrices[EMBEDDING])
         for layer in range(self.config.num_hidden_layers):
-            path = f"model.layers.{layer}"
-            normed, residual = self._norm(out, residual, f"{path}.input_layernorm")
-            attended = self._attention(normed, layer)
-            normed, residual = self._norm(attended, residual, f"{path}.post_attention_layernorm")
-            out = self._mlp(normed, layer)
-        self._logits(out, residual)
+            x = self._layer(x, layer)
+        self._logits(x)
         return self.nodes.model(self._inputs(), self._outputs(), stored)
 
     def _lengths(self) -> None:
@@ -69,95 +62,85 @@ class Decoder:
         total = add("Squeeze", [total], "mask_length_scalar")
         add("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
 
-    def _norm(self, x: str, residual: str, path: str) -> tuple[str, str]:
-        """RMS norm of x + residual (residual may be ""); returns it and the sum."""
-        epsilon, weight = self.config.rms_norm_eps, f"{path}.weight"
-        if not residual:
-            normed = self.nodes.add(
-                "SimplifiedLayerNormalization", [x, weight], path, epsilon=epsilon, axis=-1
-            )
-            return normed, x
-        outputs = [path, "", "", f"{path}.residual"]
-        self.nodes.add(
-            "SkipSimplifiedLayerNormalization",
-            [x, residual, weight],
-            path,
-            domain="com.microsoft",
-            outputs=outputs,
-            epsilon=epsilon,
-        )
-        return path, outputs[3]
+    def _layer(self, x: str, layer: int) -> str:
+        """One node, where the flavor has it and all projections are packed."""
+        qkv, o_proj = attention_projections(self.config, layer)
+        gate_up, down = mlp_projections(self.config, layer)
+        packed = all(p.name in self.matrices for p in (qkv, o_proj, gate_up, down))
+        if not packed or not isinstance(self.ops, OwnOps):
+            return self._mlp(self._attention(x, layer), layer)
+        path = f"model.layers.{layer}"
+        after = f"{path}.post_attention_layernorm"
+        parts = {
+            "qkv": self._part(qkv, norm=f"{path}.input_layernorm"),
+            "o": self._part(o_proj),
+            "gate_up": self._part(gate_up, norm=after, activation="swiglu"),
+            "down": self._part(down),
+        }
+        return self.ops.layer(self.nodes, self.config, x, self._cached([], layer), parts)
 
-    def _project(self, x: str, projection: Projection) -> list[str]:
+    def _part(
+        self, projection: Projection, *, norm: str = "", activation: str = "none"
+    ) -> LayerPart:
+        around = self._around(norm=norm, activation=activation)
+        return LayerPart(projection.linears, self.matrices[projection.name], around)
+
+    def _around(self, *, norm: str = "", residual: str = "", activation: str = "none") -> Around:
+        weight = f"{norm}.weight" if norm else ""
+        return Around(weight, self.config.rms_norm_eps, residual, activation)
+
+    def _cached(self, qkv: Sequence[str], layer: int) -> AttentionInputs:
+        return AttentionInputs(
+            path=f"model.layers.{layer}.self_attn",
+            qkv=qkv,
+            past=[f"past_key_values.{layer}.{kind}" for kind in ("key", "value")],
+            present=[f"present.{layer}.{kind}" for kind in ("key", "value")],
+        )
+
+    def _project(
+        self,
+        x: str,
+        projection: Projection,
+        *,
+        norm: str = "",
+        residual: str = "",
+        activation: str = "none",
+    ) -> list[str]:
         """One value where the projection is packed, else one for each of its linears."""
+        around = self._around(norm=norm, residual=residual, activation=activation)
         if projection.name in self.matrices:
-            matrix = self.matrices[projection.name]
-            return [self.ops.linear(self.nodes, x, projection.name, projection.linears, matrix)]
+            parts = {projection.name: projection.linears}
+        else:
+            parts = {linear.target: (linear,) for linear in projection.linears}
         return [
-            self.ops.linear(self.nodes, x, part.target, [part], self.matrices[part.target])
-            for part in projection.linears
+            self.ops.linear(self.nodes, x, name, linears, self.matrices[name], around)
+            for name, linears in parts.items()
         ]
 
     def _attention(self, x: str, layer: int) -> str:
-        """Grouped-query attention with rotary embedding over the kv_cache, then o_proj."""
-        config, path = self.config, f"model.layers.{layer}.self_attn"
-        qkv_proj, o_proj = attention_projections(config, layer)
-        qkv = self._project(x, qkv_proj)
-        if config.qk_norm:
-            qkv = self._head_norms(qkv, qkv_proj, path)
-        past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-        present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
-        self.nodes.add(
-            "GroupQueryAttention",
-            [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", COS, SIN],
-            path,
-            domain="com.microsoft",
-            outputs=[path, *present],
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            do_rotary=1,
-            local_window_size=config.sliding_window or -1,
-        )
-        return self._project(path, o_proj)[0]
-
-    def _head_norms(self, qkv: list[str], projection: Projection, path: str) -> list[str]:
-        """RMS norm over each head of q and k (Qwen3)."""
-        if len(qkv) == 1:
-            sizes = self.nodes.constant("qkv_slices", [p.out_features for p in projection.linears])
-            parts = [f"{path}.{kind}" for kind in "qkv"]
-            self.nodes.add("Split", [*qkv, sizes], f"{path}.split", outputs=parts, axis=-1)
-            qkv = parts
-        return [self._head_norm(qkv[0], path, "q"), self._head_norm(qkv[1], path, "k"), qkv[2]]
-
-    def _head_norm(self, x: str, path: str, kind: str) -> str:
-        add, constant, name = self.nodes.add, self.nodes.constant, f"{path}.{kind}_norm"
-        heads = add(
-            "Reshape", [x, constant("by_head", [0, 0, -1, self.config.head_dim])], f"{name}.heads"
-        )
-        normed = add(
-            "SimplifiedLayerNormalization",
-            [heads, f"{name}.weight"],
-            f"{name}.normed",
-            epsilon=self.config.rms_norm_eps,
-            axis=-1,
-        )
-        return add("Reshape", [normed, constant("by_row", [0, 0, -1])], name)
+        """x + o_proj of grouped-query attention over the kv_cache."""
+        path = f"model.layers.{layer}"
+        qkv_proj, o_proj = attention_projections(self.config, layer)
+        qkv = self._project(x, qkv_proj, norm=f"{path}.input_layernorm")
+        attended = self.ops.attention(self.nodes, self.config, self._cached(qkv, layer))
+        return self._project(attended, o_proj, residual=x)[0]
 
     def _mlp(self, x: str, layer: int) -> str:
-        """down_proj(silu(gate)·up)."""
+        """x + down_proj(silu(gate)·up)."""
+        path = f"model.layers.{layer}"
         gate_up, down = mlp_projections(self.config, layer)
-        parts = self._project(x, gate_up)
-        activated = self.ops.swiglu(self.nodes, parts, f"model.layers.{layer}.mlp.act")
-        return self._project(activated, down)[0]
+        norm = f"{path}.post_attention_layernorm"
+        if self.ops.packs and gate_up.name in self.matrices:
+            (activated,) = self._project(x, gate_up, norm=norm, activation="swiglu")
+        else:
+            parts = self._project(x, gate_up, norm=norm)
+            activated = self.ops.swiglu(self.nodes, parts, f"{path}.mlp.act")
+        return self._project(activated, down, residual=x)[0]
 
-    def _logits(self, x: str, residual: str) -> None:
+    def _logits(self, x: str) -> None:
         """Only the rows that are asked for reach the last norm and lm_head."""
-        kept, kept_residual = (
-            self.nodes.add("Gather", [value, "logits_to_keep"], f"kept.{kind}", axis=1)
-            for value, kind in ((x, "x"), (residual, "residual"))
-        )
-        normed, _ = self._norm(kept, kept_residual, FINAL_NORM)
-        logits = self._project(normed, head(self.config))[0]
+        kept = self.nodes.add("Gather", [x, "logits_to_keep"], "kept", axis=1)
+        logits = self._project(kept, head(self.config), norm=FINAL_NORM)[0]
         self.nodes.nodes[-1].output[0] = "logits"
         assert logits == "lm_head"
 
@@ -175,10 +158,8 @@ class Decoder:
         return [logits, *self._cache("present", "total_sequence")]
 
     def _cache(self, prefix: str, length: str) -> list[onnx.ValueInfoProto]:
-        config = self.config
-        dims: list[str | int] = ["batch", config.num_key_value_heads, length, config.head_dim]
         return [
-            value(f"{prefix}.{layer}.{kind}", TensorProto.FLOAT, dims)
+            self.ops.cache(self.config, f"{prefix}.{layer}", kind, length)
             for layer in range(self.config.num_hidden_layers)
             for kind in ("key", "value")
         ]

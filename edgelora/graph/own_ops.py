@@ -1,13 +1,18 @@
-"""Flavor `edgelora`: our operators; the side branch is inside `Linear`."""
+"""Flavor `edgelora`: our operators.
 
-from collections.abc import Sequence
+Norm, side branch, SwiGLU and residual are inside `Linear`, rotary embedding and the kv_cache inside
+`Attention`.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
+from edgelora.config import ModelConfig
 from edgelora.graph.nodes import Nodes, value
-from edgelora.graph.tensors import StoredMatrix
+from edgelora.graph.tensors import COS, SIN, Around, AttentionInputs, LayerPart, StoredMatrix
 from edgelora.layout import Linear
 
 DOMAIN = "edgelora"
@@ -22,29 +27,97 @@ ROLES = (  # operator inputs 2…7, by position
 
 
 class OwnOps:
-    """Operators `Linear`, `Embedding` and `SwiGlu` (ARCHITECTURE.md, "Operators")."""
+    """`Layer`, `Linear`, `Attention`, `Embedding`, `SwiGlu` (ARCHITECTURE.md, "Operators")."""
 
     packs = True  # several linears that read the same row may share a node
 
+    def __init__(self, kv_format: str = "int8") -> None:
+        """kv_format: "int8", or "float" for a model that is to compute exactly."""
+        self.kv_format = kv_format
+
     def linear(
-        self, nodes: Nodes, x: str, name: str, linears: Sequence[Linear], matrix: StoredMatrix
+        self,
+        nodes: Nodes,
+        x: str,
+        name: str,
+        linears: Sequence[Linear],
+        matrix: StoredMatrix,
+        around: Around,
     ) -> str:
-        """y [batch, sequence, Σ out_features] of the linears packed in `matrix`."""
+        """y [batch, sequence, Σ out_features] of the linears packed in `matrix`; half of that
+        behind SwiGLU.
+        """
         return nodes.add(
             "Linear",
-            [x, "adapter_ids", *_present(matrix, ROLES)],
+            _trimmed([x, "adapter_ids", *_part_inputs(matrix, around), around.residual]),
             name,
             domain=DOMAIN,
-            **_attributes(matrix),
-            targets=",".join(linear.target for linear in linears),
-            slices=[linear.out_features for linear in linears],
+            **_part_attributes(linears, matrix, around),
         )
+
+    def attention(self, nodes: Nodes, config: ModelConfig, inputs: AttentionInputs) -> str:
+        """Attended heads [batch, sequence, num_attention_heads · head_dim]."""
+        qkv = [*inputs.qkv, *[""] * (3 - len(inputs.qkv))]
+        return nodes.add(
+            "Attention",
+            _trimmed([*qkv, *_attention_inputs(config, inputs)]),
+            inputs.path,
+            domain=DOMAIN,
+            outputs=[inputs.path, *inputs.present],
+            **self._attention_attributes(config),
+        )
+
+    def _attention_attributes(self, config: ModelConfig) -> dict[str, Any]:
+        return {
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "local_window_size": config.sliding_window or -1,
+            "epsilon": config.rms_norm_eps,
+            "kv_format": self.kv_format,
+        }
+
+    def layer(
+        self,
+        nodes: Nodes,
+        config: ModelConfig,
+        x: str,
+        inputs: AttentionInputs,
+        parts: Mapping[str, LayerPart],
+    ) -> str:
+        """A whole layer [batch, sequence, hidden_size] of qkv, o, gate_up and down, all packed."""
+        name = inputs.path.removesuffix(".self_attn")
+        values = [x, "adapter_ids", *_attention_inputs(config, inputs)]
+        attributes = self._attention_attributes(config)
+        for prefix in ("qkv", "o", "gate_up", "down"):
+            part = parts[prefix]
+            values += _part_inputs(part.matrix, part.around)
+            of_part = _part_attributes(part.linears, part.matrix, part.around)
+            attributes |= {f"{prefix}_{key}": value for key, value in of_part.items()}
+        return nodes.add(
+            "Layer",
+            _trimmed(values),
+            name,
+            domain=DOMAIN,
+            outputs=[name, *inputs.present],
+            **attributes,
+        )
+
+    def cache(self, config: ModelConfig, name: str, kind: str, length: str) -> onnx.ValueInfoProto:
+        """Bytes of the keys or values of one layer, laid out by the runtime.
+
+        How many a position has depends on how an int8 model is loaded: that dimension is open.
+        """
+        width = config.head_dim if kind == "key" else -(-config.head_dim // 16) * 16
+        row: str | int = 4 * width if self.kv_format == "float" else f"{kind}_bytes"
+        dims: list[str | int] = ["batch", config.num_key_value_heads, length, row]
+        return value(f"{name}.{kind}", TensorProto.UINT8, dims)
 
     def embedding(self, nodes: Nodes, input_ids: str, name: str, matrix: StoredMatrix) -> str:
         """Rows of the embedding, float32 [batch, sequence, hidden_size]."""
         return nodes.add(
             "Embedding",
-            [input_ids, *_present(matrix, ROLES[:3])],
+            _trimmed([input_ids, *(matrix.inputs.get(role, "") for role in ROLES[:3])]),
             name,
             domain=DOMAIN,
             **_attributes(matrix),
@@ -74,9 +147,28 @@ def _attributes(matrix: StoredMatrix) -> dict[str, Any]:
     }
 
 
-def _present(matrix: StoredMatrix, roles: Sequence[str]) -> list[str]:
-    """The initializers of the roles, "" for an absent one, nothing after the last."""
-    inputs = [matrix.inputs.get(role, "") for role in roles]
+def _part_inputs(matrix: StoredMatrix, around: Around) -> list[str]:
+    return [*(matrix.inputs.get(role, "") for role in ROLES), around.norm]
+
+
+def _part_attributes(
+    linears: Sequence[Linear], matrix: StoredMatrix, around: Around
+) -> dict[str, Any]:
+    return _attributes(matrix) | {
+        "targets": ",".join(linear.target for linear in linears),
+        "slices": [linear.out_features for linear in linears],
+        "activation": around.activation,
+        "epsilon": around.epsilon,
+    }
+
+
+def _attention_inputs(config: ModelConfig, inputs: AttentionInputs) -> list[str]:
+    norms = [f"{inputs.path}.{kind}_norm.weight" if config.qk_norm else "" for kind in "qk"]
+    return [*inputs.past, "seqlens_k", COS, SIN, *norms]
+
+
+def _trimmed(inputs: list[str]) -> list[str]:
+    """Nothing after the last input that is there."""
     while not inputs[-1]:
         inputs.pop()
     return inputs

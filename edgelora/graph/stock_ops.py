@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto
 
+from edgelora.config import ModelConfig
 from edgelora.graph.nodes import Nodes, value
-from edgelora.graph.tensors import StoredMatrix
+from edgelora.graph.tensors import COS, SIN, Around, AttentionInputs, StoredMatrix
 from edgelora.layout import Linear
 
 DOMAIN = "com.microsoft"
@@ -19,23 +20,74 @@ INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 
 
 class StockOps:
-    """MatMulNBits, GatherBlockQuantized and plain ONNX."""
+    """MatMulNBits, GroupQueryAttention, GatherBlockQuantized and plain ONNX."""
 
     packs = False
 
     def __init__(self) -> None:
         self._factors: list[onnx.ValueInfoProto] = []
+        self._normed: dict[str, str] = {}  # weight of a norm → the value that it made
 
     def linear(
-        self, nodes: Nodes, x: str, name: str, linears: Sequence[Linear], matrix: StoredMatrix
+        self,
+        nodes: Nodes,
+        x: str,
+        name: str,
+        linears: Sequence[Linear],
+        matrix: StoredMatrix,
+        around: Around,
     ) -> str:
         """y [batch, sequence, out_features] of the one linear, side branch added."""
+        assert around.activation == "none", "a flavor that does not pack has no gate ‖ up"
         (linear,) = linears
+        if around.norm:
+            x = self._norm(nodes, x, around)
         base = self._base(nodes, x, f"{name}.base", matrix)
         a, b = self._default_factors(nodes, linear)
         down = nodes.add("MatMul", [x, a], f"{name}.down")
         up = nodes.add("MatMul", [down, b], f"{name}.up")
-        return nodes.add("Add", [base, up], name)
+        if not around.residual:
+            return nodes.add("Add", [base, up], name)
+        changed = nodes.add("Add", [base, up], f"{name}.changed")
+        return nodes.add("Add", [changed, around.residual], name)
+
+    def _norm(self, nodes: Nodes, x: str, around: Around) -> str:
+        """RMS norm of x, made once for all linears that read it."""
+        if around.norm not in self._normed:
+            self._normed[around.norm] = nodes.add(
+                "SimplifiedLayerNormalization",
+                [x, around.norm],
+                around.norm.removesuffix(".weight"),
+                epsilon=around.epsilon,
+                axis=-1,
+            )
+        return self._normed[around.norm]
+
+    def attention(self, nodes: Nodes, config: ModelConfig, inputs: AttentionInputs) -> str:
+        """Attended heads [batch, sequence, num_attention_heads · head_dim]."""
+        name = inputs.path
+        q, k, v = inputs.qkv
+        if config.qk_norm:
+            q, k = (
+                _head_norm(nodes, config, x, f"{name}.{kind}_norm")
+                for x, kind in ((q, "q"), (k, "k"))
+            )
+        return nodes.add(
+            "GroupQueryAttention",
+            [q, k, v, *inputs.past, "seqlens_k", "total_sequence_length", COS, SIN],
+            name,
+            domain=DOMAIN,
+            outputs=[name, *inputs.present],
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            do_rotary=1,
+            local_window_size=config.sliding_window or -1,
+        )
+
+    def cache(self, config: ModelConfig, name: str, kind: str, length: str) -> onnx.ValueInfoProto:
+        """Keys or values of one layer."""
+        dims: list[str | int] = ["batch", config.num_key_value_heads, length, config.head_dim]
+        return value(f"{name}.{kind}", TensorProto.FLOAT, dims)
 
     def _base(self, nodes: Nodes, x: str, name: str, matrix: StoredMatrix) -> str:
         inputs = matrix.inputs
@@ -99,3 +151,17 @@ class StockOps:
     def adapter_inputs(self) -> list[onnx.ValueInfoProto]:
         """The factors of every linear that the graph has."""
         return self._factors
+
+
+def _head_norm(nodes: Nodes, config: ModelConfig, x: str, name: str) -> str:
+    """RMS norm over each head of q or k (Qwen3)."""
+    by_head = nodes.constant("by_head", [0, 0, -1, config.head_dim])
+    heads = nodes.add("Reshape", [x, by_head], f"{name}.heads")
+    normed = nodes.add(
+        "SimplifiedLayerNormalization",
+        [heads, f"{name}.weight"],
+        f"{name}.normed",
+        epsilon=config.rms_norm_eps,
+        axis=-1,
+    )
+    return nodes.add("Reshape", [normed, nodes.constant("by_row", [0, 0, -1])], name)

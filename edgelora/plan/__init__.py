@@ -1,26 +1,31 @@
 """The decisions of one export, made once, each with its reason."""
 
-from edgelora.plan.decisions import EMBEDDING_BLOCK, Plan
+from edgelora.plan.decisions import EMBEDDING_BLOCK, Plan, shares_head
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.making import make_plan
 from edgelora.plan.options import (
     BLOCK_SIZES,
+    CALIBRATION_WINDOWS,
     EMBEDDING_FORMATS,
     FLAVORS,
     FORMATS,
     MODES,
+    QUALITIES,
     ExportOptions,
 )
 
 __all__ = [
     "BLOCK_SIZES",
+    "CALIBRATION_WINDOWS",
     "EMBEDDING_BLOCK",
     "EMBEDDING_FORMATS",
     "FLAVORS",
     "FORMATS",
     "MODES",
+    "QUALITIES",
     "ExportOptions",
     "Inventory",
     "Plan",
     "make_plan",
+    "shares_head",
 ]

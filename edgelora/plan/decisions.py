@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edgelora.config import ModelConfig
 from edgelora.layout import EMBEDDING
 from edgelora.plan.inventory import Inventory
 
@@ -23,7 +24,10 @@ class Plan:
     format: str  # of the linears that are not carried
     block_size: int  # of int4 that is not carried; 64 for nf4, 0 for float
     zero_points: bool
-    embedding_format: str  # "int8", "int4" or "float", for the embedding and lm_head
+    embedding_format: str  # "int8", "int4" or "float"
+    head_format: str  # likewise; a tied lm_head of the embedding's format is the same matrix
+    quality: str  # "fast": each weight is rounded for itself; "balanced": errors are compensated
+    calibration: str | None  # what text the rounding was fitted to
     carry: str
     carry_embedding: str
     flavor: str
@@ -31,10 +35,14 @@ class Plan:
     device: str | None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
+    def wanted(self, target: str) -> str:
+        """The format of `target` where it is not carried."""
+        outer = {EMBEDDING: self.embedding_format, "lm_head": self.head_format}
+        return outer.get(target, self.format)
+
     def carries(self, stored: str | None, target: str) -> bool:
         """Whether `target`, which the base holds as `stored`, is kept code for code."""
-        outer = target in OUTER
-        wanted = self.embedding_format if outer else self.format
+        outer, wanted = target in OUTER, self.wanted(target)
         carry = self.carry_embedding if outer else self.carry
         if stored is None or wanted == "float":
             return False
@@ -60,6 +68,18 @@ def is_carried(plan: Plan, base: Inventory, target: str) -> bool:
     return not merged and plan.carries(base.stored.get(target), target)
 
 
+def shares_head(config: ModelConfig, plan: Plan, base: Inventory) -> bool:
+    """Whether lm_head is the embedding's matrix."""
+    merged = plan.mode == "merge" and "lm_head" in base.changed
+    same = plan.head_format == plan.embedding_format
+    return config.tie_word_embeddings and same and not merged
+
+
+def outer_matrices(config: ModelConfig, plan: Plan, base: Inventory) -> list[str]:
+    """The embedding, and lm_head where it has a matrix of its own."""
+    return [EMBEDDING] if shares_head(config, plan, base) else list(OUTER)
+
+
 def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
     """How the bundle holds this matrix."""
     if is_carried(plan, base, target):
@@ -67,8 +87,7 @@ def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
         if stored == "nf4":
             return Kind("nf4", 64)
         return Kind(stored, CARRIED_BLOCK, "offsets" if target in base.offsets else "")
-    wanted = plan.embedding_format if target in OUTER else plan.format
-    match wanted:
+    match plan.wanted(target):
         case "float":
             return Kind("float", 0)
         case "nf4":

@@ -39,7 +39,7 @@ class Fitting:
     def room(self, plan: Plan) -> int:
         """Positions of kv_cache that fit beside weights and adapters."""
         held = plan_sizes(self.config, plan, self.base).held
-        position = kv_bytes_per_position(self.config)
+        position = kv_bytes_per_position(self.config, plan)
         return max_context(self.profile, held, position, OVERHEAD_BYTES)
 
     @property
@@ -85,16 +85,20 @@ class Fitting:
         return Fitted(plan, notes | {"block_size": why})
 
     def _may_shrink_embedding(self, draft: Plan) -> bool:
-        asked = self.options.embedding_format is not None
-        return draft.embedding_format == "int8" and not asked and draft.flavor == "edgelora"
+        asked = self.options.embedding_format or self.options.head_format
+        return draft.embedding_format == "int8" and asked is None and draft.flavor == "edgelora"
 
     def _with_small_embedding(self, fitted: Fitted) -> Fitted:
         carry = "none" if fitted.plan.carry_embedding == "none" else "same"
-        plan = replace(fitted.plan, embedding_format="int4", carry_embedding=carry)
-        why = (
-            f"{self.profile.id} has no room for 8 bits; plainly rounded int4 raises the mean "
-            "KL from 0.29 to 0.38 on SmolLM2 (tests/benchmarks/results/quality.csv)"
+        plan = replace(
+            fitted.plan, embedding_format="int4", head_format="int4", carry_embedding=carry
         )
+        why = f"{self.profile.id} has no room for 8 bits"
+        if plan.quality == "fast":
+            why += (
+                "; plainly rounded int4 raises the mean KL from 0.29 to 0.38 on SmolLM2 "
+                "(tests/benchmarks/results/quality.csv)"
+            )
         dropped = f"{self.profile.id} has no room for more than 4 bits"
         return Fitted(plan, fitted.notes | {"embedding_format": why, "carry_embedding": dropped})
 

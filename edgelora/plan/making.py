@@ -7,7 +7,7 @@ from edgelora.config import ModelConfig
 from edgelora.device import DeviceProfile
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import EMBEDDING, targets
-from edgelora.plan.decisions import OUTER, Plan, kind_of
+from edgelora.plan.decisions import OUTER, Plan, is_carried, kind_of, outer_matrices, shares_head
 from edgelora.plan.fitting import CONTEXT_STEP, Fitted, Fitting
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.options import BLOCK_SIZES, DEFAULT_CONTEXT, ExportOptions
@@ -22,12 +22,14 @@ def make_plan(
     base: Inventory | None = None,
     *,
     profile: DeviceProfile | None = None,
+    calibration: str | None = None,
 ) -> Plan:
-    """Raises EdgeLoraError when the model does not fit the device, the context is longer than the
-    base's, or nf4 cannot hold its linears.
+    """`calibration` says which text was read. Raises EdgeLoraError when the model does not fit the
+    device, the context is longer than the base's, nf4 cannot hold its linears, or nothing is
+    there for the quality to work on.
     """
     base = base or Inventory()
-    draft = _draft(config, options, base)
+    draft = replace(_draft(config, options, base), calibration=calibration)
     fitted, room = Fitted(draft), None
     if profile is not None:
         fitting = Fitting(config, options, base, profile)
@@ -35,8 +37,9 @@ def make_plan(
         room = fitting.room(fitted.plan)
     plan = replace(fitted.plan, context_length=_context_length(config, options, room))
     plan = _as_written(config, plan, base)
-    facts = Facts(config, options, base, profile, fitted.notes, _no_nf4(config, options))
-    return replace(plan, reasons=all_reasons(plan, facts))
+    _check_quality(config, plan, base)
+    facts = Facts(config, plan, options, base, profile, fitted.notes, _no_nf4(config, options))
+    return replace(plan, reasons=all_reasons(facts))
 
 
 def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan:
@@ -44,17 +47,54 @@ def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan
     chosen = _format(config, options, base)
     is_float = chosen == "float"
     anew = options.block_size not in (None, 32) or options.zero_points
+    embedding, head = _outer_formats(config, options, base)
     return Plan(
         mode=options.mode,
         format=chosen,
         block_size={"nf4": 64, "float": 0}.get(chosen, options.block_size or BLOCK_SIZES[0]),
         zero_points=options.zero_points,
-        embedding_format="float" if is_float else options.embedding_format or "int8",
+        embedding_format="float" if is_float else embedding,
+        head_format="float" if is_float else head,
+        quality=options.quality,
+        calibration=None,
         carry=_carry(options.format, anew=anew or is_float),
-        carry_embedding=_carry(options.embedding_format, anew=anew or is_float),
+        carry_embedding=_carry(
+            options.embedding_format or options.head_format, anew=anew or is_float
+        ),
         flavor=options.flavor,
         context_length=options.context_length or config.max_position_embeddings,
         device=options.device,
+    )
+
+
+def _outer_formats(config: ModelConfig, options: ExportOptions, base: Inventory) -> tuple[str, str]:
+    """Of embedding and lm_head. Compensated int4 is good enough for lm_head, which every decoded
+    token streams; a lookup has no error that could be compensated, but where it is tied the head's
+    matrix serves it too.
+    """
+    asked = options.embedding_format
+    head = options.head_format or asked
+    if options.quality == "fast":
+        head = head or "int8"
+        return asked or "int8", head
+    head = head or "int4"
+    merged = options.mode == "merge" and "lm_head" in base.changed
+    shared = config.tie_word_embeddings and not merged and options.flavor == "edgelora"
+    return asked or (head if shared else "int8"), head
+
+
+def _check_quality(config: ModelConfig, plan: Plan, base: Inventory) -> None:
+    """Raises EdgeLoraError where no matrix would be rounded any better."""
+    if plan.quality == "fast":
+        return
+    inner = [target for target in targets(config) if target not in OUTER]
+    head = EMBEDDING if shares_head(config, plan, base) else "lm_head"
+    for target in [*inner, head]:
+        if plan.wanted(target) == "int4" and not is_carried(plan, base, target):
+            return
+    raise EdgeLoraError(
+        f"quality {plan.quality}: nothing would be rounded to int4, the base's own codes are kept: "
+        "leave --quality away or ask for --format int4"
     )
 
 
@@ -103,14 +143,12 @@ def _as_written(config: ModelConfig, plan: Plan, base: Inventory) -> Plan:
     """Where all linears are carried in one format that is not the planned one, the plan says so;
     likewise for embedding and lm_head.
     """
-    outer = [EMBEDDING, *([] if config.tie_word_embeddings else ["lm_head"])]
-    if plan.mode == "merge" and "lm_head" in base.changed:
-        outer.append("lm_head")
+    outer = {t: kind_of(plan, base, t).format for t in outer_matrices(config, plan, base)}
     inner = [target for target in targets(config) if target not in OUTER]
     formats = Counter(kind_of(plan, base, target).format for target in inner)
-    outer_formats = {kind_of(plan, base, target).format for target in outer}
     return replace(
         plan,
         format=next(iter(formats)) if len(formats) == 1 else plan.format,
-        embedding_format=outer_formats.pop() if len(outer_formats) == 1 else plan.embedding_format,
+        embedding_format=outer[EMBEDDING],
+        head_format=outer.get("lm_head", outer[EMBEDDING]),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from edgelora.config import ModelConfig
 from edgelora.layout import EMBEDDING, PANEL_ROWS, Projection, projections, targets
-from edgelora.plan.decisions import Kind, Plan, kind_of
+from edgelora.plan.decisions import Kind, Plan, kind_of, shares_head
 from edgelora.plan.inventory import Inventory
 
 OVERHEAD_BYTES = 60 * 10**6  # runtime, graph and activations beside weights and kv_cache
@@ -36,7 +36,7 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
     *inner, head = projections(config)
     linears = sum(_projection_bytes(projection, plan, base) for projection in inner)
     embedding = embedding_bytes(config, plan, base)
-    shared = config.tie_word_embeddings and not _head_is_merged(plan, base)
+    shared = shares_head(config, plan, base)
     head_bytes = embedding if shared else _projection_bytes(head, plan, base)
     side = {} if plan.mode == "merge" else base.adapters
     adapters = [adapter_bytes(config, plan, ranks) for ranks in side.values()]
@@ -46,10 +46,6 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
         adapters=sum(adapters),
         largest_adapter=max(adapters, default=0),
     )
-
-
-def _head_is_merged(plan: Plan, base: Inventory) -> bool:
-    return plan.mode == "merge" and "lm_head" in base.changed
 
 
 def embedding_bytes(config: ModelConfig, plan: Plan, base: Inventory) -> int:
@@ -112,9 +108,19 @@ def adapter_bytes(config: ModelConfig, plan: Plan, ranks: Mapping[str, int]) -> 
     return numbers * (2 if is_half else 4)
 
 
-def kv_bytes_per_position(config: ModelConfig) -> int:
-    """Keys and values of one position in float32."""
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+def kv_bytes_per_position(config: ModelConfig, plan: Plan) -> int:
+    """Keys and values of one position in all layers: ARCHITECTURE.md, "The kv_cache"; float32 in
+    flavor ort.
+    """
+    d = config.head_dim
+    key, value = _round_up(d, _K_STEP), _round_up(d, PANEL_ROWS)
+    if plan.flavor == "ort":
+        row = 2 * 4 * d
+    elif plan.format == "float":
+        row = 4 * d + 4 * value
+    else:
+        row = key + key // _K_STEP * 2 + value + 4  # int8 codes, float16 and float32 scales
+    return config.num_hidden_layers * config.num_key_value_heads * row
 
 
 def _ceil_div(count: int, size: int) -> int:

@@ -1,6 +1,8 @@
 """What the user asked for, checked where it is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgelora.errors import EdgeLoraError
 
@@ -9,6 +11,9 @@ EMBEDDING_FORMATS = ("int8", "int4")
 MODES = ("side", "merge")
 FLAVORS = ("edgelora", "ort")
 BLOCK_SIZES = (32, 64, 128)
+CALIBRATION_WINDOWS: Mapping[str, int] = {"fast": 0, "balanced": 32}
+"""Quality → windows of calibration text that are read for it."""
+QUALITIES = tuple(CALIBRATION_WINDOWS)
 DEFAULT_CONTEXT = 8192  # positions; longer contexts are asked for
 
 
@@ -21,6 +26,9 @@ class ExportOptions:
     block_size: int | None = None
     zero_points: bool = False
     embedding_format: str | None = None
+    head_format: str | None = None
+    quality: str = "fast"
+    calibration: Path | str | None = None  # a plain text file
     flavor: str = "edgelora"
     context_length: int | None = None
     device: str | None = None
@@ -29,6 +37,7 @@ class ExportOptions:
         self._check_values()
         self._check_flavor()
         self._check_float()
+        self._check_quality()
         if self.format == "nf4" and self.block_size not in (None, 64):
             raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
         if self.zero_points and self.format not in (None, "int4"):
@@ -43,6 +52,9 @@ class ExportOptions:
             _one_of("block size", self.block_size, BLOCK_SIZES)
         if self.embedding_format is not None:
             _one_of("embedding format", self.embedding_format, EMBEDDING_FORMATS)
+        if self.head_format is not None:
+            _one_of("head format", self.head_format, EMBEDDING_FORMATS)
+        _one_of("quality", self.quality, QUALITIES)
         if self.context_length is not None and self.context_length < 1:
             raise EdgeLoraError(f"context length {self.context_length}: at least 1")
 
@@ -57,9 +69,24 @@ class ExportOptions:
             return
         if self.block_size is not None:
             raise EdgeLoraError(f"block size {self.block_size}: format float has no blocks")
-        if self.embedding_format is not None:
+        for what, asked in (("embedding", self.embedding_format), ("head", self.head_format)):
+            if asked is not None:
+                raise EdgeLoraError(f"{what} format {asked}: with format float it is float too")
+
+    def _check_quality(self) -> None:
+        if self.quality == "fast":
+            if self.calibration is not None:
+                raise EdgeLoraError(
+                    f"{self.calibration}: quality fast reads no calibration text: "
+                    "choose --quality balanced"
+                )
+            return
+        if self.format not in (None, "int4"):
+            raise EdgeLoraError(f"quality {self.quality} with format {self.format}: int4 only")
+        if self.calibration is None:
             raise EdgeLoraError(
-                f"embedding format {self.embedding_format}: with format float it is float too"
+                f"quality {self.quality}: needs --calibration FILE, a plain text of the kind that "
+                "the model will read or write"
             )
 
 

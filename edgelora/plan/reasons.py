@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from edgelora.config import ModelConfig
 from edgelora.device import DeviceProfile, predict_decode_tokens_per_second
 from edgelora.layout import EMBEDDING, targets
-from edgelora.plan.decisions import CARRIED_BLOCK, OUTER, Plan, is_carried, kind_of
+from edgelora.plan.decisions import (
+    CARRIED_BLOCK,
+    OUTER,
+    Plan,
+    is_carried,
+    kind_of,
+    outer_matrices,
+    shares_head,
+)
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.memory import plan_sizes
 from edgelora.plan.options import DEFAULT_CONTEXT, ExportOptions
@@ -20,6 +28,7 @@ class Facts:
     """What a plan was made from."""
 
     config: ModelConfig
+    plan: Plan
     options: ExportOptions
     base: Inventory
     profile: DeviceProfile | None
@@ -32,20 +41,22 @@ class Facts:
 
     @property
     def outer(self) -> list[str]:
-        """Embedding, and lm_head where it has weights of its own."""
-        tied = self.config.tie_word_embeddings
-        merged = self.options.mode == "merge" and "lm_head" in self.base.changed
-        return [EMBEDDING, *(["lm_head"] if merged or not tied else [])]
+        """Embedding, and lm_head where it has a matrix of its own."""
+        return outer_matrices(self.config, self.plan, self.base)
 
 
-def all_reasons(plan: Plan, facts: Facts) -> dict[str, str]:
+def all_reasons(facts: Facts) -> dict[str, str]:
     """Field of Plan → why."""
+    plan = facts.plan
     return {
         "mode": _mode(plan, facts),
         "format": _format(plan, facts),
         "block_size": _block_size(plan, facts),
         "zero_points": _zero_points(facts.options),
         "embedding_format": _embedding_format(plan, facts),
+        "head_format": _head_format(plan, facts),
+        "quality": _quality(plan, facts),
+        "calibration": _calibration(plan),
         "carry": _carry(plan, facts, facts.linears, "carry"),
         "carry_embedding": _carry(plan, facts, facts.outer, "carry_embedding"),
         "flavor": _FLAVORS[plan.flavor],
@@ -122,6 +133,8 @@ def _embedding_format(plan: Plan, facts: Facts) -> str:
         return "as the linears"
     if facts.options.embedding_format is not None:
         return "asked for"
+    if plan.quality != "fast" and "embedding_format" not in facts.notes:
+        return _beside_compensated_head(plan, facts)
     kept = {t: facts.base.stored[t] for t in facts.outer if is_carried(plan, facts.base, t)}
     if len(kept) == len(facts.outer) and "embedding_format" not in facts.notes:
         return "as the base holds it"
@@ -132,6 +145,60 @@ def _embedding_format(plan: Plan, facts: Facts) -> str:
     )
     exceptions = [f"{t} keeps its {kind}" for t, kind in kept.items()]
     return "; ".join([why, *exceptions])
+
+
+def _beside_compensated_head(plan: Plan, facts: Facts) -> str:
+    if is_carried(plan, facts.base, EMBEDDING):
+        return "as the base holds it"
+    if shares_head(facts.config, plan, facts.base):
+        return (
+            "lm_head's matrix: one of its own in int8 adds 30 MB to 76 and lowers the mean KL of "
+            "SmolLM2 by 0.01 (tests/benchmarks/results/quality.csv)"
+        )
+    return "a lookup's error cannot be compensated, and only one row a token is read"
+
+
+def _head_format(plan: Plan, facts: Facts) -> str:
+    if plan.head_format == "float":
+        return "as the linears"
+    if facts.options.head_format is not None:
+        return "asked for"
+    if "embedding_format" in facts.notes:
+        return "as the embedding"
+    if is_carried(plan, facts.base, "lm_head"):
+        return "as the base holds it"
+    if plan.quality == "fast" or facts.options.embedding_format is not None:
+        return "as the embedding"
+    if is_carried(plan, facts.base, EMBEDDING) and shares_head(facts.config, plan, facts.base):
+        return "as the embedding, whose codes are the base's own"
+    return (
+        "all of it is read for each token, and compensated int4 loses little: int8 lowers the mean "
+        "KL of SmolLM2 by 0.02 and reads 14 MB more (tests/benchmarks/results/quality.csv)"
+    )
+
+
+def _quality(plan: Plan, facts: Facts) -> str:
+    sizes = plan_sizes(facts.config, plan, facts.base)
+    held = f"{sizes.weights / 1e6:.1f} MB of weights, {sizes.streamed / 1e6:.1f} MB read a token"
+    if plan.quality == "fast":
+        return f"the default: each weight is rounded for itself, no text is read; {held}"
+    rounded = [
+        target
+        for target in [*facts.linears, *facts.outer]
+        if kind_of(plan, facts.base, target).format == "int4"
+        and not is_carried(plan, facts.base, target)
+    ]
+    alone = EMBEDDING in rounded and not shares_head(facts.config, plan, facts.base)
+    count = len(rounded) - alone
+    left = ", the embedding is rounded plainly" if alone else ""
+    what = f"in {count} matrices the errors of weights make up for each other{left}"
+    return f"asked for: {what}; {held}"
+
+
+def _calibration(plan: Plan) -> str:
+    if plan.calibration is None:
+        return "quality fast needs none"
+    return "the inputs of each linear on this text say which errors matter"
 
 
 def _carry(plan: Plan, facts: Facts, names: Iterable[str], decision: str) -> str:

@@ -1,5 +1,7 @@
 """Values ↔ codes, and codes ↔ panels. Arrays only: no files, no framework but numpy."""
 
+from edgelora.quantize.compensated import compensate_int4
+from edgelora.quantize.curvature import Curvature, Product, factorize
 from edgelora.quantize.dequantize import NF4_VALUES, dequantize
 from edgelora.quantize.int4 import quantize_int4
 from edgelora.quantize.int8 import quantize_int8
@@ -21,6 +23,7 @@ __all__ = [
     "NF4_BLOCK",
     "NF4_GROUP",
     "NF4_VALUES",
+    "Curvature",
     "FloatMatrix",
     "Int4Matrix",
     "Int8Matrix",
@@ -28,9 +31,12 @@ __all__ = [
     "NBitsLinear",
     "Nf4Matrix",
     "PackedLinear",
+    "Product",
     "Slices",
+    "compensate_int4",
     "concatenate",
     "dequantize",
+    "factorize",
     "pack",
     "quantize_int4",
     "quantize_int8",

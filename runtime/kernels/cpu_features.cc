@@ -22,9 +22,9 @@ struct Leaf {
   uint32_t eax, ebx, ecx, edx;
 };
 
-Leaf cpuid_leaf(uint32_t number) {
+Leaf cpuid_leaf(uint32_t number, uint32_t subleaf = 0) {
   Leaf leaf{};
-  __get_cpuid_count(number, 0, &leaf.eax, &leaf.ebx, &leaf.ecx, &leaf.edx);
+  __get_cpuid_count(number, subleaf, &leaf.eax, &leaf.ebx, &leaf.ecx, &leaf.edx);
   return leaf;
 }
 
@@ -45,9 +45,11 @@ Features detect_features() {
   const bool has_xgetbv = (one.ecx >> 27 & 1u) != 0;
   const uint32_t saved = has_xgetbv ? saved_state() : 0;
   const Leaf seven = cpuid_leaf(7);
+  const Leaf seven_one = seven.eax >= 1 ? cpuid_leaf(7, 1) : Leaf{};
   Features found = 0;
   if ((saved & kOsSavesYmm) == kOsSavesYmm) {
-    found |= bit_if(one.ecx, 12, kFma) | bit_if(one.ecx, 29, kF16c) | bit_if(seven.ebx, 5, kAvx2);
+    found |= bit_if(one.ecx, 12, kFma) | bit_if(one.ecx, 29, kF16c) | bit_if(seven.ebx, 5, kAvx2) |
+             bit_if(seven_one.eax, 4, kAvxVnni);
   }
   if ((saved & kOsSavesZmm) == kOsSavesZmm) {
     found |= bit_if(seven.ebx, 16, kAvx512f) | bit_if(seven.ebx, 17, kAvx512dq) |

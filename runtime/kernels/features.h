@@ -14,6 +14,7 @@ enum : Features {
   kAvx512vl = Features{1} << 5,
   kAvx512dq = Features{1} << 6,
   kAvx512vnni = Features{1} << 7,
+  kAvxVnni = Features{1} << 8,
 
   kNeon = Features{1} << 32,     // Advanced SIMD, part of every ARMv8-A
   kDotprod = Features{1} << 33,  // sdot, udot

@@ -1,4 +1,4 @@
-// float16 → float32 in plain integer arithmetic; exact, subnormals included.
+// float16 ↔ float32 in plain integer arithmetic, subnormals included.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,26 @@ inline float half_to_float(uint16_t half) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Rounded half to even; beyond 65504 Inf, NaN stays NaN.
+inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // a multiple of 2^-24: the sum leaves it in the lowest bits
+    float size;
+    std::memcpy(&size, &magnitude, sizeof size);
+    const float shifted = size + 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &shifted, sizeof rounded);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  const uint32_t even = magnitude >> 13 & 1u;
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + even - 0x38000000u) >> 13));
 }
 
 inline uint16_t load_u16(const void* base, int64_t index) {  // unaligned

@@ -54,6 +54,17 @@ struct Factors {
   const void* b;  // [panels of the slice, rank, 16]
 };
 
+// A factor pair rounded to int8: half the bytes that a decoded token streams.
+struct PackedFactors {
+  int64_t rank;           // 1…kMostPackedRank
+  Weights a;              // kInt8 [rank, K], block_size 32
+  // For each panel 32 + 32·⌈rank/2⌉ bytes: the scales of its rows, float16 [16]; int8
+  // [⌈rank/2⌉, 16, 2], column 2q + j of row i at [q, i, j].
+  const uint8_t* b;
+};
+
+inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32767
+
 // The functions of one ISA.
 struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avx512_vnni"…
@@ -82,11 +93,28 @@ struct KernelTable {
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
 
+  // As side_branch_up, of int8 b: y[16p + i] += t_scale · b_scale · Σ_r b[p, r, i] · t[r], the sum
+  // an exact integer. t [2·⌈rank/2⌉], a surplus one is 0.
+  void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features, const int16_t* t,
+                              float t_scale, int64_t panel_begin, int64_t panel_end, float* y);
+
   // One row of W as float32 [K] (embedding lookup).
   void (*dequantize_row)(const Weights& weights, int64_t row, float* out);
 
   // out[i] = silu(gate[i]) · up[i]
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+
+  // out[i] = x[i] · weight[i] / √(Σ x² / n + epsilon); out may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float epsilon, float* out);
+
+  // The largest x; NaN are passed over. −Inf for none.
+  float (*largest)(const float* x, int64_t n);
+
+  // x[i] = e^(x[i] − most), most ≥ every x; returns their sum.
+  float (*exp_minus)(float* x, int64_t n, float most);
+
+  // Rotary embedding of one head in place: x [2·half], cos and sin [half] of its position.
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
 };
 
 // Bytes of scratch that `linear` and `linear_float` want for these weights.

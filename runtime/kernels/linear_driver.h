@@ -21,18 +21,20 @@ namespace {
 // are a power of two apart would share a few cache sets.
 struct RowTile {
   int64_t rows;
-  int64_t blocks;        // Kp / 32
-  const int8_t* codes;   // [blocks, rows, 32]
-  const float* scales;   // [blocks, rows]
-  const int32_t* terms;  // [blocks, rows], factor · Σ codes; null if the ISA wants none
-  const float* shifts;   // [blocks, rows], scale · Σ codes; kInt4Offsets only
+  int64_t blocks;         // Kp / 32
+  const int8_t* codes;    // [blocks, rows, 32]
+  const float* scales;    // [blocks, rows]
+  const int32_t* terms;   // [blocks, rows], factor · Σ codes; null if the ISA wants none
+  const float* shifts;    // [blocks, rows], scale · Σ codes; kInt4Offsets only
+  const int16_t* starts;  // [blocks, rows, 2, 2], and
+  const uint8_t* wide;    // [blocks], of avx2's nf4
 };
 
 // One panel of W.
 struct PanelView {
   const uint8_t* codes;
   const uint16_t* scales;      // float16 [scale blocks, 16]; null for nf4
-  const float* absmax;         // absmax / 127 [scale blocks, 16]; nf4 only
+  const float* absmax;         // absmax / table scale [scale blocks, 16]; nf4 only
   const uint8_t* zero_points;  // [scale blocks, 8]; kInt4ZeroPoints only
   const uint16_t* offsets;     // float16 [scale blocks, 16]; kInt4Offsets only
   int64_t blocks;              // Kp / 32
@@ -85,7 +87,9 @@ inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t f
                          int32_t factor, void* scratch) {
   const ScratchLayout layout = scratch_layout(weights);
   const int64_t blocks = activation_blocks(weights.in_features);
-  RowTile tile{min_of(kRowTile, x.rows - first_row), blocks, nullptr, nullptr, nullptr, nullptr};
+  RowTile tile{};
+  tile.rows = min_of(kRowTile, x.rows - first_row);
+  tile.blocks = blocks;
   if (tile.rows == 1) {
     tile.codes = x.codes + first_row * blocks * kActivationBlock;
     tile.scales = x.scales + first_row * blocks;

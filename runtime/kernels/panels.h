@@ -114,9 +114,50 @@ inline void decode_absmax_row(const Weights& weights, int64_t row, float factor,
   }
 }
 
+// table[code] of a full panel whose rows are whole blocks, [K / 64, 16]. As integers, one by one: a
+// compiler would make gathers of it, which are slower than three instructions on many CPUs.
+inline void look_up_absmax(const Weights& weights, const uint8_t* codes, int64_t blocks,
+                           float* out) {
+  for (int64_t i = 0; i < blocks; ++i) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      std::memcpy(out + i * kPanelRows + r, weights.absmax_table + codes[r * blocks + i], 4);
+    }
+  }
+}
+
+// decode_absmax_panel for such a panel: between two changes of any row's nested absmax, 16 rows are
+// one vector.
+inline void decode_full_absmax_panel(const Weights& weights, int64_t panel, float factor,
+                                     float* out) {
+  const int64_t blocks = weights.in_features / kNf4Block;  // of a row
+  const Nf4Slice slice = nf4_slice(weights, panel * kPanelRows);
+  const int64_t first =
+      slice.first_block + (panel * kPanelRows - slice.first_row) * blocks;  // of the panel
+  look_up_absmax(weights, weights.absmax + first, blocks, out);
+  for (int64_t i = 0; i < blocks;) {
+    float nested[kPanelRows];
+    int64_t end = blocks;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      const int64_t row = first + r * blocks, group = (row + i) / kNf4Group;
+      nested[r] = weights.nested_absmax[group];
+      end = min_of(end, (group + 1) * kNf4Group - row);
+    }
+    for (; i < end; ++i) {
+      float* to = out + i * kPanelRows;
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        to[r] = (to[r] * nested[r] + slice.offset) * factor;
+      }
+    }
+  }
+}
+
 // factor · absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
 inline void decode_absmax_panel(const Weights& weights, int64_t panel, float factor, float* out) {
   const int64_t rows = panel_rows(weights, panel);
+  if (rows == kPanelRows && weights.in_features % kNf4Block == 0) {
+    return decode_full_absmax_panel(weights, panel, factor, out);
+  }
   for (int64_t r = 0; r < rows; ++r) {
     decode_absmax_row(weights, panel * kPanelRows + r, factor, out + r, kPanelRows);
   }

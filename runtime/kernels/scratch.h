@@ -11,6 +11,8 @@ struct ScratchLayout {
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]
   int64_t scales;  // float [Kp / 32, kRowTile]
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
+  int64_t starts;  // nf4: int16 [Kp / 32, kRowTile, 2, 2]
+  int64_t wide;    // nf4: uint8 [Kp / 32, kRowTile]
   int64_t strip;   // float [kFloatStrip, 16]
   int64_t bytes;   // all of it
 };
@@ -31,6 +33,10 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   layout.terms = take(end, blocks * kRowTile * 4);
   layout.scales = take(end, blocks * kRowTile * 4);
   layout.codes = take(end, blocks * kRowTile * kActivationBlock);
+  if (weights.format == Format::kNf4) {
+    layout.starts = take(end, blocks * kRowTile * 8);
+    layout.wide = take(end, blocks * kRowTile);
+  }
   layout.strip = take(end, kFloatStrip * kPanelRows * 4);
   layout.bytes = end;
   return layout;

@@ -1,7 +1,6 @@
 // edgelora::Embedding: rows of the packed matrix as float32.
 #include "ops/operator.h"
 #include "ops/packed_weights.h"
-#include "ops/tickets.h"
 
 namespace edgelora::ops {
 namespace {
@@ -40,7 +39,7 @@ class Embedding : public Kernel {
     const auto* tokens = static_cast<const int64_t*>(ids.data);
     const int64_t count = ids.shape.elements();
     check_ids(tokens, count);
-    look_up(context, tokens, count, float_output(*shared_.api, context, shape));
+    look_up(tokens, count, float_output(*shared_.api, context, shape));
   }
 
  private:
@@ -54,7 +53,7 @@ class Embedding : public Kernel {
     }
   }
 
-  void look_up(OrtKernelContext* context, const int64_t* tokens, int64_t count, float* out) const {
+  void look_up(const int64_t* tokens, int64_t count, float* out) const {
     const kernels::Weights& weights = packed_.weights();
     const int64_t k = weights.in_features;
     const int64_t rows = std::max<int64_t>(1, kValuesPerTicket / k);  // of a ticket
@@ -64,7 +63,7 @@ class Embedding : public Kernel {
         shared_.kernels->dequantize_row(weights, tokens[i], out + i * k);
       }
     };
-    run_tickets(*shared_.api, context, shared_.threads, (count + rows - 1) / rows, body);
+    shared_.crews->run(shared_.crews->threads(), (count + rows - 1) / rows, body);
   }
 
   const Shared shared_;
@@ -77,6 +76,7 @@ std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
 
 }  // namespace
 
-const Schema kEmbeddingSchema{"Embedding", kInputs, std::size(kInputs), create};
+const Schema kEmbeddingSchema{"Embedding", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput),
+                       create};
 
 }  // namespace edgelora::ops

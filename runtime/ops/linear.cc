@@ -1,128 +1,58 @@
-// edgelora::Linear: y = dequantize(W)·x + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·x) + bias
-#include <utility>
-
-#include "ops/linear_job.h"
-#include "ops/operator.h"
-#include "ops/packed_weights.h"
+// edgelora::Linear: y = activation(dequantize(W)·n + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·n) + bias) + residual,
+// where n is x, or its RMS norm.
+#include "ops/linear_part.h"
 
 namespace edgelora::ops {
 namespace {
 
-enum InputIndex : size_t { kX = 0, kAdapterIds = 1, kCodes = 2, kBias = 7 };
+enum InputIndex : size_t { kX = 0, kAdapterIds, kPart, kResidual = kPart + LinearPart::kInputCount };
 
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kAnyType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 constexpr Input kInputs[] = {
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_REQUIRED},      // x
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, INPUT_OUTPUT_REQUIRED},      // adapter_ids
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, INPUT_OUTPUT_REQUIRED},  // codes
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, INPUT_OUTPUT_OPTIONAL},  // scales, nested_absmax
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, INPUT_OUTPUT_OPTIONAL},  // zero_points, absmax
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // absmax_offset
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // absmax_table
-    {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_OPTIONAL},      // bias
+    {kFloat, INPUT_OUTPUT_REQUIRED},                               // x
+    {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, INPUT_OUTPUT_REQUIRED},  // adapter_ids
+    {kAnyType, INPUT_OUTPUT_REQUIRED},                             // codes
+    {kAnyType, INPUT_OUTPUT_OPTIONAL},                             // scales, nested_absmax
+    {kAnyType, INPUT_OUTPUT_OPTIONAL},                             // zero_points, absmax
+    {kFloat, INPUT_OUTPUT_OPTIONAL},                               // absmax_offset
+    {kFloat, INPUT_OUTPUT_OPTIONAL},                               // absmax_table
+    {kFloat, INPUT_OUTPUT_OPTIONAL},                               // bias
+    {kFloat, INPUT_OUTPUT_OPTIONAL},                               // norm
+    {kFloat, INPUT_OUTPUT_OPTIONAL},                               // residual
 };
-
-std::vector<std::string> read_targets(const NodeInfo& node, size_t count) {
-  const std::string joined = node.text("targets");
-  std::vector<std::string> targets;
-  for (size_t begin = 0; begin <= joined.size();) {
-    const size_t comma = std::min(joined.find(',', begin), joined.size());
-    targets.push_back(joined.substr(begin, comma - begin));
-    if (targets.back().empty()) throw Error(EDGELORA_BAD_FILE, "targets has an empty name");
-    begin = comma + 1;
-  }
-  if (targets.size() != count) {
-    throw Error(EDGELORA_BAD_FILE, "targets has " + std::to_string(targets.size()) +
-                                       " names, slices has " + std::to_string(count));
-  }
-  return targets;
-}
-
-const float* read_bias(const NodeInfo& node, int64_t out_features) {
-  const std::optional<Tensor> bias = node.constant(kBias, "bias");
-  if (!bias) return nullptr;
-  if (bias->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || bias->shape.rank != 1 ||
-      bias->shape.dims[0] != out_features) {
-    throw Error(EDGELORA_BAD_FILE, "bias must be float32 [" + std::to_string(out_features) + "]");
-  }
-  return static_cast<const float*>(bias->data);
-}
 
 class Linear : public Kernel {
  public:
   Linear(const Shared& shared, const NodeInfo& node)
-      : shared_(shared),
-        packed_(node, kCodes, node.integers("slices")),
-        bias_(read_bias(node, packed_.weights().out_features)),
-        cache_(read_targets(node, static_cast<size_t>(packed_.weights().slice_count)), slices(),
-               packed_.weights().in_features) {}
+      : api_(*shared.api),
+        part_(shared, node.part("", kPart)),
+        has_residual_(node.has_input(kResidual)) {}
 
   void compute(OrtKernelContext* context) const override {
-    const Tensor x = input(*shared_.api, context, kX);
-    const Tensor ids = input(*shared_.api, context, kAdapterIds);
-    check_inputs(x.shape, ids.shape);
+    const Tensor x = read_rows(api_, context, kX, "x", part_.in_features());
+    const Tensor ids = read_adapter_ids(api_, context, kAdapterIds, x.shape.dims[0]);
     Shape shape = x.shape;
-    shape.dims[2] = packed_.weights().out_features;
-    float* y = float_output(*shared_.api, context, shape);
+    shape.dims[2] = part_.columns();
+    const float* residual = read_residual(context, shape);
+    float* y = float_output(api_, context, shape);
     if (x.shape.elements() == 0) return;
-    const Adapters adapters(cache_, ids);
-    run(context, x, y, adapters.rows);
+    part_.run({static_cast<const float*>(x.data), residual, y, shape.dims[0], shape.dims[1],
+               static_cast<const int64_t*>(ids.data)});
   }
 
  private:
-  // This thread's list, reused so that decoding does not allocate, and emptied so that no adapter
-  // stays in memory.
-  struct Adapters {
-    Adapters(AdapterCache& cache, const Tensor& ids) : rows(of_thread()) {
-      rows.resolve(cache, static_cast<const int64_t*>(ids.data), ids.shape.dims[0]);
-    }
-    ~Adapters() { rows.release(); }
-    static RowAdapters& of_thread() {
-      thread_local RowAdapters adapters;
-      return adapters;
-    }
-    RowAdapters& rows;
-  };
-
-  std::vector<int64_t> slices() const {
-    const kernels::Weights& weights = packed_.weights();
-    return {weights.slices, weights.slices + weights.slice_count};
+  const float* read_residual(const OrtKernelContext* context, const Shape& shape) const {
+    if (!has_residual_) return nullptr;
+    const Tensor residual = input(api_, context, kResidual);
+    if (residual.shape == shape) return static_cast<const float*>(residual.data);
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "residual is " + to_string(residual.shape) + ", expected " + to_string(shape));
   }
 
-  void check_inputs(const Shape& x, const Shape& ids) const {
-    const int64_t k = packed_.weights().in_features;
-    if (x.rank != 3 || x.dims[2] != k) {
-      throw Error(
-          EDGELORA_INVALID_ARGUMENT,
-          "x is " + to_string(x) + ", expected [batch, sequence, " + std::to_string(k) + "]");
-    }
-    if (ids.rank != 1 || ids.dims[0] != x.dims[0]) {
-      throw Error(EDGELORA_INVALID_ARGUMENT, "adapter_ids is " + to_string(ids) + ", expected [" +
-                                                 std::to_string(x.dims[0]) + "]");
-    }
-  }
-
-  void run(OrtKernelContext* context, const Tensor& x, float* y,
-           const RowAdapters& adapters) const {
-    const kernels::Weights& weights = packed_.weights();
-    LinearCall call{};
-    call.kernels = shared_.kernels;
-    call.weights = &weights;
-    call.exact = shared_.exact || weights.format == kernels::Format::kFloat;
-    call.panels = packed_.panels();
-    call.bias = bias_;
-    call.x = static_cast<const float*>(x.data);
-    call.y = y;
-    call.rows = x.shape.dims[0] * x.shape.dims[1];
-    call.sequence_length = x.shape.dims[1];
-    call.adapters = &adapters;
-    call.threads = shared_.threads;
-    LinearJob(call).run(*shared_.api, context);
-  }
-
-  const Shared shared_;
-  const PackedWeights packed_;
-  const float* const bias_;
-  mutable AdapterCache cache_;  // guards itself
+  const OrtApi& api_;
+  const LinearPart part_;
+  const bool has_residual_;
 };
 
 std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
@@ -131,6 +61,7 @@ std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
 
 }  // namespace
 
-const Schema kLinearSchema{"Linear", kInputs, std::size(kInputs), create};
+const Schema kLinearSchema{"Linear",     kInputs, std::size(kInputs),
+                           kFloatOutput, std::size(kFloatOutput), create};
 
 }  // namespace edgelora::ops

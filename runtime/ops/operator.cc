@@ -54,10 +54,8 @@ void set_types(OrtCustomOp* op) {
     return self(o).schema->inputs[i].presence;
   };
   op->GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op->GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op->GetOutputType = [](const OrtCustomOp*, size_t) {
-    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  };
+  op->GetOutputTypeCount = [](const OrtCustomOp* o) { return self(o).schema->output_count; };
+  op->GetOutputType = [](const OrtCustomOp* o, size_t i) { return self(o).schema->outputs[i]; };
   op->GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
   op->GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
   op->GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };

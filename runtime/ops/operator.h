@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "kernels/kernels.h"
+#include "ops/crew.h"
 #include "ops/ort.h"
 #include "ops/registration.h"
 
@@ -16,7 +17,7 @@ struct Shared {
   const OrtApi* api;
   const kernels::KernelTable* kernels;
   bool exact;
-  int64_t threads;  // most that a node asks for; the session's pool may have fewer
+  Crews* crews;  // of the registration, which lives as long as the process
 };
 
 // One node. compute is called by several threads at once.
@@ -31,16 +32,26 @@ struct Input {
   OrtCustomOpInputOutputCharacteristic presence;
 };
 
-// Every operator has one float32 output.
 struct Schema {
   const char* name;
   const Input* inputs;
   size_t input_count;
+  const ONNXTensorElementDataType* outputs;
+  size_t output_count;
   std::unique_ptr<Kernel> (*create)(const Shared& shared, const NodeInfo& node);
 };
 
-extern const Schema kLinearSchema;
+inline constexpr ONNXTensorElementDataType kFloatOutput[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
+
+// y, present_key, present_value
+inline constexpr ONNXTensorElementDataType kDecoderOutputs[] = {
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+
+extern const Schema kAttentionSchema;
 extern const Schema kEmbeddingSchema;
+extern const Schema kLayerSchema;
+extern const Schema kLinearSchema;
 extern const Schema kSwiGluSchema;
 
 struct Operator : OrtCustomOp {

@@ -56,27 +56,48 @@ struct Tensor {
 
 Tensor view(const OrtApi& api, const OrtValue* value);
 Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index);
-float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);
+std::optional<Tensor> optional_input(const OrtApi& api, const OrtKernelContext* context,
+                                     size_t index);
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Shape& shape);
+float* float_output(const OrtApi& api, OrtKernelContext* context, const Shape& shape);  // the first
+
+// x [batch, sequence, width]; throws Error if it is not.
+Tensor read_rows(const OrtApi& api, const OrtKernelContext* context, size_t index, const char* what,
+                 int64_t width);
+// int64 [batch]; throws Error if it is not.
+Tensor read_adapter_ids(const OrtApi& api, const OrtKernelContext* context, size_t index,
+                        int64_t batch);
 
 // A node as seen at kernel creation.
 class NodeInfo {
  public:
   NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
+  // A part of the node: attributes by their name behind `prefix`, inputs counted from `first`.
+  NodeInfo part(const char* prefix, size_t first) const;
+
   std::string name() const;
   int64_t integer(const char* attribute) const;
   std::vector<int64_t> integers(const char* attribute) const;
+  float real(const char* attribute) const;
   std::string text(const char* attribute) const;
+
+  bool has_input(size_t index) const;  // an optional one that is given
 
   // Nothing when the optional input is absent; throws Error when it is not a constant. The data
   // lives as long as the session.
   std::optional<Tensor> constant(size_t index, const char* what) const;
 
+  // As `constant`, of float32 [size]; null when absent.
+  const float* floats(size_t index, const char* what, int64_t size) const;
+
  private:
-  bool has_input(size_t index) const;
+  std::string attribute_name(const char* name) const { return prefix_ + name; }
 
   const OrtApi& api_;
   const OrtKernelInfo* info_;
+  std::string prefix_;  // of attributes
+  size_t first_ = 0;    // input
 };
 
 }  // namespace edgelora::ops

@@ -14,34 +14,39 @@ namespace {
 
 constexpr const char* kDomain = "edgelora";
 
-// A domain and the operators it points to.
+// What registrations differ in.
+using Key = std::tuple<const OrtApi*, const kernels::KernelTable*, bool, int64_t, bool>;
+
+// A domain, the operators it points to, and the threads that they share.
 struct Registration {
-  explicit Registration(const ops::Shared& shared)
-      : linear(ops::kLinearSchema, shared),
-        embedding(ops::kEmbeddingSchema, shared),
-        swiglu(ops::kSwiGluSchema, shared) {
+  Registration(const Key& key)
+      : crews(std::get<3>(key), std::get<4>(key)),
+        shared{std::get<0>(key), std::get<1>(key), std::get<2>(key), &crews} {
     ops::check(*shared.api, shared.api->CreateCustomOpDomain(kDomain, &domain));
-    for (const ops::Operator* op : {&linear, &embedding, &swiglu}) {
-      ops::check(*shared.api, shared.api->CustomOpDomain_Add(domain, op));
+    for (const ops::Operator& op : operators) {
+      ops::check(*shared.api, shared.api->CustomOpDomain_Add(domain, &op));
     }
   }
 
-  ops::Operator linear;
-  ops::Operator embedding;
-  ops::Operator swiglu;
+  ops::Crews crews;
+  ops::Shared shared;
+  ops::Operator operators[5] = {{ops::kAttentionSchema, shared},
+                                {ops::kEmbeddingSchema, shared},
+                                {ops::kLayerSchema, shared},
+                                {ops::kLinearSchema, shared},
+                                {ops::kSwiGluSchema, shared}};
   OrtCustomOpDomain* domain = nullptr;
 };
 
 // Sessions may outlive whoever registered, and a session tells nobody that it ended: domains are
 // kept, one for each combination, and never destroyed (not even at exit, when ONNX Runtime may be
 // gone already).
-OrtCustomOpDomain* domain_for(const ops::Shared& shared) {
-  using Key = std::tuple<const OrtApi*, const kernels::KernelTable*, bool, int64_t>;
+OrtCustomOpDomain* domain_for(const Key& key) {
   static std::mutex mutex;
   static auto& registrations = *new std::map<Key, std::unique_ptr<Registration>>;
   const std::lock_guard<std::mutex> lock(mutex);
-  auto& entry = registrations[Key(shared.api, shared.kernels, shared.exact, shared.threads)];
-  if (!entry) entry = std::make_unique<Registration>(shared);
+  auto& entry = registrations[key];
+  if (!entry) entry = std::make_unique<Registration>(key);
   return entry->domain;
 }
 
@@ -76,8 +81,8 @@ const kernels::KernelTable& selected_kernels() {
 
 OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops) {
   return ops::guarded(*api, [&] {
-    const ops::Shared shared{api, &selected_kernels(), ops.exact, threads_or_all(ops.threads)};
-    ops::check(*api, api->AddCustomOpDomain(options, domain_for(shared)));
+    const Key key(api, &selected_kernels(), ops.exact, threads_or_all(ops.threads), ops.spinning);
+    ops::check(*api, api->AddCustomOpDomain(options, domain_for(key)));
   });
 }
 

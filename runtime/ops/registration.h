@@ -14,7 +14,8 @@ namespace edgelora {
 // What the operators of one registration share.
 struct OpsOptions {
   bool exact = false;   // accuracy="float": float32 activations, no int8 rounding
-  int32_t threads = 0;  // of the session's pool; 0: unknown, as many as the machine has
+  int32_t threads = 0;  // that a call shares its work among; 0: as many as the machine has
+  bool spinning = true;  // they wait awhile for the next call before they sleep
 };
 
 // The kernels of this process: the best for this machine, or those that EDGELORA_FORCE_ISA names

@@ -61,8 +61,10 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
     auto& slice = node->slices.emplace_back();
     for (const WeightedBranch& term : terms) {
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
-      slice.push_back({term.branch->factors, term.weight, node->t_size});
-      node->t_size += term.branch->factors.rank;
+      const PackedFactors* packed = term.branch->packed.get();
+      slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
+                       term.weight, node->t_size});
+      node->t_size += term.branch->factors.rank + 2;  // a scale, and an odd rank's surplus
     }
   }
   return node;

@@ -33,15 +33,14 @@ class Buffer {
   int64_t capacity_ = 0;  // bytes
 };
 
-// A global by need: the pool's threads belong to ONNX Runtime, which hands us no place to keep
-// memory for each of them, and a decode step makes hundreds of calls that must not allocate.
-thread_local Buffer call_buffer;
-thread_local Buffer worker_buffer;
+// A global by need: whoever runs the session calls us on a thread of its own, with no place to keep
+// memory for it, and a decode step makes hundreds of calls that must not allocate.
+thread_local Buffer buffers[3];  // by use
 
 }  // namespace
 
 void* scratch(ScratchUse use, int64_t bytes) noexcept {
-  return (use == ScratchUse::kCall ? call_buffer : worker_buffer).at_least(bytes > 0 ? bytes : 1);
+  return buffers[static_cast<int>(use)].at_least(bytes > 0 ? bytes : 1);
 }
 
 }  // namespace edgelora::ops

@@ -5,8 +5,9 @@
 
 namespace edgelora::ops {
 
-// The calling thread also works as one of the pool's: its two uses must not share memory.
-enum class ScratchUse { kCall, kWorker };
+// What the calling thread holds at once, for it also works as one of the crew: what passes between the steps
+// of a layer, what a step shares among its tickets, what a ticket has for itself.
+enum class ScratchUse { kLayer, kCall, kWorker };
 
 // At least `bytes`, 64-byte aligned, contents undefined; valid until the thread asks again for the
 // same use. Null when out of memory.

@@ -1,6 +1,5 @@
 // edgelora::SwiGlu: silu(gate) · up, where x = gate ‖ up.
 #include "ops/operator.h"
-#include "ops/tickets.h"
 
 namespace edgelora::ops {
 namespace {
@@ -23,11 +22,11 @@ class SwiGlu : public Kernel {
     const int64_t n = shape.dims[shape.rank - 1] /= 2;
     float* y = float_output(*shared_.api, context, shape);
     const int64_t elements = shape.elements();
-    if (elements > 0) run(context, static_cast<const float*>(x.data), elements / n, n, y);
+    if (elements > 0) run(static_cast<const float*>(x.data), elements / n, n, y);
   }
 
  private:
-  void run(OrtKernelContext* context, const float* x, int64_t rows, int64_t n, float* y) const {
+  void run(const float* x, int64_t rows, int64_t n, float* y) const {
     const int64_t group = std::max<int64_t>(1, kValuesPerTicket / n);  // rows of a ticket
     auto body = [&](int64_t ticket) {
       const int64_t end = std::min(rows, (ticket + 1) * group);
@@ -36,7 +35,7 @@ class SwiGlu : public Kernel {
         shared_.kernels->swiglu(gate, gate + n, n, y + m * n);
       }
     };
-    run_tickets(*shared_.api, context, shared_.threads, (rows + group - 1) / group, body);
+    shared_.crews->run(shared_.crews->threads(), (rows + group - 1) / group, body);
   }
 
   const Shared shared_;
@@ -48,6 +47,7 @@ std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo&) {
 
 }  // namespace
 
-const Schema kSwiGluSchema{"SwiGlu", kInputs, std::size(kInputs), create};
+const Schema kSwiGluSchema{"SwiGlu", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput),
+                       create};
 
 }  // namespace edgelora::ops

@@ -162,6 +162,10 @@ SideBranch make_branch(const std::string& path, const SafeTensors& file, const s
   check_finite(path, target + ".lora_b", b);
   branch.factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
   check_padding(path, target + ".lora_b", b, branch);
+  if (branch.factors.half && branch.factors.rank <= kernels::kMostPackedRank) {
+    branch.packed =
+        std::make_shared<const PackedFactors>(branch.factors, size.first, size.second);
+  }
   return branch;
 }
 

@@ -9,15 +9,17 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "src/packed_factors.h"
 
 namespace edgelora {
 
 // Every linear that an adapter may name → {K, N}.
 using Targets = std::unordered_map<std::string, std::pair<int64_t, int64_t>>;
 
-// One side branch on one target, ready for the kernels; points into the adapter's mapped file.
+// One side branch on one target, ready for the kernels.
 struct SideBranch {
-  kernels::Factors factors;
+  kernels::Factors factors;  // in the adapter's mapped file
+  std::shared_ptr<const PackedFactors> packed;  // the same in int8; null where the file is float32
   int64_t in_features;   // K
   int64_t out_features;  // N
   float scaling;

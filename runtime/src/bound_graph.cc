@@ -11,7 +11,7 @@ BoundGraph::BoundGraph(std::shared_ptr<const Model> model, int64_t context_lengt
     : model_(std::move(model)),
       ort_(model_->onnxruntime()),
       context_length_(context_length),
-      cache_(model_->manifest().model, context_length),
+      cache_(model_->manifest().model, model_->kv_format(), context_length),
       input_ids_(static_cast<size_t>(kMostTokens)),
       logits_to_keep_(static_cast<size_t>(kMostTokens)),
       attention_mask_(static_cast<size_t>(context_length), 1),
@@ -19,18 +19,14 @@ BoundGraph::BoundGraph(std::shared_ptr<const Model> model, int64_t context_lengt
   bind_cache();
 }
 
-// Past and present are one tensor of the whole context: GroupQueryAttention then appends in place.
+// Past and present are one tensor of the whole context: attention then appends in place.
 void BoundGraph::bind_cache() {
-  const ManifestModel& shape = model_->manifest().model;
-  const std::vector<std::string> past = past_names(shape.num_hidden_layers);
-  const std::vector<std::string> present = present_names(shape.num_hidden_layers);
+  const int32_t layers = model_->manifest().model.num_hidden_layers;
+  const std::vector<std::string> past = past_names(layers);
+  const std::vector<std::string> present = present_names(layers);
   for (size_t i = 0; i < past.size(); ++i) {
-    const auto value = [&] {
-      return ort_.tensor(cache_.tensor(i),
-                         {1, shape.num_key_value_heads, context_length_, shape.head_dim});
-    };
-    run_.set_input(past[i], value());
-    run_.set_output(present[i], value());
+    run_.set_input(past[i], cache_.tensor(ort_, i));
+    run_.set_output(present[i], cache_.tensor(ort_, i));
   }
 }
 

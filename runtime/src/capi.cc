@@ -92,7 +92,7 @@ EdgeLoraModelInfo model_info(const edgelora::Model& model) {
   info.num_hidden_layers = shape.num_hidden_layers;
   info.threads = model.threads();
   info.weight_bytes = model.weight_bytes();
-  info.kv_cache_bytes = shape.kv_cache_bytes();
+  info.kv_cache_bytes = model.kv_format().position_bytes(shape);
   info.eos_token_count = static_cast<int32_t>(shape.eos_token_ids.size());
   info.eos_token_ids = shape.eos_token_ids.data();
   info.isa = model.flavor().isa();

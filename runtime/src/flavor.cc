@@ -11,6 +11,7 @@ class OwnFlavor : public Flavor {
  public:
   const char* name() const override { return "edgelora"; }
   const char* isa() const override { return selected_kernels().isa; }
+  int ort_threads(int) const override { return 1; }  // our operators bring their own
 
   void configure(const OnnxRuntime& ort, const OpsOptions& ops,
                  OrtSessionOptions* options) const override {
@@ -49,6 +50,7 @@ class StockFlavor : public Flavor {
  public:
   const char* name() const override { return "ort"; }
   const char* isa() const override { return "onnxruntime"; }
+  int ort_threads(int threads) const override { return threads; }
 
   void configure(const OnnxRuntime& ort, const OpsOptions& ops,
                  OrtSessionOptions* options) const override {

@@ -27,6 +27,9 @@ class Flavor {
   virtual const char* name() const = 0;
   virtual const char* isa() const = 0;  // of the kernels in use
 
+  // Of ONNX Runtime's own pool, of `threads` that compute.
+  virtual int ort_threads(int threads) const = 0;
+
   // Operators and optimizations of a session. Throws Error if the flavor cannot do what `ops` asks.
   virtual void configure(const OnnxRuntime& ort, const OpsOptions& ops,
                          OrtSessionOptions* options) const = 0;

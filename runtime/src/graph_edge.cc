@@ -36,26 +36,29 @@ std::vector<std::string> cache_names(const std::string& prefix, int32_t layers) 
   return names;
 }
 
-Edge cache_edge(const ManifestModel& model) {
-  return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-          {kAny, model.num_key_value_heads, kAny, model.head_dim}};
+// Keys and values in turn, as past_names and present_names have them.
+void add_cache(const std::vector<std::string>& names, const ManifestModel& model,
+               const KvFormat& format, Edges* edges) {
+  for (size_t i = 0; i < names.size(); ++i) {
+    const int64_t width = i % 2 == 0 ? format.key_width : format.value_width;
+    (*edges)[names[i]] = {format.type, {kAny, model.num_key_value_heads, kAny, width}};
+  }
 }
 
-Edges expected_inputs(const ManifestModel& model, const AdapterEdge& adapter) {
+Edges expected_inputs(const ManifestModel& model, const AdapterEdge& adapter,
+                      const KvFormat& format) {
   const auto int64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   Edges edges = {{"input_ids", {int64, {kAny, kAny}}},
                  {"attention_mask", {int64, {kAny, kAny}}},
                  {"logits_to_keep", {int64, {kAny}}}};
   edges.insert(adapter.inputs.begin(), adapter.inputs.end());
-  for (const std::string& name : past_names(model.num_hidden_layers))
-    edges[name] = cache_edge(model);
+  add_cache(past_names(model.num_hidden_layers), model, format, &edges);
   return edges;
 }
 
-Edges expected_outputs(const ManifestModel& model) {
+Edges expected_outputs(const ManifestModel& model, const KvFormat& format) {
   Edges edges = {{"logits", {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {kAny, kAny, model.vocab_size}}}};
-  for (const std::string& name : present_names(model.num_hidden_layers))
-    edges[name] = cache_edge(model);
+  add_cache(present_names(model.num_hidden_layers), model, format, &edges);
   return edges;
 }
 
@@ -86,6 +89,10 @@ struct Side {
   decltype(OrtApi::SessionGetInputName) name;
   decltype(OrtApi::SessionGetInputTypeInfo) type;
 };
+
+Side input_side(const OrtApi& api) {
+  return {api.SessionGetInputCount, api.SessionGetInputName, api.SessionGetInputTypeInfo};
+}
 
 Edges read_edges(const OnnxRuntime& ort, const OrtSession* session, const Side& side) {
   OrtAllocator* allocator = nullptr;
@@ -128,20 +135,33 @@ std::vector<std::string> past_names(int32_t layers) {
 
 std::vector<std::string> present_names(int32_t layers) { return cache_names("present", layers); }
 
+KvFormat read_kv_format(const OnnxRuntime& ort, const OrtSession* session,
+                        const ManifestModel& model, bool exact) {
+  const Edges inputs = read_edges(ort, session, input_side(ort.api()));
+  const auto found = inputs.find(past_names(1).front());
+  if (found == inputs.end() || found->second.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) {
+    return KvFormat::floats(model);
+  }
+  const KvFormat float_bytes = KvFormat::bytes(model, true);
+  const bool is_float = found->second.dims.size() == 4 &&
+                        found->second.dims[3] == float_bytes.key_width;
+  return exact || is_float ? float_bytes : KvFormat::bytes(model, false);
+}
+
 void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest,
-                      const AdapterEdge& adapter) {
+                      const AdapterEdge& adapter, const KvFormat& kv_format) {
   const OrtApi& api = ort.api();
-  const Side inputs{api.SessionGetInputCount, api.SessionGetInputName, api.SessionGetInputTypeInfo};
+  const Side inputs = input_side(api);
   const Side outputs{api.SessionGetOutputCount, api.SessionGetOutputName,
                      api.SessionGetOutputTypeInfo};
   const Side defaults{api.SessionGetOverridableInitializerCount,
                       api.SessionGetOverridableInitializerName,
                       api.SessionGetOverridableInitializerTypeInfo};
   std::string problems;
-  compare(expected_inputs(manifest.model, adapter), read_edges(ort, session, inputs), "input",
+  compare(expected_inputs(manifest.model, adapter, kv_format), read_edges(ort, session, inputs), "input",
           &problems);
   compare(adapter.defaults, read_edges(ort, session, defaults), "input with a default", &problems);
-  compare(expected_outputs(manifest.model), read_edges(ort, session, outputs), "output", &problems);
+  compare(expected_outputs(manifest.model, kv_format), read_edges(ort, session, outputs), "output", &problems);
   if (problems.empty()) return;
   throw Error(EDGELORA_BAD_FILE, manifest.path("model.onnx") + " does not fit the manifest" +
                                      problems + "; export the bundle again");

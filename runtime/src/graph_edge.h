@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "src/kv_cache.h"
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
 
@@ -31,9 +32,13 @@ struct AdapterEdge {
 std::vector<std::string> past_names(int32_t layers);
 std::vector<std::string> present_names(int32_t layers);
 
+// How the graph keeps its kv_cache, by the type of its first tensor; exact: the operators are.
+KvFormat read_kv_format(const OnnxRuntime& ort, const OrtSession* session,
+                        const ManifestModel& model, bool exact);
+
 // Throws Error with EDGELORA_BAD_FILE that lists every input and output that is missing, surplus or
 // not as the manifest has it.
 void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest,
-                      const AdapterEdge& adapter);
+                      const AdapterEdge& adapter, const KvFormat& kv_format);
 
 }  // namespace edgelora

@@ -152,11 +152,6 @@ void check_files(const Manifest& manifest) {
 
 }  // namespace
 
-int64_t ManifestModel::kv_cache_bytes() const {
-  return int64_t{2} * num_hidden_layers * num_key_value_heads * head_dim *
-         static_cast<int64_t>(sizeof(float));
-}
-
 Manifest read_manifest(const std::string& folder) {
   const std::string path = folder + "/manifest.json";
   const std::string bytes = read_small_file(path, kManifestLimit);

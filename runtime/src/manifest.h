@@ -18,9 +18,6 @@ struct ManifestModel {
   int32_t vocab_size;
   int32_t context_length;              // positions
   std::vector<int32_t> eos_token_ids;  // each in 0…vocab_size−1
-
-  // Of keys and values of one position in all layers, bytes.
-  int64_t kv_cache_bytes() const;
 };
 
 // What the index says of a file.

@@ -34,14 +34,14 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
   OrtSessionOptions* raw = nullptr;
   ort.check(api.CreateSessionOptions(&raw));
   OrtHandle<OrtSessionOptions> owned(raw, api.ReleaseSessionOptions);
-  ort.check(api.SetIntraOpNumThreads(raw, threads));
+  ort.check(api.SetIntraOpNumThreads(raw, flavor.ort_threads(threads)));
   ort.check(api.SetInterOpNumThreads(raw, 1));
   ort.check(api.SetSessionExecutionMode(raw, ORT_SEQUENTIAL));
   ort.check(api.DisableMemPattern(
       raw));  // shapes differ at every step: a pattern would be made and never met again
-  ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning",
-                                      choose_spinning(options, threads) ? "1" : "0"));
-  flavor.configure(ort, OpsOptions{options.exact, threads}, raw);
+  const bool spinning = choose_spinning(options, threads);
+  ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", spinning ? "1" : "0"));
+  flavor.configure(ort, OpsOptions{options.exact, threads, spinning}, raw);
   return owned;
 }
 
@@ -79,8 +79,10 @@ Model::Model(const std::string& bundle, const ModelOptions& options)
       onnxruntime_(options.onnxruntime_path),
       threads_(choose_threads(options.threads)),
       session_(create_session(onnxruntime_, manifest_.path("model.onnx"),
-                              session_options(onnxruntime_, *flavor_, options, threads_).get())) {
-  check_graph_edge(onnxruntime_, session_.get(), manifest_, flavor_->adapter_edge(manifest_));
+                              session_options(onnxruntime_, *flavor_, options, threads_).get())),
+      kv_format_(read_kv_format(onnxruntime_, session_.get(), manifest_.model, options.exact)) {
+  check_graph_edge(onnxruntime_, session_.get(), manifest_, flavor_->adapter_edge(manifest_),
+                   kv_format_);
 }
 
 int64_t Model::weight_bytes() const {

@@ -8,6 +8,7 @@
 
 #include "src/adapter_store.h"
 #include "src/flavor.h"
+#include "src/kv_cache.h"
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
 
@@ -30,6 +31,7 @@ class Model {
   const Flavor& flavor() const { return *flavor_; }
   OrtSession* ort_session() const { return session_.get(); }
   int threads() const { return threads_; }
+  const KvFormat& kv_format() const { return kv_format_; }
 
   int64_t weight_bytes() const;  // of the external weight file
   const std::vector<const char*>& adapter_names() const { return adapter_names_; }
@@ -49,6 +51,7 @@ class Model {
   OnnxRuntime onnxruntime_;
   int threads_;
   OrtHandle<OrtSession> session_;
+  KvFormat kv_format_;
 };
 
 }  // namespace edgelora

@@ -141,4 +141,9 @@ OrtHandle<OrtValue> OnnxRuntime::tensor(float* data, std::initializer_list<int64
                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 }
 
+OrtHandle<OrtValue> OnnxRuntime::tensor(uint8_t* data, std::initializer_list<int64_t> dims) const {
+  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+                       ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+}
+
 }  // namespace edgelora

@@ -30,6 +30,7 @@ class OnnxRuntime {
   // A tensor [dims] over memory of the caller, which must outlive it.
   OrtHandle<OrtValue> tensor(int64_t* data, std::initializer_list<int64_t> dims) const;
   OrtHandle<OrtValue> tensor(float* data, std::initializer_list<int64_t> dims) const;
+  OrtHandle<OrtValue> tensor(uint8_t* data, std::initializer_list<int64_t> dims) const;
 
  private:
   const OrtApi* api_;

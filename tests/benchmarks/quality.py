@@ -2,7 +2,8 @@
 
 Windows of 512 tokens, the second half of each scored, as `llama-perplexity --kl-divergence` does.
 
-    python tests/benchmarks/quality.py CHECKPOINT TEXT --csv tests/benchmarks/results/quality.csv
+    python tests/benchmarks/quality.py CHECKPOINT TEXT --calibration OTHER_TEXT \\
+        --csv tests/benchmarks/results/quality.csv
 """
 
 import csv
@@ -15,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -29,6 +31,14 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4 block 32 zero points": {"format": "int4", "block_size": 32, "zero_points": True},
     "nf4": {"format": "nf4"},
     "int4 block 32, int4 head": {"format": "int4", "block_size": 32, "embedding_format": "int4"},
+    "balanced, int8 head": {"quality": "balanced", "embedding_format": "int8"},
+    "balanced": {"quality": "balanced"},
+    "balanced, int8 embedding": {
+        "quality": "balanced",
+        "embedding_format": "int8",
+        "head_format": "int4",
+    },
+    "balanced, zero points": {"quality": "balanced", "zero_points": True},
     "int4 block 32, float activations": {"format": "int4", "block_size": 32},
     "nf4, float activations": {"format": "nf4"},
 }
@@ -40,6 +50,7 @@ class Score:
 
     name: str
     megabytes: float
+    streamed: float  # megabytes that each decoded token reads
     kl: list[NDArray[np.float64]] = field(default_factory=list)
     same: int = 0
     log_likelihood: float = 0.0
@@ -60,6 +71,7 @@ class Score:
             "same_top_token": f"{self.same / kl.size:.4f}",
             "perplexity": f"{math.exp(-self.log_likelihood / kl.size):.3f}",
             "weight_megabytes": f"{self.megabytes:.1f}",
+            "streamed_megabytes": f"{self.streamed:.1f}",
             "tokens": kl.size,
         }
 
@@ -68,17 +80,35 @@ class Score:
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("text", type=click.Path(exists=True, path_type=Path))
 @click.option("--windows", default=24, show_default=True)
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path))
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Other rows are kept.")
 @click.option("--only", multiple=True, help="Measure these formats only.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, path_type=Path),
+    help="Another text than TEXT; without it, quality balanced is left out.",
+)
 def main(
-    checkpoint: Path, text: Path, windows: int, csv_path: Path | None, only: tuple[str, ...]
+    checkpoint: Path,
+    text: Path,
+    windows: int,
+    csv_path: Path | None,
+    only: tuple[str, ...],
+    calibration: Path | None,
 ) -> None:
     """Exports CHECKPOINT in every format and scores TEXT."""
-    chosen = {name: FORMATS[name] for name in only} if only else FORMATS
-    with tempfile.TemporaryDirectory() as folder:
-        models = dict(load_all(checkpoint, Path(folder), chosen))
-        scores = {n: Score(n, model.info.weight_bytes / 1e6) for n, model in models.items()}
-        scores["float"] = Score("float", 0.0)
+    chosen = {
+        name: options | ({"calibration": calibration} if "quality" in options else {})
+        for name, options in FORMATS.items()
+        if (not only or name in only) and (calibration or "quality" not in options)
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = dict(load_all(checkpoint, folder, chosen))
+        scores = {
+            name: Score(name, model.info.weight_bytes / 1e6, streamed_bytes(folder / name) / 1e6)
+            for name, model in models.items()
+        }
+        scores["float"] = Score("float", 0.0, 0.0)
         reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         for ids in token_windows(checkpoint, text, windows):
             score_window(reference, models, scores, ids)
@@ -86,21 +116,43 @@ def main(
     for row in rows:
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
     if csv_path:
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(csv_path, rows)
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """In the order of FORMATS, each with the newest figures; the float model last."""
+    found: dict[object, dict[str, object]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            found = {row["format"]: dict(row) for row in csv.DictReader(file)}
+    found |= {row["format"]: row for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(found[name] for name in [*FORMATS, "float"] if name in found)
 
 
 def load_all(
     checkpoint: Path, folder: Path, formats: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, edgelora.Model]]:
     """The runtime's models by name of the format."""
-    for number, (name, options) in enumerate(formats.items()):
-        bundle = folder / str(number)
+    for name, options in formats.items():
+        bundle = folder / name
         edgelora.export(checkpoint, bundle, context_length=WINDOW, **options)
         accuracy = "float" if "float activations" in name else "int8"
         yield name, edgelora.load(bundle, accuracy=accuracy)
+
+
+def streamed_bytes(bundle: Path) -> int:
+    """The weights of all linears; of an embedding that is not lm_head's, a token reads one row."""
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    read = {name for node in graph.node if node.op_type == "Linear" for name in node.input}
+    return sum(
+        int(entry.value)
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if tensor.name in read and entry.key == "length"
+    )
 
 
 def token_windows(checkpoint: Path, text: Path, windows: int) -> Iterator[list[int]]:

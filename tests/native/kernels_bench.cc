@@ -1,7 +1,10 @@
-// Micro-benchmark of every ISA that runs here: decode in GB/s of weights beside a plain streaming
-// read in the same run, prefill in GMAC/s. Medians of interleaved repeats.
+// Micro-benchmark of every ISA that runs here. Medians of interleaved repeats.
+//   decode    few rows, weights from memory: GB/s beside a plain streaming read in the same run
+//   warm      few rows, weights from a cache: GMAC/s, what the instructions alone allow
+//   prefill   many rows: GMAC/s
 //
-//   kernels_bench [repeats]
+//   kernels_bench [repeats [word …]]    only lines that have every word: kernels_bench 9 avx2 nf4 M=1
+//                                       (scalar only if it is a word)
 #include <time.h>
 
 #include <algorithm>
@@ -89,15 +92,16 @@ struct Kind {
   int64_t block_size;
 };
 
-// A linear of one shape; copies of it fill `kCold` bytes so that decode never finds it in a cache.
+// A linear of one shape; copies of it fill `kCold` bytes so that decode never finds it in a cache
+// (`cold` 0: one copy; a further copy is the same again).
 class Linear {
  public:
-  Linear(const Kind& kind, const Shape& shape)
+  Linear(const Kind& kind, const Shape& shape, size_t cold)
       : panels_((shape.out_features + 15) / 16),
         code_bytes_(static_cast<size_t>(panels_ * 16 * shape.in_features) /
                     (kind.format == Format::kInt8 ? 1 : 2)),
         scale_count_(static_cast<size_t>(panels_ * 16 * shape.in_features / kind.block_size)),
-        copies_(std::max<size_t>(1, kCold / code_bytes_)),
+        copies_(std::max<size_t>(1, cold / code_bytes_)),
         codes_(code_bytes_ * copies_),
         scales_(scale_count_ * 2 * copies_),
         zero_points_(scale_count_ * 2 * copies_),
@@ -130,6 +134,7 @@ class Linear {
   int64_t panels() const { return panels_; }
 
   Weights copy(size_t i) const {
+    i %= copies_;
     Weights w = weights_;
     w.codes = codes_.as<char>() + i * code_bytes_;
     if (w.format == Format::kNf4) {
@@ -193,16 +198,39 @@ double linear_seconds(const KernelTable& table, const Linear& linear, const Rows
   });
 }
 
-void bench_decode(const KernelTable& table, const Kind& kind, const Shape& shape, int repeats) {
-  const Linear linear(kind, shape);
-  const Rows x(1, shape.in_features);
+// What the command line asked for.
+struct Wish {
+  int repeats;
+  std::vector<std::string> words;
+
+  bool has(const std::string& word) const {
+    return std::find(words.begin(), words.end(), word) != words.end();
+  }
+  bool covers(const std::string& line) const {  // each word as a whole word of the line
+    return std::all_of(words.begin(), words.end(), [&](const std::string& word) {
+      return (" " + line + " ").find(" " + word + " ") != std::string::npos;
+    });
+  }
+};
+
+std::string line_name(const char* what, const KernelTable& table, const Kind& kind,
+                      const Shape& shape, int64_t rows) {
+  return std::string(what) + " " + table.isa + " " + kind.name + " b" +
+         std::to_string(kind.block_size) + " " + shape.name + " M=" + std::to_string(rows);
+}
+
+void bench_decode(const KernelTable& table, const Kind& kind, const Shape& shape, int64_t rows,
+                  const Wish& wish) {
+  const std::string name = line_name("decode", table, kind, shape, rows);
+  if (!wish.covers(name)) return;
+  const Linear linear(kind, shape, kCold);
+  const Rows x(rows, shape.in_features);
   Aligned stream(kCold);
   std::memset(stream.as<char>(), 1, kCold);
-  std::printf("decode   %-12s %-8s b%-4d %-14s", table.isa, kind.name,
-              static_cast<int>(kind.block_size), shape.name);
+  std::printf("%-50s", name.c_str());
   for (int threads : {1, 2}) {
     std::vector<double> kernel, plain, ratio;
-    for (int i = 0; i < repeats; ++i) {
+    for (int i = 0; i < wish.repeats; ++i) {
       plain.push_back(static_cast<double>(kCold) / stream_seconds(stream, kCold, threads) / 1e9);
       const auto copies = static_cast<double>(linear.copies());
       kernel.push_back(linear.bytes() * copies /
@@ -216,17 +244,20 @@ void bench_decode(const KernelTable& table, const Kind& kind, const Shape& shape
   std::fflush(stdout);
 }
 
-void bench_prefill(const KernelTable& table, const Kind& kind, const Shape& shape, int64_t rows,
-                   int repeats) {
-  const Linear linear(kind, shape);
+void bench_macs(const char* what, const KernelTable& table, const Kind& kind, const Shape& shape,
+                int64_t rows, const Wish& wish) {
+  const std::string name = line_name(what, table, kind, shape, rows);
+  if (!wish.covers(name)) return;
+  const Linear linear(kind, shape, 0);
   const Rows x(rows, shape.in_features);
-  std::printf("prefill  %-12s %-8s b%-4d %-14s M=%-4d", table.isa, kind.name,
-              static_cast<int>(kind.block_size), shape.name, static_cast<int>(rows));
+  const double macs = static_cast<double>(rows * shape.in_features * shape.out_features);
+  const auto passes = static_cast<size_t>(1 + 2e8 / macs);
+  std::printf("%-50s", name.c_str());
   for (int threads : {1, 2}) {
     std::vector<double> rate;
-    for (int i = 0; i < repeats; ++i) {
-      const double macs = static_cast<double>(rows * shape.in_features * shape.out_features);
-      rate.push_back(macs / linear_seconds(table, linear, x, 1, threads) / 1e9);
+    for (int i = 0; i < wish.repeats; ++i) {
+      const double seconds = linear_seconds(table, linear, x, passes, threads);
+      rate.push_back(macs * static_cast<double>(passes) / seconds / 1e9);
     }
     std::printf("  %dt %6.1f GMAC/s (best %6.1f)", threads, median(rate),
                 *std::max_element(rate.begin(), rate.end()));
@@ -243,21 +274,24 @@ constexpr Kind kKinds[] = {
     {"int8", Format::kInt8, 32},
     {"nf4", Format::kNf4, 64},
 };
+constexpr Shape kWarmShape = {"576x576", 576, 576};
 constexpr Shape kDecodeShapes[] = {
     {"576x576", 576, 576},     {"576->3072", 576, 3072},     {"576->49152", 576, 49152},
     {"2048x2048", 2048, 2048}, {"2048->16384", 2048, 16384}, {"8192->2048", 8192, 2048},
 };
 
-void bench_table(const KernelTable& table, int repeats) {
+void bench_table(const KernelTable& table, const Wish& wish) {
   for (const Kind& kind : kKinds) {
     for (const Shape& shape : kDecodeShapes) {
       const bool head = shape.out_features == 49152;  // an embedding is int8
-      if (!head || kind.format == Format::kInt8) bench_decode(table, kind, shape, repeats);
+      if (head && kind.format != Format::kInt8) continue;
+      for (int64_t rows : {1, 2, 4, 8}) bench_decode(table, kind, shape, rows, wish);
     }
+    for (int64_t rows : {1, 2, 4, 8}) bench_macs("warm", table, kind, kWarmShape, rows, wish);
   }
   for (const Kind& kind : kKinds) {
     for (const Shape& shape : {kDecodeShapes[1], kDecodeShapes[3], kDecodeShapes[5]}) {
-      for (int64_t rows : {128, 512}) bench_prefill(table, kind, shape, rows, repeats);
+      for (int64_t rows : {16, 128, 512}) bench_macs("prefill", table, kind, shape, rows, wish);
     }
   }
 }
@@ -267,13 +301,14 @@ void bench_table(const KernelTable& table, int repeats) {
 
 int main(int argc, char** argv) {
   using namespace edgelora::kernels;
-  const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 5;
+  const bench::Wish wish{argc > 1 ? std::max(1, std::atoi(argv[1])) : 5,
+                         {argv + std::min(argc, 2), argv + argc}};
   const Features features = detect_features();
   for (int i = 0; isa_name(i) != nullptr; ++i) {
     const std::string name = isa_name(i);
-    if (name == "scalar" && argc <= 2) continue;  // slow; any second argument includes it
+    if (name == "scalar" && !wish.has(name)) continue;
     if (isa_supported(i, features)) {
-      bench::bench_table(*select_kernels(features, isa_name(i)), repeats);
+      bench::bench_table(*select_kernels(features, isa_name(i)), wish);
     }
   }
 }

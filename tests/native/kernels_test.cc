@@ -13,8 +13,11 @@
 #include "kernels/tables.h"
 #include "kernels_test_check.h"
 
-#ifdef EDGELORA_EMULATED_AVX512
+#ifdef EDGELORA_EMULATED
 namespace edgelora::kernels::avx512_vnni_emulated {
+extern const KernelTable kTable;
+}
+namespace edgelora::kernels::avx_vnni_emulated {
 extern const KernelTable kTable;
 }
 #endif
@@ -27,13 +30,15 @@ std::vector<TestedIsa> isas_of_this_machine() {
   const Features features = detect_features();
   for (int i = 0; isa_name(i) != nullptr; ++i) {
     if (isa_supported(i, features)) {
-      isas.push_back({isa_name(i), select_kernels(features, isa_name(i))});
+      const std::string name = isa_name(i);
+      isas.push_back({name, select_kernels(features, isa_name(i)), name == "avx2"});
     } else {
       std::printf("not on this machine: %s\n", isa_name(i));
     }
   }
-#ifdef EDGELORA_EMULATED_AVX512
-  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable});
+#ifdef EDGELORA_EMULATED
+  isas.push_back({"avx_vnni (emulated)", &avx_vnni_emulated::kTable, false});
+  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable, false});
 #endif
   return isas;
 }
@@ -54,7 +59,11 @@ constexpr Family kFamilies[] = {
     {"dequantize_row", test_dequantize_row},
     {"quantize_activations", test_quantize_activations},
     {"side branch", test_side_branch},
+    {"side branch in int8", test_packed_factors},
     {"swiglu", test_swiglu},
+    {"rms_norm", test_rms_norm},
+    {"exp_minus", test_exp_minus},
+    {"rotate", test_rotate},
 };
 
 }  // namespace

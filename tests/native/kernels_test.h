@@ -11,6 +11,7 @@ namespace edgelora::kernels::test {
 struct TestedIsa {
   std::string name;
   const KernelTable* table;
+  bool levels;  // its `linear` takes seven-bit levels for nf4's values, not bytes
 };
 
 void test_linear(const std::vector<TestedIsa>& isas);
@@ -22,7 +23,11 @@ void test_linear_float(const std::vector<TestedIsa>& isas);
 void test_dequantize_row(const std::vector<TestedIsa>& isas);
 void test_quantize_activations(const std::vector<TestedIsa>& isas);
 void test_side_branch(const std::vector<TestedIsa>& isas);
+void test_packed_factors(const std::vector<TestedIsa>& isas);
 void test_swiglu(const std::vector<TestedIsa>& isas);
+void test_rms_norm(const std::vector<TestedIsa>& isas);
+void test_exp_minus(const std::vector<TestedIsa>& isas);
+void test_rotate(const std::vector<TestedIsa>& isas);
 void test_selection(const std::vector<TestedIsa>& isas);
 
 }  // namespace edgelora::kernels::test

@@ -8,6 +8,7 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #pragma GCC diagnostic ignored "-Wsign-conversion"
+#define SIMDE_NO_INLINE
 #include <simde/x86/avx512.h>
 #pragma GCC diagnostic pop
 

@@ -16,9 +16,19 @@ struct Expected {
   double tolerance;
 };
 
+// The integer that stands for nf4's value, and what divides it.
+struct Nf4Rounding {
+  bool levels;
+  double scale() const { return levels ? 250.0 : 124.125; }
+  int integer(double value) const {
+    return levels ? 4 * static_cast<int>(std::nearbyint(62.5 * value + 63.75)) - 255
+                  : static_cast<int>(std::nearbyint(124.125 * value));
+  }
+};
+
 // What the integer path must give. The dots are exact integers. A block's term takes at most four
-// roundings (two scales, 1/127, the product), the running sum one for each term added to it.
-Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n) {
+// roundings (two scales, the table's scale, the product), the running sum one for each term added to it.
+Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, Nf4Rounding rounding) {
   const bool nf4 = w.shape().format == Format::kNf4;
   const int64_t features = w.shape().in_features;
   double sum = 0.0, magnitude = 0.0;
@@ -26,12 +36,12 @@ Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n) {
     const int64_t end = std::min<int64_t>(features, b * 32 + 32);
     int64_t dot = 0, codes = 0;
     for (int64_t k = b * 32; k < end; ++k) {
-      const int integer = nf4 ? static_cast<int>(std::nearbyint(127.0 * kNf4[w.code(n, k)]))
+      const int integer = nf4 ? rounding.integer(kNf4[w.code(n, k)])
                               : w.code(n, k) - w.zero_point(n, k);
       dot += integer * x.code(m, k);
       codes += x.code(m, k);
     }
-    const double scale = w.scale(n, b * 32) / (nf4 ? 127.0 : 1.0);
+    const double scale = w.scale(n, b * 32) / (nf4 ? rounding.scale() : 1.0);
     const double product = scale * x.scale(m, b) * static_cast<double>(dot);
     const double shift = w.offset(n, b * 32) * x.scale(m, b) * static_cast<double>(codes);
     sum += product + shift;
@@ -84,10 +94,13 @@ void check_gaps(Output& out, int64_t columns, const std::string& name) {
   KERNELS_CHECK(untouched, "%s wrote beyond N", name.c_str());
 }
 
-std::vector<Expected> expected_integer(const Matrix& w, Rows& x, int64_t rows) {
+std::vector<Expected> expected_integer(const Matrix& w, Rows& x, int64_t rows,
+                                       Nf4Rounding rounding) {
   std::vector<Expected> all;
   for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t n = 0; n < w.shape().out_features(); ++n) all.push_back(integer_sum(w, x, m, n));
+    for (int64_t n = 0; n < w.shape().out_features(); ++n) {
+      all.push_back(integer_sum(w, x, m, n, rounding));
+    }
   }
   return all;
 }
@@ -107,11 +120,26 @@ void compare(Output& out, const std::vector<Expected>& expected, bool exact,
   check_gaps(out, columns, name);
 }
 
-void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows, Fill fill) {
+// body(ISAs, shape, rounding) for all ISAs at once, but nf4's by their rounding.
+template <class Body>
+void for_each_rounding(const std::vector<TestedIsa>& isas, Shape shape, Body body) {
+  if (shape.format != Format::kNf4) return body(isas, shape, Nf4Rounding{});
+  for (bool levels : {false, true}) {
+    std::vector<TestedIsa> some;
+    for (const TestedIsa& isa : isas) {
+      if (isa.levels == levels) some.push_back(isa);
+    }
+    shape.absmax = Nf4Rounding{levels}.scale();
+    if (!some.empty()) body(some, shape, Nf4Rounding{levels});
+  }
+}
+
+void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
+                     Fill fill, Nf4Rounding rounding) {
   const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
   const Matrix w(shape, fill, seed);
   Rows x(rows, shape.in_features, fill, seed + 1);
-  const std::vector<Expected> expected = expected_integer(w, x, rows);
+  const std::vector<Expected> expected = expected_integer(w, x, rows, rounding);
   const Weights packed = w.packed();
   for (const TestedIsa& isa : isas) {
     Output out(rows, shape.out_features());
@@ -120,6 +148,13 @@ void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_
                       out.stride, scratch.memory.as<void>());
     compare(out, expected, fill != Fill::kRandom, isa.name + " linear " + shape.name());
   }
+}
+
+void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows, Fill fill) {
+  for_each_rounding(isas, shape,
+                    [&](const std::vector<TestedIsa>& some, const Shape& same, Nf4Rounding rounding) {
+                      check_linear_of(some, same, rows, fill, rounding);
+                    });
 }
 
 void check_linear_float(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows) {
@@ -221,31 +256,39 @@ void test_linear_saturated(const std::vector<TestedIsa>& isas) {
   }
 }
 
+// Panels one by one and out of order: each call writes its own and nothing else.
+void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, int64_t rows,
+                        const std::vector<Expected>& expected, const std::string& name) {
+  Output out(rows, 70);
+  Scratch scratch(packed);
+  const auto run = [&](int64_t begin, int64_t end) {
+    isa.table->linear(packed, x.activations(), begin, end, out.y, out.stride,
+                      scratch.memory.as<void>());
+  };
+  run(1, 3);
+  bool outside = true;
+  for (int64_t n = 0; n < 70; ++n) {
+    if (n < 16 || n >= 48) outside = outside && out.y[n] == kUntouched;
+  }
+  KERNELS_CHECK(outside, "%s wrote outside its panels", isa.name.c_str());
+  run(0, 1), run(3, 3), run(4, 5), run(3, 4);
+  compare(out, expected, true, isa.name + " panel ranges " + name);
+}
+
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
   for (Format format : kIntegerFormats) {
-    const Shape shape{format, 96, {70}, format == Format::kNf4 ? 64 : 32};
-    const Matrix w(shape, Fill::kPowers, 5);
-    const Weights packed = w.packed();
-    for (int64_t rows : {1, 4, 35}) {
-      Rows x(rows, shape.in_features, Fill::kPowers, 6);
-      const std::vector<Expected> expected = expected_integer(w, x, rows);
-      for (const TestedIsa& isa : isas) {
-        Output out(rows, 70);
-        Scratch scratch(packed);
-        const auto run = [&](int64_t begin, int64_t end) {
-          isa.table->linear(packed, x.activations(), begin, end, out.y, out.stride,
-                            scratch.memory.as<void>());
-        };
-        run(1, 3);
-        bool outside = true;
-        for (int64_t n = 0; n < 70; ++n) {
-          if (n < 16 || n >= 48) outside = outside && out.y[n] == kUntouched;
+    const auto check = [](const std::vector<TestedIsa>& some, const Shape& shape,
+                          Nf4Rounding rounding) {
+      const Matrix w(shape, Fill::kPowers, 5);
+      for (int64_t rows : {1, 4, 35}) {
+        Rows x(rows, shape.in_features, Fill::kPowers, 6);
+        const std::vector<Expected> expected = expected_integer(w, x, rows, rounding);
+        for (const TestedIsa& isa : some) {
+          check_panel_ranges(isa, w.packed(), x, rows, expected, shape.name());
         }
-        KERNELS_CHECK(outside, "%s wrote outside its panels", isa.name.c_str());
-        run(0, 1), run(3, 3), run(4, 5), run(3, 4);
-        compare(out, expected, true, isa.name + " panel ranges " + shape.name());
       }
-    }
+    };
+    for_each_rounding(isas, {format, 96, {70}, format == Format::kNf4 ? 64 : 32}, check);
   }
 }
 
@@ -254,7 +297,7 @@ void test_linear_room(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
                         Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
     for_each_width(format, [&](int64_t features, int64_t block) {
-      const Shape shape{format, features, {49}, block, 256};
+      const Shape shape{format, features, {49}, block, 0, 256};
       for (int64_t rows : {1, 3, 18}) {
         if (format != Format::kFloat) check_linear(isas, shape, rows, Fill::kPowers);
         check_linear_float(isas, shape, rows);

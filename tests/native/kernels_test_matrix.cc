@@ -123,10 +123,9 @@ void Matrix::fill_scales(Fill fill, Random& random) {
 
 void Matrix::fill_absmax(Fill fill, Random& random) {
   const bool exact = fill != Fill::kRandom;
-  // 127 is the byte table's divisor: absmax / 127 is 1 or a power of two then.
   for (int i = 0; i < 256; ++i) {
     const float power = fill == Fill::kPowers && i % 2 != 0 ? 0.5f : 1.0f;
-    table_.push_back(exact ? 127.0f * power : random.symmetric());
+    table_.push_back(exact ? static_cast<float>(shape_.absmax) * power : random.symmetric());
   }
   for (int64_t slice : shape_.slices) {
     const int64_t blocks = (slice * shape_.in_features + 63) / 64;

@@ -22,6 +22,7 @@ struct Shape {
   int64_t in_features;
   std::vector<int64_t> slices;  // out_features of each
   int64_t block_size;
+  double absmax = 0;  // of nf4's exact fills, a power of two less or more
   int64_t room = 0;  // K, a multiple of 128, that panels have room for beyond in_features
 
   int64_t out_features() const;

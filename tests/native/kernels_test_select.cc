@@ -39,12 +39,14 @@ constexpr Device kDevices[] = {
     {"Zen 3", kHaswell, "avx2"},
     {"Skylake server (AVX-512 without VNNI)", kSkylakeServer, "avx2"},
     {"Cascade Lake", kSkylakeServer | kAvx512vnni, "avx512_vnni"},
-    {"Zen 5", kSkylakeServer | kAvx512vnni, "avx512_vnni"},
+    {"Zen 5", kSkylakeServer | kAvx512vnni | kAvxVnni, "avx512_vnni"},
+    {"Alder Lake", kHaswell | kAvxVnni, "avx_vnni"},
     {"VNNI, but the OS saves no zmm", kHaswell, "avx2"},
     {"another architecture's features", kNeon | kDotprod | kI8mm, "scalar"},
 };
 constexpr Device kLacking[] = {  // the ISA forced on features that do not suffice
     {"Haswell", kHaswell, "avx512_vnni"},
+    {"Haswell", kHaswell, "avx_vnni"},
     {"AVX2 without FMA", kAvx2, "avx2"},
 };
 constexpr Dump kDumps[] = {{"amd-epyc-zen3.txt", "avx2"}};

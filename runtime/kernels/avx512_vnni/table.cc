@@ -13,8 +13,13 @@ extern const KernelTable kTable = {
     avx2::linear_float,
     avx2::side_branch_down,
     avx2::side_branch_up,
+    avx2::side_branch_up_int8,
     avx2::dequantize_row,
     avx2::swiglu,
+    avx2::rms_norm,
+    avx2::largest,
+    avx2::exp_minus,
+    avx2::rotate,
 };
 
 }  // namespace edgelora::kernels::avx512_vnni

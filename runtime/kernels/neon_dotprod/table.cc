@@ -13,8 +13,13 @@ extern const KernelTable kTable = {
     neon::linear_float,
     neon::side_branch_down,
     neon::side_branch_up,
+    neon::side_branch_up_int8,
     neon::dequantize_row,
     neon::swiglu,
+    neon::rms_norm,
+    neon::largest,
+    neon::exp_minus,
+    neon::rotate,
 };
 
 }  // namespace edgelora::kernels::neon_dotprod

@@ -2,6 +2,7 @@
 //
 //   t[r] = weight · Σ_k a[r, k]·x[k]          a [rank, K], sum in double
 //   y[16p + i] += Σ_r b[p, r, i]·t[r]         b [panels, rank, 16], sum in float
+//   the same with int8 b and int16 t: Σ an exact int32, then the scales
 //   out[i] = gate[i] / (1 + e^−gate[i]) · up[i]
 #include <cmath>
 
@@ -49,6 +50,22 @@ void side_branch_up(const Factors& factors, int64_t out_features, const float* t
         sum += load_factor(factors, factors.b, (p * factors.rank + r) * kPanelRows + i) * t[r];
       }
       y[p * kPanelRows + i] += sum;
+    }
+  }
+}
+
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
+                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
+  const int64_t pairs = ceil_div(factors.rank, 2);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
+      const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 2 * i;
+      int32_t sum = 0;
+      for (int64_t r = 0; r < 2 * pairs; ++r) sum += b[r / 2 * 32 + r % 2] * t[r];
+      y[p * kPanelRows + i] +=
+          static_cast<float>(sum) * half_to_float(load_u16(panel, i)) * t_scale;
     }
   }
 }

@@ -4,7 +4,7 @@
 //   zero points   dot_b = Σ code·x − zp·Σ x
 //   offsets       dot_b = Σ code·x, and the offset term
 //   int8          dot_b = Σ code·x
-//   nf4           dot_b = Σ byte[code]·x, scale = absmax / 127
+//   nf4           dot_b = Σ byte[code]·x, scale = absmax / 124.125
 //
 // Codes of a panel, int4 and nf4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
 //     byte 4r+j:  high nibble K = 8q+4+j │ low nibble K = 8q+j

@@ -1,0 +1,232 @@
+// What `linear` does around the inner loops of the x86 ISAs, which block rows of x in registers:
+//
+//   for each tile of up to kRowTile rows     dealt evenly to groups of at most Isa::kGroupRows
+//     for each panel                         nf4: its absmax decoded once
+//       one row      Isa::one_row            y straight from the packed codes
+//       more         for each chunk of K     unpacked once to bytes and float scales, in L1
+//                      for each group        Isa::add_chunk: acc [rows, 16] +=
+//       acc → y
+#pragma once
+
+#include "kernels/avx2/registers.h"
+#include "kernels/linear_driver.h"
+
+namespace edgelora::kernels {
+namespace {
+
+constexpr int64_t kChunkBlocks = 16;  // blocks of 32 K: 8 KB of bytes
+constexpr int64_t kBlockBytes = 512;  // one byte for each weight of 16 rows × 32 K
+
+// A chunk of one panel, for all groups of a tile.
+struct Chunk {
+  int64_t first, blocks;  // of 32 K
+  const uint8_t* bytes;   // [blocks][8 q][16 rows][4 K], K = 4q + j
+  const float* scales;    // [blocks][16]
+  const float* extras;    // [blocks][16] zero points or offsets, of the formats that have them
+};
+
+struct ChunkMemory {
+  alignas(64) uint8_t bytes[kChunkBlocks * kBlockBytes];
+  alignas(64) float scales[kChunkBlocks * kPanelRows];
+  alignas(64) float extras[kChunkBlocks * kPanelRows];
+};
+
+constexpr bool has_extras(Format format) {
+  return format == Format::kInt4ZeroPoints || format == Format::kInt4Offsets;
+}
+
+inline const __m128i* as_m128(const void* from) { return static_cast<const __m128i*>(from); }
+
+// Zero points of rows 8·half … 8·half + 7 of a scale block.
+inline __m256 load_zero_points(const uint8_t* zero_points, int half) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(as_m128(zero_points)));
+  const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(half == 0 ? low : _mm256_srli_epi32(bytes, 4));
+}
+
+// What a half panel (8 rows) needs of one scale block.
+struct HalfScales {
+  __m256 scale;
+  __m256 extra;
+};
+
+template <Format kFormat>
+HalfScales load_scales(const PanelView& panel, int64_t b, int half) {
+  const int64_t i = b >> panel.shift;
+  HalfScales s{};
+  if constexpr (kFormat == Format::kNf4) {
+    s.scale = _mm256_loadu_ps(panel.absmax + i * 16 + half * 8);
+  } else {
+    s.scale = load_half8(panel.scales + i * 16 + half * 8);
+  }
+  if constexpr (kFormat == Format::kInt4Offsets) {
+    s.extra = load_half8(panel.offsets + i * 16 + half * 8);
+  }
+  if constexpr (kFormat == Format::kInt4ZeroPoints) {
+    s.extra = load_zero_points(panel.zero_points + i * 8, half);
+  }
+  return s;
+}
+
+template <class Isa, Format kFormat>
+Chunk unpack_chunk(const PanelView& panel, int64_t first, int64_t blocks, ChunkMemory* memory) {
+  Chunk chunk{first, blocks, memory->bytes, memory->scales, memory->extras};
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const HalfScales s = load_scales<kFormat>(panel, first + b, half);
+      _mm256_store_ps(memory->scales + b * 16 + half * 8, s.scale);
+      if (has_extras(kFormat)) _mm256_store_ps(memory->extras + b * 16 + half * 8, s.extra);
+    }
+  }
+  if constexpr (Isa::unpacks(kFormat)) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      Isa::template unpack_block<kFormat>(panel.codes, first + b, memory->bytes + b * kBlockBytes);
+    }
+  } else {
+    chunk.bytes = panel.codes + first * kBlockBytes;
+  }
+  return chunk;
+}
+
+// The rows of one tile.
+struct RowGroups {
+  int64_t rows;
+  int64_t count;
+  RowTile of[kRowTile];
+};
+
+// What multiplies a format's extras: Σ codes for zero points, scale · Σ codes for offsets.
+inline void pack_extra_factors(const Activations& x, int64_t first_row, Format format,
+                               RowTile* tile, void* scratch, const ScratchLayout& layout) {
+  if (format == Format::kInt4Offsets) return pack_shifts(x, first_row, tile, scratch, layout);
+  auto* sums = reinterpret_cast<float*>(at(scratch, layout.terms));
+  for (int64_t m = 0; m < tile->rows; ++m) {
+    const int32_t* from = x.sums + (first_row + m) * tile->blocks;
+    for (int64_t b = 0; b < tile->blocks; ++b) {
+      sums[b * tile->rows + m] = static_cast<float>(from[b]);
+    }
+  }
+  tile->shifts = sums;
+}
+
+// One group; `slot` rows of the tile lie before it in the scratch.
+template <class Isa>
+RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_row, int64_t rows,
+                   int64_t slot, void* scratch) {
+  ScratchLayout layout = scratch_layout(weights);
+  const int64_t blocks = activation_blocks(weights.in_features);
+  layout.codes += slot * blocks * kActivationBlock;
+  layout.scales += slot * blocks * 4;
+  layout.terms += slot * blocks * 4;
+  layout.starts += slot * blocks * 8;
+  layout.wide += slot * blocks;
+  RowTile tile{};
+  tile.rows = rows;
+  tile.blocks = blocks;
+  if (rows == 1) {
+    tile.codes = x.codes + first_row * blocks * kActivationBlock;
+    tile.scales = x.scales + first_row * blocks;
+  } else {
+    pack_codes(x, first_row, blocks, &tile, scratch, layout);
+  }
+  if (has_extras(weights.format)) {
+    pack_extra_factors(x, first_row, weights.format, &tile, scratch, layout);
+  } else if (Isa::term_factor(weights.format) != 0) {
+    pack_terms(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
+  }
+  if (weights.format == Format::kNf4) Isa::pack_starts(&tile, scratch, layout);
+  return tile;
+}
+
+template <class Isa>
+void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, RowGroups* groups,
+               void* scratch) {
+  groups->rows = min_of(kRowTile, x.rows - first_row);
+  groups->count = ceil_div(groups->rows, Isa::kGroupRows);
+  int64_t slot = 0;
+  for (int64_t g = 0; g < groups->count; ++g) {
+    const int64_t rows = (groups->rows - slot) / (groups->count - g);
+    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, slot, scratch);
+    slot += rows;
+  }
+}
+
+// add_chunk for the group's number of rows, a constant of the code.
+template <class Isa, Format kFormat, int kRows>
+void add_chunk(const Chunk& chunk, const RowTile& group, float* acc) {
+  if constexpr (kRows > 1) {
+    if (group.rows < kRows) return add_chunk<Isa, kFormat, kRows - 1>(chunk, group, acc);
+  }
+  Isa::template add_chunk<kFormat, kRows>(chunk, group, acc);
+}
+
+template <class Isa, Format kFormat>
+void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory* memory,
+                    float* acc) {
+  if (groups.rows == 1) return Isa::template one_row<kFormat>(panel, groups.of[0], acc);
+  std::memset(acc, 0, static_cast<size_t>(groups.rows * kPanelRows) * sizeof(float));
+  const int64_t chunks = ceil_div(panel.blocks, kChunkBlocks);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = panel.blocks * c / chunks, end = panel.blocks * (c + 1) / chunks;
+    const Chunk chunk = unpack_chunk<Isa, kFormat>(panel, first, end - first, memory);
+    float* to = acc;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      add_chunk<Isa, kFormat, Isa::kGroupRows>(chunk, groups.of[g], to);
+      to += groups.of[g].rows * kPanelRows;
+    }
+  }
+}
+
+template <class Isa, Format kFormat>
+void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
+                     int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+  alignas(64) float acc[kRowTile * kPanelRows];
+  ChunkMemory memory;
+  auto* absmax = reinterpret_cast<float*>(at(scratch, scratch_layout(weights).absmax));
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    PanelView view = panel_view(weights, p);
+    if constexpr (kFormat == Format::kNf4) {
+      decode_absmax_panel(weights, p, 1.0f / Isa::kNf4Scale, absmax);
+      view.absmax = absmax;
+    }
+    multiply_panel<Isa, kFormat>(view, groups, &memory, acc);
+    store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+  }
+}
+
+template <class Isa>
+void multiply_tile(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
+                   int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+  const auto run = [&](auto multiply) {
+    multiply(weights, groups, panel_begin, panel_end, y, y_stride, scratch);
+  };
+  switch (weights.format) {
+    case Format::kInt4:
+      return run(multiply_panels<Isa, Format::kInt4>);
+    case Format::kInt4ZeroPoints:
+      return run(multiply_panels<Isa, Format::kInt4ZeroPoints>);
+    case Format::kInt4Offsets:
+      return run(multiply_panels<Isa, Format::kInt4Offsets>);
+    case Format::kInt8:
+      return run(multiply_panels<Isa, Format::kInt8>);
+    case Format::kNf4:
+      return run(multiply_panels<Isa, Format::kNf4>);
+    case Format::kFloat:
+      return;  // has no integer path
+  }
+}
+
+template <class Isa>
+void drive_row_groups(const Weights& weights, const Activations& x, int64_t panel_begin,
+                      int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+  assert(weights.format != Format::kFloat);
+  for (int64_t m = 0; m < x.rows; m += kRowTile) {
+    RowGroups groups;
+    deal_rows<Isa>(weights, x, m, &groups, scratch);
+    multiply_tile<Isa>(weights, groups, panel_begin, panel_end, y + m * y_stride, y_stride,
+                       scratch);
+  }
+}
+
+}  // namespace
+}  // namespace edgelora::kernels

@@ -1,0 +1,19 @@
+// RMS norm, softmax and rotary embedding with AVX2's width.
+#include "kernels/avx2/avx2.h"
+#include "kernels/row_math.h"
+
+namespace edgelora::kernels::avx2 {
+
+void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out) {
+  rms_norm_row(x, weight, n, epsilon, out);
+}
+
+float largest(const float* x, int64_t n) { return largest_of(x, n); }
+
+float exp_minus(float* x, int64_t n, float most) { return exp_row(x, n, most); }
+
+void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+  rotate_row(x, cos, sin, half);
+}
+
+}  // namespace edgelora::kernels::avx2

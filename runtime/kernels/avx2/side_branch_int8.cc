@@ -1,0 +1,61 @@
+// y[16p + i] += t_scale · scale[p, i] · Σ_r b[p, r, i]·t[r], b int8, t int16
+//
+// b of a panel: 16 scales, then two columns r a time, 32 bytes:
+//     │ row 0: r, r+1 │ row 1: r, r+1 │ … │ row 15 │
+// widened to int16 they meet the pair (t[r], t[r+1]) in one madd; a 32-bit lane is a row.
+//   low, high   int32, rows 0–7 and 8–15
+#include "kernels/avx2/avx2.h"
+#include "kernels/avx2/registers.h"
+#include "kernels/panels.h"
+
+namespace edgelora::kernels::avx2 {
+namespace {
+
+struct Sums {
+  __m256i low;
+  __m256i high;
+};
+
+Sums panel_sums(const uint8_t* b, const int16_t* t, int64_t pairs) {
+  Sums sums{_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int64_t q = 0; q < pairs; ++q) {
+    const __m256i pair = broadcast4(t + 2 * q);
+    const auto* from = reinterpret_cast<const __m128i*>(b + 32 * q);
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
+    sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(low, pair));
+    sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(high, pair));
+  }
+  return sums;
+}
+
+// y [rows ≤ 16] += factor · scales · sums
+void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t rows, float* y) {
+  const __m256 f = _mm256_set1_ps(factor);
+  alignas(32) float added[kPanelRows];
+  const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), load_half8(scales));
+  const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), load_half8(scales + 16));
+  if (rows == kPanelRows) {
+    _mm256_storeu_ps(y, fma(low, f, _mm256_loadu_ps(y)));
+    _mm256_storeu_ps(y + 8, fma(high, f, _mm256_loadu_ps(y + 8)));
+    return;
+  }
+  _mm256_store_ps(added, _mm256_mul_ps(low, f));
+  _mm256_store_ps(added + 8, _mm256_mul_ps(high, f));
+  for (int64_t i = 0; i < rows; ++i) y[i] += added[i];
+}
+
+}  // namespace
+
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
+                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
+  const int64_t pairs = ceil_div(factors.rank, 2);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
+    const Sums sums = panel_sums(panel + 32, t, pairs);
+    add_scaled(sums, panel, t_scale, min_of(kPanelRows, out_features - p * kPanelRows),
+               y + p * kPanelRows);
+  }
+}
+
+}  // namespace edgelora::kernels::avx2

@@ -1,0 +1,54 @@
+// y[16p + i] += t_scale · scale[p, i] · Σ_r b[p, r, i]·t[r], b int8, t int16
+//
+// b of a panel: 16 scales, then two columns r a time, 32 bytes, which ld2 takes apart:
+//     │ row 0: r, r+1 │ row 1: r, r+1 │ … │ row 15 │
+//   sums [4]   int32, rows 4j … 4j+3: widened b times t[r], a multiply-add with a scalar
+#include <arm_neon.h>
+
+#include "kernels/half.h"
+#include "kernels/neon/neon.h"
+#include "kernels/panels.h"
+
+namespace edgelora::kernels::neon {
+namespace {
+
+struct Sums {
+  int32x4_t of[4];
+};
+
+void add_column(int8x16_t column, int16_t t, Sums* sums) {
+  const int16x8_t low = vmovl_s8(vget_low_s8(column)), high = vmovl_s8(vget_high_s8(column));
+  sums->of[0] = vmlal_n_s16(sums->of[0], vget_low_s16(low), t);
+  sums->of[1] = vmlal_n_s16(sums->of[1], vget_high_s16(low), t);
+  sums->of[2] = vmlal_n_s16(sums->of[2], vget_low_s16(high), t);
+  sums->of[3] = vmlal_n_s16(sums->of[3], vget_high_s16(high), t);
+}
+
+Sums panel_sums(const uint8_t* b, const int16_t* t, int64_t pairs) {
+  Sums sums{};
+  for (int64_t q = 0; q < pairs; ++q) {
+    const int8x16x2_t columns = vld2q_s8(reinterpret_cast<const int8_t*>(b) + 32 * q);
+    add_column(columns.val[0], t[2 * q], &sums);
+    add_column(columns.val[1], t[2 * q + 1], &sums);
+  }
+  return sums;
+}
+
+}  // namespace
+
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
+                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
+  const int64_t pairs = ceil_div(factors.rank, 2);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
+    const Sums sums = panel_sums(panel + 32, t, pairs);
+    float added[kPanelRows];
+    for (int j = 0; j < 4; ++j) vst1q_f32(added + 4 * j, vcvtq_f32_s32(sums.of[j]));
+    float* to = y + p * kPanelRows;
+    for (int64_t i = 0; i < min_of(kPanelRows, out_features - p * kPanelRows); ++i) {
+      to[i] += added[i] * half_to_float(load_u16(panel, i)) * t_scale;
+    }
+  }
+}
+
+}  // namespace edgelora::kernels::neon

@@ -1,0 +1,174 @@
+// `linear` of the ISAs with vpdpbusd, for 256- and 512-bit registers.
+//
+// y[m, n] = Σ_b xscale[m, b] · (scale[n, b] · dot_b [+ offset[n, b] · sum_b]),  b: blocks of 32 of
+// K
+//
+// Codes of 16 rows × 8 K, int4 and nf4, 64 bytes, a line: one register of 512 bits, two of 256
+//     │ r0: K0 K1 K2 K3 │ r1: K0 … │ … │ r15 │     low nibbles; the high nibbles are K4 … K7
+// vpdpbusd adds four unsigned·signed byte products to each 32-bit lane, and a lane is a row of W:
+//     dot[r] += Σ_j code[r, j]·x[j],  x broadcast, 4 bytes from memory
+//
+// int4: codes as they are, the sum starts at −8·Σx (zero points: zp·Σx is subtracted at the end, in
+//   float, where both are exact integers).
+// int8: code xor 0x80 = code + 128 is unsigned, the sum starts at −128·Σx.
+// nf4: a byte table, vpshufb, of round(124.125·value) + 128, the sum starts at −128·Σx. The rounding
+//   costs at most 0.0037 of absmax a weight.
+//
+// One row of x (decode): 8 lines' registers of codes, 16 rows × 32 K.
+//   even, odd   int32, the block's dots: two chains, to hide vpdpbusd's latency
+//   acc         float, the row's running y
+// Several rows: bytes of a chunk are unpacked once for all rows of the tile, then up to
+// V::kGroupRows rows of x meet 16 rows of W at a time: as many chains.
+//   dots [rows][V::kParts]   int32, of one block
+//   acc  [rows][V::kParts]   float, in registers where 32 of them exist, else in L1
+//
+// V: registers that hold 16 / kParts rows of W. load, low_nibbles, high_nibbles, flip (xor 0x80),
+// look_up (nf4's byte table), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in scale.
+#pragma once
+
+#include "kernels/avx2/row_groups.h"
+
+namespace edgelora::kernels {
+namespace {
+
+template <class V>
+struct VnniIsa {
+  using Ints = typename V::Ints;
+  using Floats = typename V::Floats;
+
+  static constexpr int kGroupRows = V::kGroupRows;
+  static constexpr float kNf4Scale = kNf4ByteScale;
+
+  static int32_t term_factor(Format format) {
+    switch (format) {
+      case Format::kInt4:
+        return -8;
+      case Format::kInt8:
+      case Format::kNf4:
+        return -128;
+      default:
+        return 0;
+    }
+  }
+
+  static constexpr bool unpacks(Format) { return true; }
+
+  static void pack_starts(RowTile*, void*, const ScratchLayout&) {}
+
+  // Unsigned bytes of a part (64 / kParts bytes of each line) of one block: 8 × 4 K.
+  template <Format kFormat>
+  static void unpack_part(const uint8_t* panel_codes, int64_t b, int part, Ints bytes[8]) {
+    if constexpr (kFormat == Format::kInt8) {
+      const uint8_t* codes = panel_codes + b * kBlockBytes + part * V::kBytes;
+      for (int q = 0; q < 8; ++q) bytes[q] = V::flip(V::load(codes + 64 * q));
+      return;
+    }
+    const uint8_t* codes = panel_codes + b * kBlockBytes / 2 + part * V::kBytes;
+    for (int q = 0; q < 4; ++q) {
+      const Ints line = V::load(codes + 64 * q);
+      bytes[2 * q] = V::low_nibbles(line);
+      bytes[2 * q + 1] = V::high_nibbles(line);
+    }
+    if constexpr (kFormat == Format::kNf4) {
+      for (int q = 0; q < 8; ++q) bytes[q] = V::look_up(bytes[q]);
+    }
+  }
+
+  template <Format kFormat>
+  static void unpack_block(const uint8_t* panel_codes, int64_t b, uint8_t* bytes) {
+    for (int part = 0; part < V::kParts; ++part) {
+      Ints of[8];
+      unpack_part<kFormat>(panel_codes, b, part, of);
+      for (int q = 0; q < 8; ++q) V::store(bytes + 64 * q + part * V::kBytes, of[q]);
+    }
+  }
+
+  template <Format kFormat>
+  static Ints start(const RowTile& x, int64_t i) {
+    return has_extras(kFormat) ? V::zero() : V::broadcast(x.terms[i]);
+  }
+
+  // acc + a block's contribution; i is [block, row] in the tile's small arrays.
+  template <Format kFormat>
+  static Floats add_block(Floats acc, Ints dot, Floats scale, Floats extra, const RowTile& x,
+                          int64_t i) {
+    Floats product = V::to_float(dot);
+    if constexpr (kFormat == Format::kInt4ZeroPoints) {
+      product = V::fnmadd(extra, V::broadcast(x.shifts[i]), product);
+    } else if constexpr (kFormat == Format::kInt4Offsets) {
+      acc = V::fmadd(extra, V::broadcast(x.shifts[i]), acc);
+    }
+    return V::fmadd(product, V::mul(scale, V::broadcast(x.scales[i])), acc);
+  }
+
+  template <Format kFormat>
+  static void one_row(const PanelView& panel, const RowTile& x, float* acc) {
+    Floats sums[V::kParts];
+    for (Floats& sum : sums) sum = V::zero_floats();
+    for (int64_t b = 0; b < panel.blocks; ++b) {
+      const int8_t* codes = x.codes + b * kActivationBlock;
+      for (int part = 0; part < V::kParts; ++part) {
+        Ints w[8];
+        unpack_part<kFormat>(panel.codes, b, part, w);
+        Ints even = start<kFormat>(x, b), odd = V::zero();
+#pragma GCC unroll 4
+        for (int q = 0; q < 8; q += 2) {
+          even = V::dot(even, w[q], V::broadcast4(codes + 4 * q));
+          odd = V::dot(odd, w[q + 1], V::broadcast4(codes + 4 * q + 4));
+        }
+        const auto s = V::template scales<kFormat>(panel, b, part);
+        sums[part] = add_block<kFormat>(sums[part], V::add(even, odd), s.scale, s.extra, x, b);
+      }
+    }
+    for (int part = 0; part < V::kParts; ++part) V::store(acc + 16 / V::kParts * part, sums[part]);
+  }
+
+  // kRows rows of x times 16 rows of W, one block.
+  template <Format kFormat, int kRows>
+  static void block_dots(const uint8_t* w, const RowTile& x, int64_t i,
+                         Ints dots[kRows][V::kParts]) {
+    const int8_t* codes = x.codes + i * kActivationBlock;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      for (int part = 0; part < V::kParts; ++part) dots[r][part] = start<kFormat>(x, i + r);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+      Ints wq[V::kParts];
+      for (int part = 0; part < V::kParts; ++part) {
+        wq[part] = V::load(w + 64 * q + part * V::kBytes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Ints xr = V::broadcast4(codes + r * kActivationBlock + 4 * q);
+        for (int part = 0; part < V::kParts; ++part) {
+          dots[r][part] = V::dot(dots[r][part], wq[part], xr);
+        }
+      }
+    }
+  }
+
+  template <Format kFormat, int kRows>
+  static void add_chunk(const Chunk& chunk, const RowTile& x, float* acc) {
+    constexpr int kPart = 16 / V::kParts;
+    for (int64_t b = 0; b < chunk.blocks; ++b) {
+      const int64_t i = (chunk.first + b) * kRows;
+      Ints dots[kRows][V::kParts];
+      block_dots<kFormat, kRows>(chunk.bytes + b * kBlockBytes, x, i, dots);
+#pragma GCC unroll 2
+      for (int part = 0; part < V::kParts; ++part) {
+        const int64_t column = b * kPanelRows + part * kPart;
+        const Floats scale = V::load(chunk.scales + column);
+        const Floats extra = has_extras(kFormat) ? V::load(chunk.extras + column) : scale;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          float* out = acc + r * kPanelRows + part * kPart;
+          V::store(out, add_block<kFormat>(V::load(out), dots[r][part], scale, extra, x, i + r));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace edgelora::kernels

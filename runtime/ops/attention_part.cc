@@ -1,0 +1,169 @@
+#include "ops/attention_part.h"
+
+#include <algorithm>
+
+namespace edgelora::ops {
+namespace {
+
+[[noreturn]] void refuse(const std::string& why) { throw Error(EDGELORA_BAD_FILE, why); }
+
+int64_t count(const NodeInfo& node, const char* attribute, int64_t most) {
+  const int64_t value = node.integer(attribute);
+  if (value >= 1 && value <= most) return value;
+  refuse(std::string(attribute) + " is " + std::to_string(value) + ", expected 1 to " +
+         std::to_string(most));
+}
+
+const float* table(const NodeInfo& node, size_t index, const char* what, int64_t half,
+                   int64_t* positions) {
+  const std::optional<Tensor> tensor = node.constant(index, what);
+  if (!tensor || tensor->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || tensor->shape.rank != 2 ||
+      tensor->shape.dims[1] != half) {
+    refuse(std::string(what) + " must be float32 [positions, " + std::to_string(half) + "]");
+  }
+  *positions = std::min(*positions, tensor->shape.dims[0]);
+  return static_cast<const float*>(tensor->data);
+}
+
+bool read_exact(const Shared& shared, const NodeInfo& node) {
+  const std::string format = node.text("kv_format");
+  if (format != "int8" && format != "float") {
+    refuse("kv_format is \"" + format + "\", expected int8 or float");
+  }
+  return shared.exact || format == "float";
+}
+
+AttentionNode read_node(const NodeInfo& node, const NodeInfo& constants) {
+  constexpr int64_t kMostHeads = 1 << 16;
+  AttentionNode read{};
+  read.heads = count(node, "num_heads", kMostHeads);
+  read.kv_heads = count(node, "kv_num_heads", read.heads);
+  read.head_dim = count(node, "head_dim", kMostHeadDim);
+  if (read.heads % read.kv_heads != 0) refuse("num_heads is no multiple of kv_num_heads");
+  if (read.head_dim % 2 != 0) refuse("head_dim is odd: rotary embedding needs two halves");
+  read.window = node.integer("local_window_size");
+  if (read.window != -1 && read.window < 1) refuse("local_window_size is neither −1 nor positive");
+  read.epsilon = node.real("epsilon");
+  read.positions = INT64_MAX;
+  read.cos = table(constants, AttentionPart::kCos, "cos", read.head_dim / 2, &read.positions);
+  read.sin = table(constants, AttentionPart::kSin, "sin", read.head_dim / 2, &read.positions);
+  read.q_norm = constants.floats(AttentionPart::kQueryNorm, "q_norm", read.head_dim);
+  read.k_norm = constants.floats(AttentionPart::kKeyNorm, "k_norm", read.head_dim);
+  return read;
+}
+
+}  // namespace
+
+// past and present of keys or of values.
+struct AttentionPart::Cache {
+  Tensor past;
+  Shape shape;  // of present
+  uint8_t* present;
+};
+
+AttentionPart::AttentionPart(const Shared& shared, const NodeInfo& node, size_t first)
+    : shared_(shared),
+      first_(first),
+      node_(read_node(node, node.part("", first))),
+      layout_(node_.head_dim, read_exact(shared, node)) {}
+
+AttentionRun AttentionPart::packed_run(const float* x, float* y, int64_t batch,
+                                       int64_t sequence) const {
+  const int64_t stride = q_width() + 2 * kv_width();
+  return {{x, stride}, {x + q_width(), stride}, {x + q_width() + kv_width(), stride}, y, batch,
+          sequence};
+}
+
+void AttentionPart::run(OrtKernelContext* context, const AttentionRun& run) const {
+  const std::vector<int64_t>& past = read_past(context, run);
+  const int64_t longest = past.empty() ? 0 : *std::max_element(past.begin(), past.end());
+  const int64_t key_bytes = layout_.key_row_bytes(), value_bytes = layout_.value_row_bytes();
+  const Cache keys = cache(context, run, kPastKey, kPresentKey, key_bytes, longest);
+  const Cache values = cache(context, run, kPastValue, kPresentValue, value_bytes, longest);
+  if (keys.past.shape.dims[2] != values.past.shape.dims[2]) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "past_key and past_value differ in capacity");
+  }
+  copy_heads<KeyRows>(keys, key_bytes, past);
+  copy_heads<ValueRows>(values, value_bytes, past);
+  if (run.batch * run.sequence == 0) return;
+  AttentionCall call{};
+  call.kernels = shared_.kernels;
+  call.node = &node_;
+  call.layout = layout_;
+  call.q = run.q;
+  call.k = run.k;
+  call.v = run.v;
+  call.y = run.y;
+  call.batch = run.batch;
+  call.sequence = run.sequence;
+  call.past = past.data();
+  call.keys = keys.present;
+  call.values = values.present;
+  call.capacity = keys.shape.dims[2];
+  call.threads = shared_.crews->threads();
+  AttentionJob(call).run(shared_.crews);
+}
+
+// Positions before the call, of each sequence. A first prefill that is padded on the right has fewer
+// positions than rows: its surplus rows lie behind them and are overwritten by what follows.
+const std::vector<int64_t>& AttentionPart::read_past(const OrtKernelContext* context,
+                                                     const AttentionRun& run) const {
+  const Tensor last = input(*shared_.api, context, first_ + kLastPosition);
+  if (last.shape.rank != 1 || last.shape.dims[0] != run.batch) {
+    throw Error(EDGELORA_INVALID_ARGUMENT, "last position is " + to_string(last.shape) +
+                                               ", expected [" + std::to_string(run.batch) + "]");
+  }
+  thread_local std::vector<int64_t> past;
+  past.resize(static_cast<size_t>(run.batch));
+  for (size_t i = 0; i < past.size(); ++i) {
+    const int64_t positions = int64_t{static_cast<const int32_t*>(last.data)[i]} + 1;
+    if (positions < 0) {
+      throw Error(EDGELORA_INVALID_ARGUMENT,
+                  "last position is " + std::to_string(positions - 1) + ", expected −1 or more");
+    }
+    past[i] = std::max<int64_t>(0, positions - run.sequence);
+    if (past[i] + run.sequence <= node_.positions) continue;
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "position " + std::to_string(past[i] + run.sequence) +
+                    " is beyond the context of " + std::to_string(node_.positions));
+  }
+  return past;
+}
+
+// present has the capacity of past, or more where that is full.
+AttentionPart::Cache AttentionPart::cache(OrtKernelContext* context, const AttentionRun& run,
+                                          size_t in, size_t out, int64_t row_bytes,
+                                          int64_t past) const {
+  Cache cache{input(*shared_.api, context, first_ + in), {}, nullptr};
+  const Shape& shape = cache.past.shape;
+  const bool fits = shape.rank == 4 && shape.dims[0] == run.batch &&
+                    shape.dims[1] == node_.kv_heads && shape.dims[2] % kCapacityStep == 0 &&
+                    shape.dims[3] == row_bytes;
+  if (!fits || shape.dims[2] < past) {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "the kv_cache is " + to_string(shape) + ", expected [" +
+                    std::to_string(run.batch) + ", " + std::to_string(node_.kv_heads) +
+                    ", a multiple of 32 ≥ " + std::to_string(past) + ", " +
+                    std::to_string(row_bytes) + "]");
+  }
+  cache.shape = shape;
+  cache.shape.dims[2] = std::max(shape.dims[2], KvLayout::capacity_for(past + run.sequence));
+  cache.present = static_cast<uint8_t*>(output(*shared_.api, context, out, cache.shape));
+  return cache;
+}
+
+// Nothing where past and present are one tensor.
+template <class Rows>
+void AttentionPart::copy_heads(const Cache& cache, int64_t row_bytes,
+                               const std::vector<int64_t>& past) const {
+  auto* from = static_cast<uint8_t*>(const_cast<void*>(cache.past.data));  // only read
+  if (from == cache.present) return;
+  const int64_t before = cache.past.shape.dims[2], after = cache.shape.dims[2];
+  for (int64_t i = 0; i < static_cast<int64_t>(past.size()) * node_.kv_heads; ++i) {
+    const Rows source(layout_, before, from + i * before * row_bytes);
+    Rows(layout_, after, cache.present + i * after * row_bytes)
+        .copy_from(source, past[static_cast<size_t>(i / node_.kv_heads)]);
+  }
+}
+
+}  // namespace edgelora::ops

@@ -1,0 +1,130 @@
+"""./dev bench: prepares the peers, measures them beside EdgeLoRA, draws the figures."""
+
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from benchmarks import plots, table
+from benchmarks.contestants import Load
+from benchmarks.figures import SPEED, read
+from benchmarks.folder import MODELS, SMOLLM2, Peers
+from benchmarks.prepare import PEERS, steps
+from benchmarks.roofline import draw_roofline
+from benchmarks.rounds import Setting, measure, turns
+
+folder_option = click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path(".venv/peers"),
+    show_default=True,
+    help="Where peers and models lie.",
+)
+model_option = click.option(
+    "--model", "models", type=click.Choice(MODELS), multiple=True, help="Only these models."
+)
+csv_option = click.option(
+    "--csv", "csv_path", type=click.Path(path_type=Path), default=SPEED, help="The figures."
+)
+
+
+class PromptAndNew(click.ParamType[tuple[int, int]]):
+    """128:64."""
+
+    name = "PROMPT:NEW"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        prompt, _, new = str(value).partition(":")
+        if not (prompt.isdecimal() and new.isdecimal() and int(prompt) and int(new)):
+            self.fail(f"{value}: expected two counts of tokens, such as 128:64", param, ctx)
+        return int(prompt), int(new)
+
+
+@click.group()
+def main() -> None:
+    """Speed of EdgeLoRA beside llama.cpp, ONNX Runtime GenAI and OpenVINO GenAI."""
+
+
+@main.command()
+@folder_option
+@model_option
+@click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, help="Only these.")
+def prepare(folder: Path, models: tuple[str, ...], peers: tuple[str, ...]) -> None:
+    """Makes what is missing: models, bundles, environments (20 GB, an hour on two cores)."""
+    for step in steps(Peers(folder.absolute()), list(models or MODELS), list(peers or PEERS)):
+        step.run()
+
+
+@main.command()
+@folder_option
+@model_option
+@csv_option
+@click.option("--threads", type=click.IntRange(1), multiple=True, default=(2, 1))
+@click.option("--load", "loads", type=PromptAndNew(), multiple=True, help="128:64 512:32 2000:32")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--only", multiple=True, help="A part of a contestant's name, * allowed; repeatable.")
+@click.option("--run", "run_name", help="Adds rows to this run instead of a new one.")
+def run(
+    folder: Path,
+    models: tuple[str, ...],
+    csv_path: Path,
+    threads: tuple[int, ...],
+    loads: tuple[tuple[int, int], ...],
+    rounds: int,
+    only: tuple[str, ...],
+    run_name: str | None,
+) -> None:
+    """Measures who is prepared, in rounds; without any preparation, EdgeLoRA alone on SmolLM2."""
+    peers = Peers(folder.absolute())
+    wanted = [
+        Load(count, *load)
+        for count in threads
+        for load in loads or ((128, 64), (512, 32), (2000, 32))
+    ]
+    round_of_turns = list(turns(peers, models or MODELS, wanted, only))
+    if not round_of_turns:
+        for step in steps(peers, [SMOLLM2], ["edgelora"]):
+            step.run()
+        round_of_turns = list(turns(peers, models or MODELS, wanted, only))
+    if not round_of_turns:
+        raise click.ClickException("no such contestant: see --only, and ./dev bench prepare")
+    failures = measure(peers, round_of_turns, rounds, Setting.here(run_name), csv_path)
+    if failures:
+        raise click.ClickException(f"{len(failures)} measurements failed:\n" + "\n".join(failures))
+
+
+@main.command()
+@csv_option
+@click.option("--to", type=click.Path(path_type=Path), default=SPEED.parent)
+def plot(csv_path: Path, to: Path) -> None:
+    """Draws the figures of the CSV as SVG."""
+    for path in plots.draw(read(csv_path), to):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("output", type=click.File())
+@click.option("--to", type=click.Path(path_type=Path), default=SPEED.parent)
+@click.option("--peak", type=float, help="GMAC/s that the cores could do at most.")
+def roofline(output: TextIO, to: Path, peak: float | None) -> None:
+    """Draws what kernels_bench said (a file, or - for stdin)."""
+    click.echo(draw_roofline(output.read(), to / "roofline.svg", peak))
+
+
+@main.command("table")
+@csv_option
+@click.option("--check", is_flag=True, help="Write nothing; fail if README and CSV disagree.")
+def write_table(csv_path: Path, *, check: bool) -> None:
+    """Writes the CSV's medians into the README."""
+    wanted = table.inserted(table.README.read_text(), read(csv_path))
+    if table.README.read_text() == wanted:
+        return
+    if check:
+        raise click.ClickException("README.md and the CSV disagree: run ./dev bench table")
+    table.README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

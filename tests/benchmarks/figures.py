@@ -1,0 +1,113 @@
+"""The CSV of the speed figures: one line for every contestant, load and round."""
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+SPEED = Path(__file__).parent / "results" / "speed.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """prefill, decode: tokens a second. weight_bytes: of the files that decode streams.
+    bandwidth: GB/s that a plain read of those files reached just before. isa: what our runtime
+    chooses on this machine. run: one start of the benchmark. None: not measured.
+    """
+
+    run: str
+    round: int
+    model: str
+    contestant: str
+    version: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill: float
+    decode: float
+    weight_bytes: int | None
+    bandwidth: float | None
+    machine: str
+    isa: str
+    commit: str
+
+    @property
+    def limit(self) -> float | None:
+        """Tokens a second at which the weights alone take all of the bandwidth."""
+        if self.bandwidth is None or not self.weight_bytes:
+            return None
+        return 1e9 * self.bandwidth / self.weight_bytes
+
+
+NAMES = [field.name for field in fields(Row)]
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds one line at once, so that a run that is stopped keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, NAMES, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: _written(value) for name, value in asdict(row).items()})
+
+
+def read(path: Path) -> list[Row]:
+    """All lines. Raises ValueError if the columns are others."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != NAMES:
+            raise ValueError(f"{path}: columns {reader.fieldnames}, expected {NAMES}")
+        return [_row(line) for line in reader]
+
+
+def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
+    """(model, threads) → the rows of the last run in the file that measured them."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        group = groups.setdefault((row.model, row.threads), [])
+        if group and group[-1].run != row.run:
+            group.clear()
+        group.append(row)
+    return groups
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Of those that were measured."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def of(rows: Sequence[Row], contestant: str, prompt_tokens: int) -> list[Row]:
+    """The rounds of one contestant with one length of prompt."""
+    return [
+        row for row in rows if row.contestant == contestant and row.prompt_tokens == prompt_tokens
+    ]
+
+
+def _written(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def _row(line: dict[str, str]) -> Row:
+    return Row(
+        run=line["run"],
+        round=int(line["round"]),
+        model=line["model"],
+        contestant=line["contestant"],
+        version=line["version"],
+        threads=int(line["threads"]),
+        prompt_tokens=int(line["prompt_tokens"]),
+        new_tokens=int(line["new_tokens"]),
+        prefill=float(line["prefill"]),
+        decode=float(line["decode"]),
+        weight_bytes=int(line["weight_bytes"]) if line["weight_bytes"] else None,
+        bandwidth=float(line["bandwidth"]) if line["bandwidth"] else None,
+        machine=line["machine"],
+        isa=line["isa"],
+        commit=line["commit"],
+    )

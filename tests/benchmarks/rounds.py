@@ -1,0 +1,111 @@
+"""Rounds: every contestant once in each, in turn, so that a machine that slows down slows all of
+them.
+"""
+
+import fnmatch
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks import bandwidth
+from benchmarks.contestants import Contestant, Load, about_adapters, contestants, output
+from benchmarks.figures import Row, append
+from benchmarks.folder import OURSELVES, Peers
+
+MAX_ADAPTER_PROMPT = 512  # longer prompts say nothing new of a side branch and take minutes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One start of the benchmark: what stays the same in all of its rows."""
+
+    run: str
+    machine: str
+    isa: str
+    commit: str
+
+    @staticmethod
+    def here(run: str | None) -> "Setting":
+        now = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())
+        return Setting(run or now, machine(), isa(), commit())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One contestant with one load."""
+
+    model: str
+    contestant: Contestant
+    load: Load
+
+
+def turns(
+    peers: Peers, models: Sequence[str], loads: Sequence[Load], patterns: Sequence[str]
+) -> Iterator[Turn]:
+    """One round. Only contestants whose files are there, and whose name fits a pattern."""
+    for model in models:
+        chosen = [each for each in contestants(peers, model) if each.ready and fits(each, patterns)]
+        for load in loads:
+            for contestant in chosen:
+                if load.prompt_tokens <= MAX_ADAPTER_PROMPT or not about_adapters(contestant.name):
+                    yield Turn(model, contestant, load)
+
+
+def fits(contestant: Contestant, patterns: Sequence[str]) -> bool:
+    name = contestant.name.lower()
+    return not patterns or any(fnmatch.fnmatch(name, f"*{each.lower()}*") for each in patterns)
+
+
+def measure(
+    peers: Peers, round_of_turns: Sequence[Turn], rounds: int, setting: Setting, csv: Path
+) -> list[str]:
+    """Appends a row for each turn of each round. Returns what failed, a line each."""
+    program = bandwidth.build(peers.root)
+    versions = {turn.contestant.name: turn.contestant.version() for turn in round_of_turns}
+    failures = []
+    for number in range(rounds):
+        for turn in round_of_turns:
+            contestant, load = turn.contestant, turn.load
+            streamed = bandwidth.streamed(program, contestant.weights[0], load.threads)
+            about = f"round {number + 1} {turn.model} {contestant.name} {load}"
+            try:
+                prefill, decode = contestant.measure(load)
+            except RuntimeError as error:
+                failures.append(f"{about}: {error}")
+                click.echo(failures[-1], err=True)
+                continue
+            row = Row(
+                setting.run, number, turn.model, contestant.name, versions[contestant.name],
+                load.threads, load.prompt_tokens, load.new_tokens, prefill, decode,
+                contestant.weight_bytes, streamed, setting.machine, setting.isa, setting.commit,
+            )  # fmt: skip
+            append(csv, row)
+            click.echo(f"{about}: {prefill:.1f} {decode:.1f}, {streamed:.1f} GB/s", err=True)
+    return failures
+
+
+def machine() -> str:
+    """The CPU's name and the number of its cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(named)} × {named[0]}" if named else platform.machine()
+
+
+def isa() -> str:
+    """What our runtime chooses here."""
+    said = output([*OURSELVES, "devices", "detect", "--json"])
+    return str(json.loads(said[said.index("{") :])["isa"])
+
+
+def commit() -> str:
+    """EdgeLoRA's, with a + if files differ from it."""
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=7"]
+    return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()

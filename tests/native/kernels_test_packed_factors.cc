@@ -1,0 +1,99 @@
+// side_branch_up_int8 against its formula; the sum of integers is exact, two roundings and a sum follow.
+#include <cmath>
+#include <cstring>
+
+#include "kernels/half.h"
+#include "kernels_test.h"
+#include "kernels_test_check.h"
+
+namespace edgelora::kernels::test {
+namespace {
+
+constexpr double kEpsilon = 0x1p-24;
+
+// One matrix of random codes, the largest among them where `saturated`.
+class Case {
+ public:
+  Case(int64_t rank, int64_t out_features, bool saturated)
+      : rank_(rank),
+        n_(out_features),
+        pairs_((rank + 1) / 2),
+        panels_((out_features + 15) / 16),
+        b_(static_cast<size_t>(panels_ * 32 * (1 + pairs_)), rank % 3 == 0 ? 1 : 0),
+        t_(static_cast<size_t>(4 * pairs_)),
+        y_(static_cast<size_t>(4 * out_features)) {
+    Random random(static_cast<uint64_t>(rank * 4096 + out_features));
+    for (int64_t p = 0; p < panels_; ++p) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const uint16_t scale = float_to_half(0.001f + random.unit());
+        std::memcpy(panel(p) + 2 * i, &scale, 2);
+      }
+      for (int64_t i = 0; i < 32 * pairs_; ++i) {
+        const int code = saturated ? -127 : random.between(-127, 127);
+        panel(p)[32 + i] = static_cast<uint8_t>(static_cast<int8_t>(code));
+      }
+    }
+    for (int64_t r = 0; r < 2 * pairs_; ++r) {
+      const int code = saturated ? 32767 : random.between(-32767, 32767);
+      t_.as<int16_t>()[r] = static_cast<int16_t>(r < rank ? code : 0);
+    }
+    for (int64_t n = 0; n < n_; ++n) y_.as<float>()[n] = 100.0f * random.symmetric();
+  }
+
+  void check(const TestedIsa& isa) {
+    constexpr float kTScale = -3.5e-5f;
+    std::vector<double> before(y_.as<float>(), y_.as<float>() + n_);
+    PackedFactors factors{};
+    factors.rank = rank_;
+    factors.b = b_.as<uint8_t>();
+    const int64_t middle = panels_ / 2;
+    for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, panels_}}) {
+      isa.table->side_branch_up_int8(factors, n_, t_.as<int16_t>(), kTScale, begin, end,
+                                     y_.as<float>());
+    }
+    for (int64_t n = 0; n < n_; ++n) {
+      const double added = double{kTScale} * scale(n) * static_cast<double>(sum(n));
+      const double expected = before[static_cast<size_t>(n)] + added;
+      // The integer as a float, two products, the sum.
+      const double tolerance = kEpsilon * (4.0 * std::fabs(added) + std::fabs(expected));
+      const auto found = static_cast<double>(y_.as<float>()[n]);
+      KERNELS_CHECK(std::fabs(found - expected) <= tolerance,
+                    "%s rank %lld N %lld: y[%lld] %.9g, not %.9g", isa.name.c_str(),
+                    static_cast<long long>(rank_), static_cast<long long>(n_),
+                    static_cast<long long>(n), found, expected);
+    }
+  }
+
+ private:
+  uint8_t* panel(int64_t p) { return b_.as<uint8_t>() + p * 32 * (1 + pairs_); }
+
+  double scale(int64_t n) {
+    return static_cast<double>(half_to_float(load_u16(panel(n / 16), n % 16)));
+  }
+
+  int64_t sum(int64_t n) {
+    int64_t sum = 0;
+    for (int64_t r = 0; r < rank_; ++r) {
+      const auto b = static_cast<int8_t>(panel(n / 16)[32 + r / 2 * 32 + n % 16 * 2 + r % 2]);
+      sum += int64_t{b} * t_.as<int16_t>()[r];
+    }
+    return sum;
+  }
+
+  int64_t rank_, n_, pairs_, panels_;
+  GuardedBytes b_, t_, y_;
+};
+
+}  // namespace
+
+void test_packed_factors(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    for (int64_t rank : {1, 2, 3, 7, 8, 9, 16, 33, 64, 512}) {
+      for (int64_t out_features : {1, 15, 16, 17, 31, 32, 33, 64, 80, 577}) {
+        for (bool saturated : {false, true}) Case(rank, out_features, saturated).check(isa);
+      }
+    }
+  }
+}
+
+}  // namespace edgelora::kernels::test

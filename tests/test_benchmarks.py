@@ -1,0 +1,251 @@
+"""The harness of tests/benchmarks: what it writes, whom it lets take part, what it makes of
+figures.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import bandwidth, contestants, rounds, table
+from benchmarks.contestants import Contestant, Load
+from benchmarks.figures import SPEED, Row, append, latest, read
+from benchmarks.folder import RANKS, SMOLLM2, Peers
+from benchmarks.prepare import Step
+from benchmarks.random_adapter import write_random_adapter
+from benchmarks.roofline import points
+from edgelora.adapter import read_adapter
+
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def a_row(**changes: Any) -> Row:
+    fields: dict[str, Any] = {
+        "run": "one", "round": 0, "model": SMOLLM2, "contestant": "EdgeLoRA int4",
+        "version": "1.2", "threads": 2, "prompt_tokens": 128, "new_tokens": 64,
+        "prefill": 800.0, "decode": 150.25, "weight_bytes": 80_000_000, "bandwidth": 20.0,
+        "machine": "2 × CPU", "isa": "avx2", "commit": "abcdef0",
+    }  # fmt: skip
+    return Row(**fields | changes)
+
+
+def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contestant:
+    """Runs `code`, which finds threads, prompt and new tokens in sys.argv."""
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(1 << 16))
+
+    def command(load: Load) -> list[object]:
+        return [sys.executable, "-c", code, load.threads, load.prompt_tokens, load.new_tokens]
+
+    def parse(said: str) -> tuple[float, float]:
+        prefill, decode = json.loads(said)
+        return prefill, decode
+
+    return Contestant(name, (weights,), command, parse, lambda: "7.0")
+
+
+# ---- the CSV and the README ----
+
+
+def test_readme_has_the_medians_of_the_committed_csv() -> None:
+    text = table.README.read_text()
+    assert table.inserted(text, read(SPEED)) == text, "run ./dev bench table"
+
+
+def test_csv_gives_back_its_rows(tmp_path: Path) -> None:
+    rows = [a_row(), a_row(round=1, bandwidth=None, weight_bytes=None, contestant='a, "b"')]
+    for row in rows:
+        append(tmp_path / "new" / "speed.csv", row)
+    assert read(tmp_path / "new" / "speed.csv") == rows
+
+
+def test_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "speed.csv").write_text("contestant,decode\nEdgeLoRA,1\n")
+    with pytest.raises(ValueError, match="columns"):
+        read(tmp_path / "speed.csv")
+
+
+def test_latest_is_the_last_run_of_each_model_and_number_of_threads() -> None:
+    old, single = a_row(run="old"), a_row(run="old", threads=1)
+    assert latest([old, single, a_row(), a_row(round=1)]) == {
+        (SMOLLM2, 2): [a_row(), a_row(round=1)],
+        (SMOLLM2, 1): [single],
+    }
+
+
+def test_table_shows_medians_the_best_and_the_limit() -> None:
+    peer = {"contestant": "peer int4", "weight_bytes": 100_000_000, "version": "3"}
+    long = {"prompt_tokens": 512, "new_tokens": 8}
+    rows = [
+        *(a_row(round=i, prefill=p, decode=d) for i, (p, d) in enumerate([(1, 9), (3, 8), (2, 7)])),
+        *(a_row(round=i, prefill=5 + i, decode=4 + i, **peer) for i in range(3)),
+        *(a_row(round=i, prefill=300, decode=999, **long) for i in range(3)),
+    ]
+    assert table.tables(rows) == (
+        "**SmolLM2-135M**, 2 threads of 2 × CPU, avx2, 20.0 GB/s streamed, "
+        "medians of 3 interleaved rounds, commit abcdef0 (EdgeLoRA 1.2, peer 3)\n\n"
+        "| tokens/s | MB | prefill 128 | prefill 512 | decode at 128 |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| EdgeLoRA int4 | 80 | 2.0 | **300** | **8.0** |\n"
+        "| peer int4 | 100 | **6.0** |  | 5.0 |\n"
+        "| limit: bandwidth ÷ weights of EdgeLoRA int4 |  |  |  | 250 |\n"
+    )
+
+
+def test_a_text_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="mark"):
+        table.inserted("# EdgeLoRA\n", [a_row()])
+
+
+# ---- rounds ----
+
+
+def test_only_those_whose_files_are_there_take_part(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    assert list(rounds.turns(peers, [SMOLLM2], [Load(1, 128, 8)], ())) == []
+    for name in ("edgelora-int4", "openvino-int4"):
+        (peers.model(SMOLLM2) / name).mkdir(parents=True)
+    (peers.model(SMOLLM2) / "edgelora-int4" / "model.onnx.data").write_bytes(b"x")
+    (peers.model(SMOLLM2) / "openvino-int4" / "openvino_model.bin").write_bytes(b"x")
+    [turn] = rounds.turns(peers, [SMOLLM2], [Load(1, 128, 8)], ())
+    assert turn.contestant.name == "EdgeLoRA int4", "OpenVINO has a model but no environment"
+
+
+def test_adapters_are_not_measured_behind_long_prompts(tmp_path: Path) -> None:
+    files = [
+        path for each in contestants.contestants(Peers(tmp_path), SMOLLM2) for path in each.weights
+    ]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 2000, 8)], ()))
+    names = ["EdgeLoRA int4", "EdgeLoRA nf4", "EdgeLoRA int4, balanced"]
+    assert [turn.contestant.name for turn in found] == names
+    found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 512, 8)], ("INT4 + rank",)))
+    assert [turn.contestant.name[-2:].strip() for turn in found] == [str(rank) for rank in RANKS]
+
+
+def test_rounds_interleave_and_go_on_after_a_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = a_contestant(tmp_path, "import sys; print([100 * int(sys.argv[2]), 5])", "good")
+    bad = a_contestant(tmp_path, "raise SystemExit('no such CPU')", "bad")
+    turns = [rounds.Turn("m", each, Load(2, 3, 4)) for each in (bad, good)]
+    setting = rounds.Setting("now", "2 × CPU", "avx2", "abcdef0")
+    failures = rounds.measure(Peers(tmp_path), turns, 2, setting, tmp_path / "speed.csv")
+    assert len(failures) == 2 and all("no such CPU" in each for each in failures)
+    rows = read(tmp_path / "speed.csv")
+    assert [row.round for row in rows] == [0, 1]
+    for row in rows:
+        assert (row.prefill, row.decode, row.version) == (300, 5, "7.0")
+        assert row.weight_bytes == 1 << 16 and row.bandwidth and row.limit
+        assert row.limit == pytest.approx(1e9 * row.bandwidth / (1 << 16))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streaming_reads_a_file(tmp_path: Path, threads: int) -> None:
+    (tmp_path / "weights").write_bytes(bytes(3_000_000))
+    assert bandwidth.streamed(bandwidth.build(tmp_path), tmp_path / "weights", threads) > 0
+
+
+# ---- what the programs say ----
+
+
+def named(tmp_path: Path, name: str) -> Contestant:
+    everyone = contestants.contestants(Peers(tmp_path), SMOLLM2)
+    return next(each for each in everyone if each.name == name)
+
+
+def test_llama_cpps_last_line_counts(tmp_path: Path) -> None:
+    said = '{"pp": 128, "speed_pp": 1.0, "speed_tg": 2.0}\nx\n{"speed_pp": 3.5, "speed_tg": 4.5}\n'
+    assert named(tmp_path, "llama.cpp Q4_0").parse(said) == (3.5, 4.5)
+
+
+def test_llama_cpps_timings_with_an_adapter_are_found(tmp_path: Path) -> None:
+    said = (
+        "p: prompt eval time =     240.00 ms /   128 tokens "
+        "(    1.88 ms per token,   533.33 tokens per second)\n"
+        "p:        eval time =     640.00 ms /    64 runs   "
+        "(   10.00 ms per token,   100.00 tokens per second)\n"
+    )
+    assert named(tmp_path, "llama.cpp Q4_0 + rank 16").parse(said) == (533.33, 100.0)
+
+
+def test_kernels_benchs_lines_become_points() -> None:
+    said = (
+        "decode   avx2         int4     b32   576x576         1t    9.0 GB/s of   12.0 ( 75 %)"
+        "  2t   18.0 GB/s of   20.0 ( 90 %)\n"
+        "prefill  avx2         nf4      b64   2048x2048      M=128"
+        "   1t   50.0 GMAC/s (best   55.0)\n"
+    )
+    decode, both, prefill = points(said)
+    assert (decode.threads, both.threads, prefill.threads) == (1, 2, 1)
+    assert decode.macs_per_byte == pytest.approx(32 / 18)
+    assert both.rate == pytest.approx(18.0 * 32 / 18) and both.bandwidth == 20.0
+    assert prefill.macs_per_byte == pytest.approx(128 * 64 / 33) and prefill.rate == 50.0
+
+
+# ---- preparation ----
+
+
+def test_a_step_that_fails_leaves_no_product(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.mkdir()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        Step(tmp_path / "new" / "product", half).run()
+    assert not (tmp_path / "new" / "product").exists()
+    Step(tmp_path / "new" / "product", Path.mkdir).run()
+    Step(tmp_path / "new" / "product", half).run()  # it exists: nothing is made
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["product"]
+
+
+def test_a_random_adapter_has_its_rank_on_all_linears(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_random_adapter(tmp_path, 4, tmp_path / "adapter")
+    features = {
+        "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
+        "self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64),
+        "mlp.down_proj": (64, 96),
+    }  # fmt: skip
+    targets = {f"model.layers.{i}.{name}": features[name] for i in range(2) for name in features}
+    adapter = read_adapter(tmp_path / "adapter", targets)
+    assert set(adapter.branches) == set(targets)
+    for branch in adapter.branches.values():
+        assert branch.lora_a.shape[0] == branch.lora_b.shape[1] == 4 and np.any(branch.lora_b)
+
+
+# ---- plots ----
+
+
+@pytest.fixture
+def draw() -> Callable[..., Any]:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    return plots.draw
+
+
+def test_plots_are_drawn_and_are_the_same_each_time(
+    tmp_path: Path, draw: Callable[..., Any]
+) -> None:
+    rows = [
+        a_row(contestant=name, prompt_tokens=prompt)
+        for name in ("EdgeLoRA int4", "EdgeLoRA int4 + rank 16", "llama.cpp Q4_0")
+        for prompt in (128, 512)
+    ]
+    once = {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
+    assert set(once) == {f"{kind}-{SMOLLM2}-2t.svg" for kind in ("bars", "context", "rank")}
+    assert once == {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
