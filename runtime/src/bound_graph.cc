@@ -10,7 +10,6 @@ namespace edgelora {
 BoundGraph::BoundGraph(std::shared_ptr<const Model> model, int64_t context_length)
     : model_(std::move(model)),
       ort_(model_->onnxruntime()),
-      context_length_(context_length),
       cache_(model_->manifest().model, model_->kv_format(), context_length),
       input_ids_(static_cast<size_t>(kMostTokens)),
       logits_to_keep_(static_cast<size_t>(kMostTokens)),

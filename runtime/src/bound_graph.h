@@ -42,7 +42,6 @@ class BoundGraph {
 
   std::shared_ptr<const Model> model_;
   const OnnxRuntime& ort_;
-  int64_t context_length_;  // positions
   KvCache cache_;
   std::vector<int64_t> input_ids_;       // [kMostTokens]
   std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
