@@ -63,6 +63,7 @@ def _save(model: LlamaForCausalLM, folder: Path) -> None:
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file: not SentencePiece's
     make_byte_level(folder / "tokenizer.json")
 
 
