@@ -38,6 +38,8 @@ struct VnniIsa {
 
   static constexpr int kGroupRows = V::kGroupRows;
   static constexpr float kNf4Scale = kNf4ByteScale;
+  // Emerald Rapids from memory, two threads: none 22 GB/s, 2 KB 25, 4 KB 30, 8 KB 31.
+  static constexpr int64_t kPrefetchBytes = 6144;
 
   static int32_t term_factor(Format format) {
     switch (format) {
@@ -107,6 +109,7 @@ struct VnniIsa {
     for (Floats& sum : sums) sum = V::zero_floats();
     for (int64_t b = 0; b < panel.blocks; ++b) {
       const int8_t* codes = x.codes + b * kActivationBlock;
+      prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);
       for (int part = 0; part < V::kParts; ++part) {
         Ints w[8];
         unpack_part<kFormat>(panel.codes, b, part, w);

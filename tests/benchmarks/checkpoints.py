@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 
@@ -59,11 +65,16 @@ def write_llama_1b(folder: Path) -> None:
 
 def _save(model: LlamaForCausalLM, folder: Path) -> None:
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    loaded = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
+    # Not loaded's own class: that of every Llama, which would save the GGUF file as tokenizer.model.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=loaded.backend_tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=loaded.chat_template,
+    )
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file: not SentencePiece's
     make_byte_level(folder / "tokenizer.json")
 
 

@@ -111,20 +111,12 @@ Dots block_dots(const uint8_t* panel_codes, int64_t b, const RowTile& x) {
   return int4_dots(codes, xb);
 }
 
-// The codes that one_row wants about eight blocks later; the panels that follow lie behind this
-// one, and a prefetch beyond the last does nothing.
-template <Format kFormat>
-void prefetch_block(const uint8_t* panel_codes, int64_t b) {
-  constexpr int64_t kBytes = kFormat == Format::kInt8 ? kBlockBytes : kInt4BlockBytes;
-  const auto* ahead = reinterpret_cast<const char*>(panel_codes) + b * kBytes + 2048;
-  for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
-}
-
 constexpr int64_t kLargestSum = 32767 / 63;  // of |x| in a lane that is not `wide`
 
 struct Isa {
   static constexpr int kGroupRows = 4;  // what sixteen registers hold
   static constexpr float kNf4Scale = kNf4LevelScale;
+  static constexpr int64_t kPrefetchBytes = 2048;
 
   static int32_t term_factor(Format format) {
     return format == Format::kInt4 ? 8 : format == Format::kNf4 ? 1 : 0;
@@ -171,7 +163,7 @@ struct Isa {
   static void one_row(const PanelView& panel, const RowTile& x, float* acc) {
     __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
     for (int64_t b = 0; b < panel.blocks; ++b) {
-      prefetch_block<kFormat>(panel.codes, b);
+      prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);
       const Dots dots = block_dots<kFormat>(panel.codes, b, x);
       acc0 = add_block<kFormat>(acc0, dots.rows0_7, load_scales<kFormat>(panel, b, 0), x, b);
       acc1 = add_block<kFormat>(acc1, dots.rows8_15, load_scales<kFormat>(panel, b, 1), x, b);
