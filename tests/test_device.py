@@ -28,7 +28,10 @@ from edgelora.device.profile import FIGURES
 from edgelora.errors import EdgeLoraError
 
 GOLDEN = Path(__file__).parent / "golden" / "cpuinfo"
-AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+AVX512 = {
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+}  # fmt: skip
+AMX = {"avx512_bf16", "amx_tile", "amx_bf16"}
 
 
 def profile(**changes: object) -> DeviceProfile:
@@ -175,6 +178,7 @@ def test_context_is_zero_when_the_weights_do_not_fit() -> None:
     ("name", "cpu_name", "isa"),
     [
         ("amd-epyc-zen3", "AMD EPYC", "avx2"),
+        ("xeon-emerald-rapids", "Intel(R) Xeon(R) Processor", "amx_bf16"),
         ("qemu-cortex-a53", "Cortex-A53", "neon"),
         ("qemu-cortex-a76", "Cortex-A76", "neon_dotprod"),
         ("qemu-max", "implementer 0x00 part 0x051", "neon_i8mm"),
@@ -204,6 +208,8 @@ def test_empty_cpuinfo_is_unknown() -> None:
     ("features", "isa"),
     [
         (AVX512, "avx512_vnni"),
+        (AVX512 | AMX, "amx_bf16"),
+        (AMX, None),
         (AVX512 - {"avx512_vnni"}, "avx2"),
         (AVX512 - {"avx512bw"}, "avx2"),
         ({"avx2", "fma", "f16c", "avx_vnni"}, "avx_vnni"),

@@ -3,12 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_AVX512_VNNI = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+
 # Best first: the names that the kernel prints under Features (Arm) and flags (x86).
 ISA_FEATURES = (
     ("neon_i8mm", {"asimd", "asimddp", "i8mm"}),
     ("neon_dotprod", {"asimd", "asimddp"}),
     ("neon", {"asimd"}),
-    ("avx512_vnni", {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
+    ("amx_bf16", _AVX512_VNNI | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+    ("avx512_vnni", _AVX512_VNNI),
     ("avx_vnni", {"avx2", "fma", "f16c", "avx_vnni"}),
     ("avx2", {"avx2", "fma", "f16c"}),
 )

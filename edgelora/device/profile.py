@@ -12,7 +12,7 @@ from edgelora.errors import EdgeLoraError
 
 ISA_FAMILIES = (
     ("neon", "neon_dotprod", "neon_i8mm"),
-    ("avx2", "avx_vnni", "avx512_vnni"),
+    ("avx2", "avx_vnni", "avx512_vnni", "amx_bf16"),
 )  # from the least to the most able
 
 FIGURES = (

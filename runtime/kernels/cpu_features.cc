@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -17,6 +21,7 @@ namespace {
 
 constexpr uint32_t kOsSavesYmm = 0x06;  // XCR0: xmm and upper ymm halves
 constexpr uint32_t kOsSavesZmm = 0xe6;  // … and opmask, upper zmm halves, zmm16–31
+constexpr uint32_t kOsSavesTiles = 0x600e6;  // … and the tiles' shapes and bytes
 
 struct Leaf {
   uint32_t eax, ebx, ecx, edx;
@@ -38,6 +43,16 @@ Features bit_if(uint32_t word, int bit, Features feature) {
   return (word >> bit & 1u) != 0 ? feature : 0;
 }
 
+// Linux gives a process the tiles when it asks (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Features detect_features() {
@@ -56,6 +71,8 @@ Features detect_features() {
              bit_if(seven.ebx, 30, kAvx512bw) | bit_if(seven.ebx, 31, kAvx512vl) |
              bit_if(seven.ecx, 11, kAvx512vnni);
   }
+  const bool has_amx = (seven.edx >> 22 & seven.edx >> 24 & seven_one.eax >> 5 & 1u) != 0;  // bf16, tile
+  if (has_amx && (saved & kOsSavesTiles) == kOsSavesTiles && may_use_tiles()) found |= kAmxBf16;
   return found;
 }
 #elif defined(__aarch64__) && defined(__linux__)

@@ -15,6 +15,7 @@ enum : Features {
   kAvx512dq = Features{1} << 6,
   kAvx512vnni = Features{1} << 7,
   kAvxVnni = Features{1} << 8,
+  kAmxBf16 = Features{1} << 9,  // with AVX512-BF16; the process may use the tiles
 
   kNeon = Features{1} << 32,     // Advanced SIMD, part of every ARMv8-A
   kDotprod = Features{1} << 33,  // sdot, udot

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kNf4Block = 64;     // flattened weights that share an absmax
 constexpr int64_t kNf4Group = 256;    // absmax codes that share a nested absmax
 constexpr int64_t kRowTile = 32;      // rows of activations that share one unpacking of the codes
+constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

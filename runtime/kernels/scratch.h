@@ -7,12 +7,13 @@ namespace edgelora::kernels {
 namespace {
 
 struct ScratchLayout {
-  int64_t absmax;  // nf4: float [K / nf4_step, 16]
+  int64_t absmax;  // nf4: float [K / nf4_step, 16], for two panels
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]
   int64_t scales;  // float [Kp / 32, kRowTile]
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
   int64_t starts;  // nf4: int16 [Kp / 32, kRowTile, 2, 2]
   int64_t wide;    // nf4: uint8 [Kp / 32, kRowTile]
+  int64_t wide_rows;  // bfloat16 [Kp / 32, kWideRows, 32]; amx_bf16 only
   int64_t strip;   // float [kFloatStrip, 16]
   int64_t bytes;   // all of it
 };
@@ -28,7 +29,7 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   ScratchLayout layout{};
   int64_t end = 0;
   if (weights.format == Format::kNf4) {
-    layout.absmax = take(end, scale_blocks(weights) * kPanelRows * 4);
+    layout.absmax = take(end, 2 * scale_blocks(weights) * kPanelRows * 4);
   }
   layout.terms = take(end, blocks * kRowTile * 4);
   layout.scales = take(end, blocks * kRowTile * 4);
@@ -37,6 +38,7 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
     layout.starts = take(end, blocks * kRowTile * 8);
     layout.wide = take(end, blocks * kRowTile);
   }
+  layout.wide_rows = take(end, blocks * kWideRows * kActivationBlock * 2);
   layout.strip = take(end, kFloatStrip * kPanelRows * 4);
   layout.bytes = end;
   return layout;

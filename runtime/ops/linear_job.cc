@@ -21,7 +21,7 @@ constexpr int64_t kTicketsPerThread = 4;
 // Values of x from which on preparing is shared.
 constexpr int64_t kSharedPrepare = 16 * 1024;
 // Rows that pass through all steps together: what SwiGLU reads is still in the cache.
-constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileRows = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, 64) * 64; }

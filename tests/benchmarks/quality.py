@@ -146,7 +146,9 @@ def load_all(
 def streamed_bytes(bundle: Path) -> int:
     """The weights of all linears; of an embedding that is not lm_head's, a token reads one row."""
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
-    read = {name for node in graph.node if node.op_type in ("Layer", "Linear") for name in node.input}
+    read = {
+        name for node in graph.node if node.op_type in ("Layer", "Linear") for name in node.input
+    }
     return sum(
         int(entry.value)
         for tensor in graph.initializer

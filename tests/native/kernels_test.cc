@@ -17,6 +17,9 @@
 namespace edgelora::kernels::avx512_vnni_emulated {
 extern const KernelTable kTable;
 }
+namespace edgelora::kernels::amx_bf16_emulated {
+extern const KernelTable kTable;
+}
 namespace edgelora::kernels::avx_vnni_emulated {
 extern const KernelTable kTable;
 }
@@ -25,20 +28,27 @@ extern const KernelTable kTable;
 namespace edgelora::kernels::test {
 namespace {
 
+Arithmetic arithmetic_of(const std::string& isa) {
+  return isa == "avx2" ? Arithmetic::kLevels : Arithmetic::kBytes;
+}
+
 std::vector<TestedIsa> isas_of_this_machine() {
   std::vector<TestedIsa> isas;
   const Features features = detect_features();
   for (int i = 0; isa_name(i) != nullptr; ++i) {
     if (isa_supported(i, features)) {
       const std::string name = isa_name(i);
-      isas.push_back({name, select_kernels(features, isa_name(i)), name == "avx2"});
+      isas.push_back({name, select_kernels(features, isa_name(i)), arithmetic_of(name)});
+      if (name == "amx_bf16") isas.back().many = Arithmetic::kBfloat16;
     } else {
       std::printf("not on this machine: %s\n", isa_name(i));
     }
   }
 #ifdef EDGELORA_EMULATED
-  isas.push_back({"avx_vnni (emulated)", &avx_vnni_emulated::kTable, false});
-  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable, false});
+  isas.push_back({"avx_vnni (emulated)", &avx_vnni_emulated::kTable, Arithmetic::kBytes});
+  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable, Arithmetic::kBytes});
+  isas.push_back({"amx_bf16 (emulated)", &amx_bf16_emulated::kTable, Arithmetic::kBytes,
+                  Arithmetic::kBfloat16});
 #endif
   return isas;
 }

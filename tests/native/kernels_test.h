@@ -8,10 +8,18 @@
 
 namespace edgelora::kernels::test {
 
+// What an ISA's `linear` multiplies: integers, with nf4's values as bytes or as seven-bit levels, or
+// scaled bfloat16.
+enum class Arithmetic { kBytes, kLevels, kBfloat16 };
+
 struct TestedIsa {
   std::string name;
   const KernelTable* table;
-  bool levels;  // its `linear` takes seven-bit levels for nf4's values, not bytes
+  Arithmetic few;  // rows of x
+  Arithmetic many = few;
+  static constexpr int64_t kMany = 17;
+
+  Arithmetic of(int64_t rows) const { return rows < kMany ? few : many; }
 };
 
 void test_linear(const std::vector<TestedIsa>& isas);

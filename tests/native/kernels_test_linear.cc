@@ -18,10 +18,11 @@ struct Expected {
 
 // The integer that stands for nf4's value, and what divides it.
 struct Nf4Rounding {
-  bool levels;
-  double scale() const { return levels ? 250.0 : 124.125; }
+  Arithmetic arithmetic;
+  bool levels() const { return arithmetic == Arithmetic::kLevels; }
+  double scale() const { return levels() ? 250.0 : 124.125; }
   int integer(double value) const {
-    return levels ? 4 * static_cast<int>(std::nearbyint(62.5 * value + 63.75)) - 255
+    return levels() ? 4 * static_cast<int>(std::nearbyint(62.5 * value + 63.75)) - 255
                   : static_cast<int>(std::nearbyint(124.125 * value));
   }
 };
@@ -48,6 +49,21 @@ Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, Nf4Rounding
     magnitude += std::fabs(product) + std::fabs(shift);
   }
   return {sum, kEpsilon * static_cast<double>(2 * x.blocks + 5) * magnitude};
+}
+
+// What bfloat16 must give: both factors are rounded to 8 bits, their product and the sum of two of them
+// to float; denormals are zero.
+Expected bfloat16_sum(const Matrix& w, Rows& x, int64_t m, int64_t n) {
+  const int64_t features = w.shape().in_features;
+  double sum = 0.0, magnitude = 0.0;
+  for (int64_t k = 0; k < features; ++k) {
+    const double product =
+        static_cast<double>(w.weight(n, k)) * x.scale(m, k / 32) * x.code(m, k);
+    sum += product;
+    magnitude += std::fabs(product);
+  }
+  const auto terms = static_cast<double>(features);
+  return {sum, (0x1.02p-7 + kEpsilon * (terms + 4)) * magnitude + terms * 0x1p-126};
 }
 
 // What the exact path must give: every weight is one exact float. Sums of up to 128 products in
@@ -94,12 +110,14 @@ void check_gaps(Output& out, int64_t columns, const std::string& name) {
   KERNELS_CHECK(untouched, "%s wrote beyond N", name.c_str());
 }
 
-std::vector<Expected> expected_integer(const Matrix& w, Rows& x, int64_t rows,
-                                       Nf4Rounding rounding) {
+std::vector<Expected> expected_linear(const Matrix& w, Rows& x, int64_t rows,
+                                      Arithmetic arithmetic) {
   std::vector<Expected> all;
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < w.shape().out_features(); ++n) {
-      all.push_back(integer_sum(w, x, m, n, rounding));
+      all.push_back(arithmetic == Arithmetic::kBfloat16
+                        ? bfloat16_sum(w, x, m, n)
+                        : integer_sum(w, x, m, n, Nf4Rounding{arithmetic}));
     }
   }
   return all;
@@ -120,41 +138,47 @@ void compare(Output& out, const std::vector<Expected>& expected, bool exact,
   check_gaps(out, columns, name);
 }
 
-// body(ISAs, shape, rounding) for all ISAs at once, but nf4's by their rounding.
+// body(ISAs, shape, arithmetic) for all ISAs that multiply so many rows in the same way.
 template <class Body>
-void for_each_rounding(const std::vector<TestedIsa>& isas, Shape shape, Body body) {
-  if (shape.format != Format::kNf4) return body(isas, shape, Nf4Rounding{});
-  for (bool levels : {false, true}) {
+void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_t rows,
+                         Body body) {
+  const bool nf4 = shape.format == Format::kNf4;
+  for (Arithmetic each : {Arithmetic::kBytes, Arithmetic::kLevels, Arithmetic::kBfloat16}) {
     std::vector<TestedIsa> some;
     for (const TestedIsa& isa : isas) {
-      if (isa.levels == levels) some.push_back(isa);
+      const Arithmetic own = isa.of(rows);
+      // Only nf4 knows levels.
+      const bool bytes = own == Arithmetic::kLevels && !nf4 && each == Arithmetic::kBytes;
+      if (bytes || (own == each && (nf4 || each != Arithmetic::kLevels))) some.push_back(isa);
     }
-    shape.absmax = Nf4Rounding{levels}.scale();
-    if (!some.empty()) body(some, shape, Nf4Rounding{levels});
+    if (nf4) shape.absmax = Nf4Rounding{each}.scale();
+    if (!some.empty()) body(some, shape, each);
   }
 }
 
 void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
-                     Fill fill, Nf4Rounding rounding) {
+                     Fill fill, Arithmetic arithmetic) {
   const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
   const Matrix w(shape, fill, seed);
   Rows x(rows, shape.in_features, fill, seed + 1);
-  const std::vector<Expected> expected = expected_integer(w, x, rows, rounding);
+  const std::vector<Expected> expected = expected_linear(w, x, rows, arithmetic);
   const Weights packed = w.packed();
   for (const TestedIsa& isa : isas) {
     Output out(rows, shape.out_features());
     Scratch scratch(packed);
     isa.table->linear(packed, x.activations(), 0, (shape.out_features() + 15) / 16, out.y,
                       out.stride, scratch.memory.as<void>());
-    compare(out, expected, fill != Fill::kRandom, isa.name + " linear " + shape.name());
+    compare(out, expected, fill != Fill::kRandom && arithmetic != Arithmetic::kBfloat16,
+            isa.name + " linear " + shape.name());
   }
 }
 
 void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows, Fill fill) {
-  for_each_rounding(isas, shape,
-                    [&](const std::vector<TestedIsa>& some, const Shape& same, Nf4Rounding rounding) {
-                      check_linear_of(some, same, rows, fill, rounding);
-                    });
+  for_each_arithmetic(isas, shape, rows,
+                      [&](const std::vector<TestedIsa>& some, const Shape& same,
+                          Arithmetic arithmetic) {
+                        check_linear_of(some, same, rows, fill, arithmetic);
+                      });
 }
 
 void check_linear_float(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows) {
@@ -238,11 +262,15 @@ void test_linear(const std::vector<TestedIsa>& isas) {
   for (const std::vector<int64_t>& slices :
        {std::vector<int64_t>{16, 48, 32}, {32, 16}, {128, 16, 16, 17}}) {
     for (int64_t features : {32, 96, 160, 576, 1056}) {
-      for (int64_t rows : {1, 3, 8}) {
+      for (int64_t rows : {1, 3, 8, 20}) {
         check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kRandom);
         check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kPowers);
       }
     }
+  }
+  // More rows than any ISA takes at a time, more K than one chunk.
+  for (Format format : kIntegerFormats) {
+    check_linear(isas, {format, 1312, {33}, format == Format::kNf4 ? 64 : 32}, 145, Fill::kRandom);
   }
 }
 
@@ -258,7 +286,7 @@ void test_linear_saturated(const std::vector<TestedIsa>& isas) {
 
 // Panels one by one and out of order: each call writes its own and nothing else.
 void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, int64_t rows,
-                        const std::vector<Expected>& expected, const std::string& name) {
+                        const std::vector<Expected>& expected, bool exact, const std::string& name) {
   Output out(rows, 70);
   Scratch scratch(packed);
   const auto run = [&](int64_t begin, int64_t end) {
@@ -272,23 +300,24 @@ void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, in
   }
   KERNELS_CHECK(outside, "%s wrote outside its panels", isa.name.c_str());
   run(0, 1), run(3, 3), run(4, 5), run(3, 4);
-  compare(out, expected, true, isa.name + " panel ranges " + name);
+  compare(out, expected, exact, isa.name + " panel ranges " + name);
 }
 
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
   for (Format format : kIntegerFormats) {
-    const auto check = [](const std::vector<TestedIsa>& some, const Shape& shape,
-                          Nf4Rounding rounding) {
-      const Matrix w(shape, Fill::kPowers, 5);
-      for (int64_t rows : {1, 4, 35}) {
+    for (int64_t rows : {1, 4, 35}) {
+      const auto check = [rows](const std::vector<TestedIsa>& some, const Shape& shape,
+                                Arithmetic arithmetic) {
+        const Matrix w(shape, Fill::kPowers, 5);
         Rows x(rows, shape.in_features, Fill::kPowers, 6);
-        const std::vector<Expected> expected = expected_integer(w, x, rows, rounding);
+        const std::vector<Expected> expected = expected_linear(w, x, rows, arithmetic);
         for (const TestedIsa& isa : some) {
-          check_panel_ranges(isa, w.packed(), x, rows, expected, shape.name());
+          check_panel_ranges(isa, w.packed(), x, rows, expected,
+                             arithmetic != Arithmetic::kBfloat16, shape.name());
         }
-      }
-    };
-    for_each_rounding(isas, {format, 96, {70}, format == Format::kNf4 ? 64 : 32}, check);
+      };
+      for_each_arithmetic(isas, {format, 96, {70}, format == Format::kNf4 ? 64 : 32}, rows, check);
+    }
   }
 }
 

@@ -40,20 +40,24 @@ constexpr Device kDevices[] = {
     {"Skylake server (AVX-512 without VNNI)", kSkylakeServer, "avx2"},
     {"Cascade Lake", kSkylakeServer | kAvx512vnni, "avx512_vnni"},
     {"Zen 5", kSkylakeServer | kAvx512vnni | kAvxVnni, "avx512_vnni"},
+    {"Sapphire Rapids", kSkylakeServer | kAvx512vnni | kAvxVnni | kAmxBf16, "amx_bf16"},
+    {"AMX without AVX-512", kHaswell | kAmxBf16, "avx2"},
     {"Alder Lake", kHaswell | kAvxVnni, "avx_vnni"},
     {"VNNI, but the OS saves no zmm", kHaswell, "avx2"},
     {"another architecture's features", kNeon | kDotprod | kI8mm, "scalar"},
 };
 constexpr Device kLacking[] = {  // the ISA forced on features that do not suffice
     {"Haswell", kHaswell, "avx512_vnni"},
+    {"Cascade Lake", kSkylakeServer | kAvx512vnni, "amx_bf16"},
     {"Haswell", kHaswell, "avx_vnni"},
     {"AVX2 without FMA", kAvx2, "avx2"},
 };
-constexpr Dump kDumps[] = {{"amd-epyc-zen3.txt", "avx2"}};
+constexpr Dump kDumps[] = {{"amd-epyc-zen3.txt", "avx2"}, {"xeon-emerald-rapids.txt", "amx_bf16"}};
 constexpr NamedFeature kNames[] = {
     {"avx2", kAvx2},         {"fma", kFma},           {"f16c", kF16c},
     {"avx512f", kAvx512f},   {"avx512bw", kAvx512bw}, {"avx512vl", kAvx512vl},
     {"avx512dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
+    {"avx_vnni", kAvxVnni},  {"amx_bf16", kAmxBf16},
 };
 #elif defined(__aarch64__)
 constexpr Device kDevices[] = {
