@@ -66,7 +66,7 @@ def write_llama_1b(folder: Path) -> None:
 def _save(model: LlamaForCausalLM, folder: Path) -> None:
     model.save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
-    # Not loaded's own class: that of every Llama, which would save the GGUF file as tokenizer.model.
+    # Not its own class, that of every Llama: it would save the GGUF file as tokenizer.model.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=loaded.backend_tokenizer,
         bos_token="<|im_start|>",

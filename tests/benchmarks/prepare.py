@@ -27,9 +27,9 @@ PACKAGES = {
 LLAMA_TOOLS = ("bench", "batched-bench", "completion", "quantize", "perplexity", "export-lora")
 # GCC 12 drops what _tile_loadconfig reads but for its first 8 bytes, and then AMX traps.
 LLAMA_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse -fno-tree-sra", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF",
-    "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse -fno-tree-sra",
+    "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
 )  # fmt: skip
 
 
