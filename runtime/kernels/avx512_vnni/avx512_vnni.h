@@ -8,4 +8,10 @@ namespace edgelora::kernels::avx512_vnni {
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch);
 
+void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                          int32_t* sums);
+void swiglu(const float* gate, const float* up, int64_t n, float* out);
+float largest(const float* x, int64_t n);
+float exp_minus(float* x, int64_t n, float most);
+
 }  // namespace edgelora::kernels::avx512_vnni
