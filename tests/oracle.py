@@ -36,6 +36,10 @@ def float_model(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=torch.float32, attn_implementation="eager", **overrides
     )
+    for module in model.modules():
+        # bitsandbytes' fast path on some CPUs: bfloat16, and widths that are no multiple of 64 fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

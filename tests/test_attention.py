@@ -26,6 +26,8 @@ from attention_reference import (
 )
 from int8_attention import attention as torch_attention
 
+pytestmark = pytest.mark.usefixtures("integer_kernels")
+
 Cache = list[NDArray[np.uint8]]
 FORMATS = ["float", "int8"]
 SHAPES = [(4, 4, 16), (6, 2, 64), (8, 2, 80), (4, 1, 128), (2, 2, 6)]

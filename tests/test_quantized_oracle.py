@@ -11,7 +11,7 @@ moves one code by one.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import numpy as np
@@ -21,8 +21,11 @@ import torch
 import edgelora
 import oracle
 import tiny
+from conftest import has_amx
 from edgelora.checkpoint import open_checkpoint
 from test_float_oracle import ARCHITECTURES, TOKENS, make_adapter, with_adapter
+
+pytestmark = pytest.mark.usefixtures("integer_kernels")
 
 EXACT_SHARE = 1e-4
 SIMULATION_SHARE = 0.5  # of the largest error that int8 rounding makes in the simulation itself
@@ -183,3 +186,21 @@ def sensitivity(model: torch.nn.Module) -> np.ndarray:
         slopes = torch.autograd.grad(logit, weights, retain_graph=True)
         lengths.append(float((torch.cat([s.flatten() for s in slopes]) * values).norm()))
     return np.array(lengths, np.float32)
+
+
+@pytest.mark.skipif(not has_amx(), reason="no AMX here")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_bfloat16_tiles_lose_no_more_than_int8(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both round x to int8 blocks; what bfloat16 rounds beside that may not show."""
+    edgelora.export(base, tmp_path / "bundle", **FORMATS[kind])
+
+    def logits(isa: str, accuracy: Literal["float", "int8"]) -> np.ndarray:
+        monkeypatch.setenv("EDGELORA_FORCE_ISA", isa)
+        with edgelora.load(tmp_path / "bundle", threads=2, accuracy=accuracy) as runtime:
+            return runtime.logits(TOKENS)
+
+    exact = logits("amx_bf16", "float")
+    lost = {isa: np.abs(logits(isa, "int8") - exact).mean() for isa in ("amx_bf16", "avx512_vnni")}
+    assert 0 < lost["amx_bf16"] <= 1.3 * lost["avx512_vnni"]

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/registration.h"
+#include "integer_kernels.h"
 #include "test_check.h"
 
 namespace edgelora::test {
@@ -86,7 +86,7 @@ struct Decoding {
 
   std::vector<float> run(const std::vector<float>& qkv, int64_t count, ops::Crews* crews) {
     ops::AttentionCall call{};
-    call.kernels = &selected_kernels();
+    call.kernels = &integer_kernels();
     call.node = &node;
     call.layout = layout;
     call.q = {qkv.data(), kWidth};

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "adapter_bytes.h"
+#include "integer_kernels.h"
 #include "ops/linear_job.h"
-#include "ops/registration.h"
 #include "test_check.h"
 
 namespace edgelora::test {
@@ -262,7 +262,7 @@ inline std::vector<float> run_linear(const TestedLinear& linear, ops::AdapterCac
   ops::RowAdapters rows;
   rows.resolve(cache, in.ids.data(), static_cast<int64_t>(in.ids.size()));
   ops::LinearCall call{};
-  call.kernels = &selected_kernels();
+  call.kernels = &integer_kernels();
   call.weights = &weights;
   call.node = linear.node();
   call.exact = linear.exact;
