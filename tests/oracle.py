@@ -2,12 +2,15 @@
 weights read back from a bundle.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import bitsandbytes.functional
 import numpy as np
 import onnx
@@ -37,10 +40,29 @@ def float_model(folder: Path) -> PreTrainedModel:
         folder, torch_dtype=torch.float32, attn_implementation="eager", **overrides
     )
     for module in model.modules():
-        # bitsandbytes' fast path on some CPUs: bfloat16, and widths that are no multiple of 64 fail.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            use_dequantized(module, torch.float32)
     return model.eval()
+
+
+def use_dequantized(module: bitsandbytes.nn.Linear4bit, dtype: torch.dtype) -> None:
+    """Computes in float32 with bitsandbytes' weights in `dtype`; its own way depends on the CPU."""
+    state: Any = copy.copy(module.weight.quant_state)
+    state.dtype = dtype
+    values = dequantize_4bit(module.weight.data, state)
+    assert values.dtype == dtype
+    linear: Any = torch.nn.functional.linear
+    module.forward = partial(linear, weight=values.float(), bias=module.bias)
+
+
+def dequantize_4bit(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """bitsandbytes' values, as one row: version 0.50.2 is wrong on CPUs with AVX-512 where rows are
+    no whole blocks.
+    """
+    flat = copy.copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    values: torch.Tensor = bitsandbytes.functional.dequantize_4bit(packed, flat)
+    return values.reshape(state.shape)
 
 
 def logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:

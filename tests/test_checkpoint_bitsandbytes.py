@@ -32,7 +32,7 @@ def dequantized(tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
     values = tensors[name]
     if beside:
         state = reference.QuantState.from_dict(beside, torch.device("cpu"))
-        values = reference.dequantize_4bit(values, state)
+        values = oracle.dequantize_4bit(values, state)
     return values.float().numpy()
 
 

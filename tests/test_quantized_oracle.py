@@ -9,7 +9,6 @@ moves one code by one.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +140,9 @@ def test_16_bit_bitsandbytes_logits_equal_transformers_up_to_its_rounding(
     report = edgelora.export(base, tmp_path / "bundle")
     assert report.plan.format == "nf4" and f"rounding to {dtype}" in report.plan.reasons["carry"]
     theirs = with_outer_weights(oracle.float_model(base), tmp_path / "bundle")
-    round_weights(theirs, getattr(torch, dtype))
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            oracle.use_dequantized(module, getattr(torch, dtype))
     wanted = oracle.logits(theirs, TOKENS)[-1]
     with edgelora.load(tmp_path / "bundle", accuracy="float") as runtime:
         difference = np.abs(runtime.logits(TOKENS)[-1] - wanted)
@@ -150,20 +151,6 @@ def test_16_bit_bitsandbytes_logits_equal_transformers_up_to_its_rounding(
     bound = SIGMAS * UNIT[dtype] / 3**0.5 * sensitivity(exact)
     assert difference.max() > noise, "the rounding shows"
     assert (difference[::LOGIT_STEP] <= bound + noise).all()
-
-
-def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Every 4-bit linear with the weights that dequantize_4bit gives, in float32 arithmetic.
-
-    Not all of bitsandbytes' own CPU paths round.
-    """
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            state: Any = module.weight.quant_state  # type: ignore[union-attr]
-            state.dtype = dtype
-            values = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
-            assert values.dtype == dtype
-            module.forward = partial(torch.nn.functional.linear, weight=values.float())
 
 
 def with_outer_weights(model: Any, bundle: Path) -> Any:
