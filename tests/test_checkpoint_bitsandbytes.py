@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import oracle
 from edgelora.checkpoint import open_checkpoint
 from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
 from edgelora.errors import EdgeLoraError
