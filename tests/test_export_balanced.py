@@ -22,6 +22,8 @@ from edgelora.quantize import dequantize, quantize_int4
 from test_float_oracle import make_adapter
 from test_quantized_oracle import check
 
+pytestmark = pytest.mark.usefixtures("integer_kernels")
+
 WORDS = " ".join(tiny.TEXT).split()
 
 

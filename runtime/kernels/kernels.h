@@ -25,7 +25,8 @@ struct Weights {
   // and blocks of scales, zero points or offsets from one panel to the next. 0: tightly packed.
   int64_t panel_stride;
   int64_t block_stride;
-  const uint16_t* scales;  // float16 [P, blocks, 16]; null for kFloat and kNf4
+  // float16 [P, blocks, 16]; null for kFloat. kNf4: what `unpack_absmax` wrote, for `linear` alone.
+  const uint16_t* scales;
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;
   // nf4 only
@@ -33,6 +34,7 @@ struct Weights {
   const float* nested_absmax;  // one for 256 absmax codes
   const float* absmax_offset;  // [slices]
   const float* absmax_table;   // [256]
+  float scale_unit;            // a power of two, of which `scales` are multiples
   // [slice_count] out_features of each slice; nf4's blocks are counted in each anew
   const int64_t* slices;
   int64_t slice_count;
@@ -79,6 +81,10 @@ struct KernelTable {
   void (*linear)(const Weights& weights, const Activations& x, int64_t panel_begin,
                  int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 
+  // kNf4: the scales of one panel for this ISA's `linear`, from absmax and scale_unit; float16
+  // [nf4_panel_scales(weights)]. scratch as for `linear`.
+  void (*unpack_absmax)(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch);
+
   // The exact path: float32 activations [M, K] (row stride K), weights dequantized exactly as
   // edgelora/quantize does. Also kFloat.
   void (*linear_float)(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin,
@@ -119,6 +125,10 @@ struct KernelTable {
 
 // Bytes of scratch that `linear` and `linear_float` want for these weights.
 int64_t linear_scratch_bytes(const Weights& weights);
+
+// kNf4: values of a panel's scales, and the unit of which float16 holds them all.
+int64_t nf4_panel_scales(const Weights& weights);
+float nf4_scale_unit(const Weights& weights);
 
 // CPU features as a mask; `detect_features` reads this machine.
 using Features = uint64_t;

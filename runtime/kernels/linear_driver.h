@@ -2,7 +2,7 @@
 // missing rows.
 //
 //   for each tile of up to kRowTile rows      activations rearranged once, block by block
-//     for each panel                          nf4: its absmax decoded once
+//     for each panel
 //       run_panel: Isa::panel of the format   acc [rows, 16]
 //       acc → y
 //
@@ -33,8 +33,7 @@ struct RowTile {
 // One panel of W.
 struct PanelView {
   const uint8_t* codes;
-  const uint16_t* scales;      // float16 [scale blocks, 16]; null for nf4
-  const float* absmax;         // absmax / table scale [scale blocks, 16]; nf4 only
+  const uint16_t* scales;      // float16 [scale blocks, 16]
   const uint8_t* zero_points;  // [scale blocks, 8]; kInt4ZeroPoints only
   const uint16_t* offsets;     // float16 [scale blocks, 16]; kInt4Offsets only
   int64_t blocks;              // Kp / 32
@@ -104,13 +103,6 @@ inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t f
   return tile;
 }
 
-inline const float* scaled_absmax(const Weights& weights, int64_t panel, void* scratch) {
-  auto* absmax = reinterpret_cast<float*>(at(scratch, scratch_layout(weights).absmax));
-  decode_absmax_panel(weights, panel, 1.0f / kNf4ByteScale, absmax);
-  return absmax;
-}
-
-// Of everything but absmax, which is decoded only where it is used.
 inline PanelView panel_view(const Weights& weights, int64_t panel) {
   const int64_t first = first_scale_block(weights, panel);
   PanelView view{};
@@ -118,13 +110,18 @@ inline PanelView panel_view(const Weights& weights, int64_t panel) {
   view.blocks = activation_blocks(weights.in_features);
   const int64_t size = scale_block_size(weights);
   view.shift = size == 32 ? 0 : size == 64 ? 1 : 2;
-  if (weights.scales != nullptr) view.scales = weights.scales + first * kPanelRows;
+  view.scales = weights.scales + first * kPanelRows;
   if (weights.format == Format::kInt4ZeroPoints) {
     view.zero_points = static_cast<const uint8_t*>(weights.zero_points) + first * 8;
   } else if (weights.format == Format::kInt4Offsets) {
     view.offsets = static_cast<const uint16_t*>(weights.zero_points) + first * kPanelRows;
   }
   return view;
+}
+
+// nf4's scales are multiples of a unit.
+inline void scale_tile(float unit, int64_t rows, float* acc) {
+  for (int64_t i = 0; i < rows * kPanelRows; ++i) acc[i] *= unit;
 }
 
 inline void store_tile(const float* acc, int64_t rows, int64_t columns, float* y,
@@ -167,9 +164,8 @@ void drive_linear(const Weights& weights, const Activations& x, int64_t panel_be
     const int32_t factor = Isa::term_factor(weights.format);
     const RowTile tile = pack_rows(weights, x, m, factor, scratch);
     for (int64_t p = panel_begin; p < panel_end; ++p) {
-      PanelView view = panel_view(weights, p);
-      if (weights.format == Format::kNf4) view.absmax = scaled_absmax(weights, p, scratch);
-      run_panel<Isa>(weights.format, view, tile, acc);
+      run_panel<Isa>(weights.format, panel_view(weights, p), tile, acc);
+      if (weights.format == Format::kNf4) scale_tile(weights.scale_unit, tile.rows, acc);
       store_tile(acc, tile.rows, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
                  y_stride);
     }

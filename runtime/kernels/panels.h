@@ -64,7 +64,7 @@ inline int64_t scale_blocks(const Weights& weights) {
   return ceil_div(weights.in_features, scale_block_size(weights));
 }
 
-// The first block of a panel's scales, zero points and offsets; not of nf4's absmax.
+// The first block of a panel's scales, zero points and offsets.
 inline int64_t first_scale_block(const Weights& weights, int64_t panel) {
   return panel * (weights.block_stride != 0 ? weights.block_stride : scale_blocks(weights));
 }

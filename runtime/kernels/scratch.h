@@ -7,7 +7,7 @@ namespace edgelora::kernels {
 namespace {
 
 struct ScratchLayout {
-  int64_t absmax;  // nf4: float [K / nf4_step, 16], for two panels
+  int64_t absmax;  // nf4: float [K / nf4_step, 16], of one panel
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]
   int64_t scales;  // float [Kp / 32, kRowTile]
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
@@ -29,7 +29,7 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   ScratchLayout layout{};
   int64_t end = 0;
   if (weights.format == Format::kNf4) {
-    layout.absmax = take(end, 2 * scale_blocks(weights) * kPanelRows * 4);
+    layout.absmax = take(end, scale_blocks(weights) * kPanelRows * 4);
   }
   layout.terms = take(end, blocks * kRowTile * 4);
   layout.scales = take(end, blocks * kRowTile * 4);

@@ -37,7 +37,6 @@ struct VnniIsa {
   using Floats = typename V::Floats;
 
   static constexpr int kGroupRows = V::kGroupRows;
-  static constexpr float kNf4Scale = kNf4ByteScale;
   // Emerald Rapids from memory, two threads: none 22 GB/s, 2 KB 25, 4 KB 30, 8 KB 31.
   static constexpr int64_t kPrefetchBytes = 6144;
 

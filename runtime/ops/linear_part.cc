@@ -64,7 +64,9 @@ LinearPart::LinearPart(const Shared& shared, const NodeInfo& node)
       packed_(node, kCodes, node.integers("slices")),
       node_(read_node(node, packed_.weights())),
       cache_(read_targets(node, static_cast<size_t>(packed_.weights().slice_count)), slices(),
-             packed_.weights().in_features) {}
+             packed_.weights().in_features) {
+  if (!shared.exact) packed_.unpack_absmax(*shared.kernels);
+}
 
 std::vector<int64_t> LinearPart::slices() const {
   const kernels::Weights& weights = packed_.weights();

@@ -38,7 +38,7 @@ class LinearPart {
   std::vector<int64_t> slices() const;
 
   const Shared shared_;
-  const PackedWeights packed_;
+  PackedWeights packed_;
   const LinearNode node_;
   mutable AdapterCache cache_;  // guards itself
 };

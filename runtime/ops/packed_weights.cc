@@ -1,7 +1,10 @@
 #include "ops/packed_weights.h"
 
 #include <initializer_list>
+#include <new>
 #include <utility>
+
+#include "ops/scratch.h"
 
 namespace edgelora::ops {
 namespace {
@@ -173,6 +176,19 @@ void PackedWeights::read_nf4(const NodeInfo& node, size_t index) {
       required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kNf4Group})));
   weights_.absmax_offset = floats(index + 2, "absmax_offset", weights_.slice_count);
   weights_.absmax_table = floats(index + 3, "absmax_table", 256);
+}
+
+void PackedWeights::unpack_absmax(const kernels::KernelTable& kernels) {
+  if (weights_.format != Format::kNf4) return;
+  weights_.scale_unit = kernels::nf4_scale_unit(weights_);
+  const int64_t count = kernels::nf4_panel_scales(weights_);
+  nf4_scales_.resize(static_cast<size_t>(panels_ * count));
+  void* memory = scratch(ScratchUse::kWorker, kernels::linear_scratch_bytes(weights_));
+  if (memory == nullptr) throw std::bad_alloc();
+  for (int64_t p = 0; p < panels_; ++p) {
+    kernels.unpack_absmax(weights_, p, nf4_scales_.data() + p * count, memory);
+  }
+  weights_.scales = nf4_scales_.data();
 }
 
 }  // namespace edgelora::ops

@@ -18,6 +18,10 @@ class PackedWeights {
   PackedWeights(const PackedWeights&) = delete;
   PackedWeights& operator=(const PackedWeights&) = delete;
 
+  // What `linear` of these kernels wants of nf4, a quarter of a bit for each weight; of other formats
+  // nothing. Throws std::bad_alloc.
+  void unpack_absmax(const kernels::KernelTable& kernels);
+
   const kernels::Weights& weights() const { return weights_; }
   int64_t panels() const { return panels_; }
 
@@ -29,6 +33,7 @@ class PackedWeights {
   void check_slices() const;
 
   std::vector<int64_t> slices_;
+  std::vector<uint16_t> nf4_scales_;
   kernels::Weights weights_{};
   int64_t panels_ = 0;
   int64_t blocks_ = 0;  // of a row

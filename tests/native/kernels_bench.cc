@@ -105,8 +105,6 @@ class Linear {
         codes_(code_bytes_ * copies_),
         scales_(scale_count_ * 2 * copies_),
         zero_points_(scale_count_ * 2 * copies_),
-        absmax_((scale_count_ / 256 + 1) * 256 * copies_),
-        nested_((scale_count_ / 256 + 1) * 4),
         slice_(shape.out_features),
         weights_{kind.format,
                  shape.in_features,
@@ -118,16 +116,15 @@ class Linear {
                  nullptr,
                  nullptr,
                  nullptr,
-                 nested_.as<float>(),
-                 &offset_,
-                 table_,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 1.0f,
                  &slice_,
                  1} {
     std::memset(codes_.as<char>(), 0x5a, code_bytes_ * copies_);
     for (size_t i = 0; i < scale_count_ * copies_; ++i) scales_.as<uint16_t>()[i] = 0x2400;
     std::memset(zero_points_.as<char>(), 0x22, scale_count_ * 2 * copies_);
-    std::memset(absmax_.as<char>(), 7, (scale_count_ / 256 + 1) * 256 * copies_);
-    std::fill_n(nested_.as<float>(), scale_count_ / 256 + 1, 0.5f);
   }
 
   size_t copies() const { return copies_; }
@@ -137,10 +134,6 @@ class Linear {
     i %= copies_;
     Weights w = weights_;
     w.codes = codes_.as<char>() + i * code_bytes_;
-    if (w.format == Format::kNf4) {
-      w.absmax = absmax_.as<uint8_t>() + i * (scale_count_ / 256 + 1) * 256;
-      return w;
-    }
     w.scales = scales_.as<uint16_t>() + i * scale_count_;
     const size_t extra = w.format == Format::kInt4Offsets ? 2 * scale_count_ : scale_count_ / 2;
     if (w.format == Format::kInt4ZeroPoints || w.format == Format::kInt4Offsets) {
@@ -151,8 +144,7 @@ class Linear {
 
   double bytes() const {  // that one pass over the weights reads
     const auto scales = static_cast<double>(scale_count_);
-    const double each = weights_.format == Format::kNf4              ? 1.0
-                        : weights_.format == Format::kInt4ZeroPoints ? 2.5
+    const double each = weights_.format == Format::kInt4ZeroPoints ? 2.5
                         : weights_.format == Format::kInt4Offsets    ? 4.0
                                                                      : 2.0;
     return static_cast<double>(code_bytes_) + scales * each;
@@ -161,10 +153,8 @@ class Linear {
  private:
   int64_t panels_;
   size_t code_bytes_, scale_count_, copies_;
-  Aligned codes_, scales_, zero_points_, absmax_, nested_;
+  Aligned codes_, scales_, zero_points_;
   int64_t slice_;
-  float offset_ = 0.25f;
-  float table_[256] = {};
   Weights weights_;
 };
 

@@ -27,6 +27,8 @@ struct Nf4Rounding {
   }
 };
 
+constexpr double kHalfEpsilon = 0x1p-11;  // absmax becomes a float16
+
 // What the integer path must give. The dots are exact integers. A block's term takes at most four
 // roundings (two scales, the table's scale, the product), the running sum one for each term added to it.
 Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, Nf4Rounding rounding) {
@@ -48,7 +50,8 @@ Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, Nf4Rounding
     sum += product + shift;
     magnitude += std::fabs(product) + std::fabs(shift);
   }
-  return {sum, kEpsilon * static_cast<double>(2 * x.blocks + 5) * magnitude};
+  const double roundings = kEpsilon * static_cast<double>(2 * x.blocks + 5);
+  return {sum, ((nf4 ? kHalfEpsilon : 0.0) + roundings) * magnitude};
 }
 
 // What bfloat16 must give: both factors are rounded to 8 bits, their product and the sum of two of them
@@ -159,11 +162,11 @@ void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_
 void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
                      Fill fill, Arithmetic arithmetic) {
   const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
-  const Matrix w(shape, fill, seed);
+  Matrix w(shape, fill, seed);
   Rows x(rows, shape.in_features, fill, seed + 1);
   const std::vector<Expected> expected = expected_linear(w, x, rows, arithmetic);
-  const Weights packed = w.packed();
   for (const TestedIsa& isa : isas) {
+    const Weights packed = w.unpacked(*isa.table);
     Output out(rows, shape.out_features());
     Scratch scratch(packed);
     isa.table->linear(packed, x.activations(), 0, (shape.out_features() + 15) / 16, out.y,
@@ -308,11 +311,11 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
     for (int64_t rows : {1, 4, 35}) {
       const auto check = [rows](const std::vector<TestedIsa>& some, const Shape& shape,
                                 Arithmetic arithmetic) {
-        const Matrix w(shape, Fill::kPowers, 5);
+        Matrix w(shape, Fill::kPowers, 5);
         Rows x(rows, shape.in_features, Fill::kPowers, 6);
         const std::vector<Expected> expected = expected_linear(w, x, rows, arithmetic);
         for (const TestedIsa& isa : some) {
-          check_panel_ranges(isa, w.packed(), x, rows, expected,
+          check_panel_ranges(isa, w.unpacked(*isa.table), x, rows, expected,
                              arithmetic != Arithmetic::kBfloat16, shape.name());
         }
       };
@@ -341,15 +344,16 @@ void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
     for (float odd : {kInf, -kInf, kNan}) {
       for (Format format : kIntegerFormats) {
-        const Matrix w({format, 96, {17}, format == Format::kNf4 ? 64 : 32}, Fill::kRandom, 9);
+        Matrix w({format, 96, {17}, format == Format::kNf4 ? 64 : 32}, Fill::kRandom, 9);
         float x[96] = {};
         x[40] = odd;
         int8_t codes[96];
         float scales[3], y[17];
         int32_t sums[3];
         isa.table->quantize_activations(x, 96, codes, scales, sums);
-        Scratch scratch(w.packed());
-        isa.table->linear(w.packed(), {1, codes, scales, sums}, 0, 2, y, 17,
+        const Weights packed = w.unpacked(*isa.table);
+        Scratch scratch(packed);
+        isa.table->linear(packed, {1, codes, scales, sums}, 0, 2, y, 17,
                           scratch.memory.as<void>());
         bool all = true;
         for (float value : y) all = all && std::isnan(value);
@@ -367,6 +371,29 @@ void test_linear_float(const std::vector<TestedIsa>& isas) {
   }
   for (int64_t features : {96, 160, 1056}) {
     check_linear_float(isas, {Format::kNf4, features, {32, 16, 64}, 64}, 3);
+  }
+}
+
+// scales · unit · the table's scale is absmax, to float16's precision, whatever its size.
+void check_unpack_absmax(const TestedIsa& isa, double absmax) {
+  Shape shape{Format::kNf4, 160, {16, 48, 32}, 64, absmax};
+  Matrix w(shape, absmax == 0 ? Fill::kRandom : Fill::kPowers, 11);
+  const Weights weights = w.unpacked(*isa.table);
+  const double one = Nf4Rounding{isa.of(1)}.scale() * static_cast<double>(weights.scale_unit);
+  bool near = true;
+  for (int64_t n = 0; n < shape.out_features(); ++n) {
+    for (int64_t k = 0; k < shape.in_features; k += 32) {
+      const int64_t i = (n / 16 * 5 + k / 32) * 16 + n % 16;
+      const double got = half_value(weights.scales[i]) * one, want = w.scale(n, k);
+      near = near && std::fabs(got - want) <= 1.001 * kHalfEpsilon * std::fabs(want);
+    }
+  }
+  KERNELS_CHECK(near, "%s unpack_absmax near %g", isa.name.c_str(), absmax);
+}
+
+void test_unpack_absmax(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    for (double absmax : {0.0, 1.0, 1e-3, 3e4, 1e30, 1e-30}) check_unpack_absmax(isa, absmax);
   }
 }
 

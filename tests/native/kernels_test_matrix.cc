@@ -283,6 +283,21 @@ void Matrix::pack() {
 
 Weights Matrix::packed() const { return packed_; }
 
+Weights Matrix::unpacked(const KernelTable& isa) {
+  if (shape_.format != Format::kNf4) return packed_;
+  Weights weights = packed_;
+  weights.scale_unit = nf4_scale_unit(weights);
+  const int64_t panels = panels_of(shape_), count = nf4_panel_scales(weights);
+  GuardedBytes scratch(static_cast<size_t>((linear_scratch_bytes(weights) + 63) / 64 * 64));
+  memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(panels * count * 2)));
+  auto* scales = memory_.back()->as<uint16_t>();
+  for (int64_t p = 0; p < panels; ++p) {
+    isa.unpack_absmax(weights, p, scales + p * count, scratch.as<void>());
+  }
+  weights.scales = scales;
+  return weights;
+}
+
 Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed)
     : blocks((in_features + 31) / 32),
       codes(static_cast<size_t>(rows * blocks * 32)),

@@ -36,7 +36,7 @@ struct Grid {
     const Registers::Scales s = Registers::template scales<kFormat>(panel, b, 0);
     scale = s.scale;
     levels = kFormat == Format::kNf4
-                 ? _mm512_loadu_ps(kNf4Values)
+                 ? _mm512_mul_ps(_mm512_loadu_ps(kNf4Values), _mm512_set1_ps(kNf4ByteScale))
                  : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     if constexpr (kFormat == Format::kInt8) scale = _mm512_mul_ps(scale, _mm512_set1_ps(0x1p-24f));
     if constexpr (kFormat == Format::kInt4) addend = _mm512_mul_ps(scale, _mm512_set1_ps(-8));

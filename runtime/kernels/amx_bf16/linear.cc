@@ -134,6 +134,12 @@ void multiply_panels(const PanelView* views, int64_t panels, const RowTiles& x, 
   }
 }
 
+void scale_panels(float unit, int64_t rows, int64_t panels, Memory* memory) {
+  for (int64_t m = 0; m < rows; m += kTileRows) {
+    for (int64_t p = 0; p < panels; ++p) scale_tile(unit, kTileRows, memory->c[m / kTileRows][p]);
+  }
+}
+
 // y of one panel: 16 floats of each row.
 void store_panel(const Memory& memory, int64_t panel, int64_t rows, int64_t columns, float* y,
                  int64_t y_stride) {
@@ -145,20 +151,14 @@ void store_panel(const Memory& memory, int64_t panel, int64_t rows, int64_t colu
 
 template <Format kFormat>
 void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begin,
-                   int64_t panel_end, float* y, int64_t y_stride, float* absmax) {
+                   int64_t panel_end, float* y, int64_t y_stride) {
   Memory memory;
-  const int64_t absmax_size = scale_blocks(weights) * kPanelRows;
   for (int64_t p = panel_begin; p < panel_end; p += kPanels) {
     const int64_t panels = min_of(kPanels, panel_end - p);
     PanelView views[kPanels] = {};
-    for (int64_t i = 0; i < panels; ++i) {
-      views[i] = panel_view(weights, p + i);
-      if constexpr (kFormat == Format::kNf4) {
-        decode_absmax_panel(weights, p + i, 1.0f, absmax + i * absmax_size);
-        views[i].absmax = absmax + i * absmax_size;
-      }
-    }
+    for (int64_t i = 0; i < panels; ++i) views[i] = panel_view(weights, p + i);
     multiply_panels<kFormat>(views, panels, x, &memory);
+    if (kFormat == Format::kNf4) scale_panels(weights.scale_unit, x.rows, panels, &memory);
     for (int64_t i = 0; i < panels; ++i) {
       store_panel(memory, i, x.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows,
                   y_stride);
@@ -167,9 +167,9 @@ void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begi
 }
 
 void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begin,
-                   int64_t panel_end, float* y, int64_t y_stride, float* absmax) {
+                   int64_t panel_end, float* y, int64_t y_stride) {
   const auto run = [&](auto multiply) {
-    multiply(weights, x, panel_begin, panel_end, y, y_stride, absmax);
+    multiply(weights, x, panel_begin, panel_end, y, y_stride);
   };
   switch (weights.format) {
     case Format::kInt4:
@@ -197,11 +197,10 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
   }
   const ScratchLayout layout = scratch_layout(weights);
   const int64_t blocks = activation_blocks(weights.in_features);
-  auto* absmax = reinterpret_cast<float*>(at(scratch, layout.absmax));
   _tile_loadconfig(&kShapes);
   for (int64_t m = 0; m < x.rows; m += kRows) {
     const RowTiles tiles = convert_rows(x, m, blocks, at(scratch, layout.wide_rows));
-    multiply_rows(weights, tiles, panel_begin, panel_end, y + m * y_stride, y_stride, absmax);
+    multiply_rows(weights, tiles, panel_begin, panel_end, y + m * y_stride, y_stride);
   }
   _tile_release();
 }

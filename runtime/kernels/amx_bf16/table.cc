@@ -10,6 +10,7 @@ extern const KernelTable kTable = {
     "amx_bf16",
     avx512_vnni::quantize_activations,
     linear,
+    avx512_vnni::unpack_absmax,
     avx2::linear_float,
     avx2::side_branch_down,
     avx2::side_branch_up,

@@ -9,6 +9,7 @@ void quantize_activations(const float* x, int64_t in_features, int8_t* codes, fl
                           int32_t* sums);
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch);
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch);
 void linear_float(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin,
                   int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 void side_branch_down(const Factors& factors, int64_t in_features, float weight, const float* x,

@@ -20,6 +20,7 @@
 // Several rows: many_rows.h.
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/many_rows.h"
+#include "kernels/nf4_scales.h"
 
 namespace edgelora::kernels::avx2 {
 namespace {
@@ -115,7 +116,6 @@ constexpr int64_t kLargestSum = 32767 / 63;  // of |x| in a lane that is not `wi
 
 struct Isa {
   static constexpr int kGroupRows = 4;  // what sixteen registers hold
-  static constexpr float kNf4Scale = kNf4LevelScale;
   static constexpr int64_t kPrefetchBytes = 2048;
 
   static int32_t term_factor(Format format) {
@@ -211,6 +211,10 @@ struct Isa {
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch) {
   drive_row_groups<Isa>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
+}
+
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
+  unpack_absmax_panel(weights, panel, kNf4LevelScale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::avx2

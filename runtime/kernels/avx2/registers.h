@@ -17,6 +17,13 @@ inline __m256 load_half8(const void* from) {  // 8 float16, unaligned
   return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 
+inline void store_half16(const float* from, uint16_t* to) {  // 16 floats as float16
+  for (int i = 0; i < 16; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+}
+
 inline __m256 load_float8(const void* from) {  // unaligned, even to 1 byte
   return _mm256_castsi256_ps(load_bytes(from));
 }

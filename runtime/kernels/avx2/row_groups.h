@@ -1,7 +1,7 @@
 // What `linear` does around the inner loops of the x86 ISAs, which block rows of x in registers:
 //
 //   for each tile of up to kRowTile rows     dealt evenly to groups of at most Isa::kGroupRows
-//     for each panel                         nf4: its absmax decoded once
+//     for each panel
 //       one row      Isa::one_row            y straight from the packed codes
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
 //                      for each group        Isa::add_chunk: acc [rows, 16] +=
@@ -63,12 +63,7 @@ struct HalfScales {
 template <Format kFormat>
 HalfScales load_scales(const PanelView& panel, int64_t b, int half) {
   const int64_t i = b >> panel.shift;
-  HalfScales s{};
-  if constexpr (kFormat == Format::kNf4) {
-    s.scale = _mm256_loadu_ps(panel.absmax + i * 16 + half * 8);
-  } else {
-    s.scale = load_half8(panel.scales + i * 16 + half * 8);
-  }
+  HalfScales s{load_half8(panel.scales + i * 16 + half * 8), _mm256_setzero_ps()};
   if constexpr (kFormat == Format::kInt4Offsets) {
     s.extra = load_half8(panel.offsets + i * 16 + half * 8);
   }
@@ -190,26 +185,21 @@ void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory
 
 template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
-                     int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+                     int64_t panel_end, float* y, int64_t y_stride) {
   alignas(64) float acc[kRowTile * kPanelRows];
   ChunkMemory memory;
-  auto* absmax = reinterpret_cast<float*>(at(scratch, scratch_layout(weights).absmax));
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    PanelView view = panel_view(weights, p);
-    if constexpr (kFormat == Format::kNf4) {
-      decode_absmax_panel(weights, p, 1.0f / Isa::kNf4Scale, absmax);
-      view.absmax = absmax;
-    }
-    multiply_panel<Isa, kFormat>(view, groups, &memory, acc);
+    multiply_panel<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
+    if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc);
     store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
   }
 }
 
 template <class Isa>
 void multiply_tile(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
-                   int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
+                   int64_t panel_end, float* y, int64_t y_stride) {
   const auto run = [&](auto multiply) {
-    multiply(weights, groups, panel_begin, panel_end, y, y_stride, scratch);
+    multiply(weights, groups, panel_begin, panel_end, y, y_stride);
   };
   switch (weights.format) {
     case Format::kInt4:
@@ -234,8 +224,7 @@ void drive_row_groups(const Weights& weights, const Activations& x, int64_t pane
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
     RowGroups groups;
     deal_rows<Isa>(weights, x, m, &groups, scratch);
-    multiply_tile<Isa>(weights, groups, panel_begin, panel_end, y + m * y_stride, y_stride,
-                       scratch);
+    multiply_tile<Isa>(weights, groups, panel_begin, panel_end, y + m * y_stride, y_stride);
   }
 }
 

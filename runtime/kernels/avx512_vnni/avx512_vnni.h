@@ -7,6 +7,7 @@ namespace edgelora::kernels::avx512_vnni {
 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch);
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch);
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums);

@@ -60,8 +60,7 @@ struct Registers {
   static Scales scales(const PanelView& panel, int64_t b, int) {
     const int64_t i = b >> panel.shift;
     Scales s{zero_floats(), zero_floats()};
-    s.scale = kFormat == Format::kNf4 ? load(panel.absmax + i * 16)
-                                      : load_halves(panel.scales + i * 16);
+    s.scale = load_halves(panel.scales + i * 16);
     if constexpr (kFormat == Format::kInt4Offsets) s.extra = load_halves(panel.offsets + i * 16);
     if constexpr (kFormat == Format::kInt4ZeroPoints) {
       const __m128i packed = _mm_loadl_epi64(as_m128(panel.zero_points + i * 8));

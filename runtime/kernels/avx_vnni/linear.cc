@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx_vnni/avx_vnni.h"
+#include "kernels/nf4_scales.h"
 #include "kernels/vnni_linear.h"
 
 namespace edgelora::kernels::avx_vnni {
@@ -55,6 +56,10 @@ struct Registers {
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch) {
   drive_row_groups<VnniIsa<Registers>>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
+}
+
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
+  unpack_absmax_panel(weights, panel, kNf4ByteScale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::avx_vnni

@@ -10,6 +10,7 @@ extern const KernelTable kTable = {
     "avx_vnni",
     avx2::quantize_activations,
     linear,
+    unpack_absmax,
     avx2::linear_float,
     avx2::side_branch_down,
     avx2::side_branch_up,

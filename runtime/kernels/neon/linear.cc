@@ -19,6 +19,7 @@
 
 #include "kernels/neon/neon.h"
 #include "kernels/neon/panel_rows.h"
+#include "kernels/nf4_scales.h"
 
 namespace edgelora::kernels::neon {
 namespace {
@@ -153,6 +154,10 @@ struct Isa {
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch) {
   drive_linear<Isa>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
+}
+
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
+  unpack_absmax_panel(weights, panel, kNf4ByteScale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::neon

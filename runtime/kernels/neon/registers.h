@@ -25,10 +25,6 @@ inline float32x4_t load_half4(const void* from) {
 }
 
 // 16 of them: the rows of a panel.
-inline void load_float16(const float* from, float32x4_t out[4]) {
-  for (int g = 0; g < 4; ++g) out[g] = load_float4(from + 4 * g);
-}
-
 inline void load_half16(const uint16_t* from, float32x4_t out[4]) {
   const float16x8_t low = vreinterpretq_f16_u8(load_bytes(from));
   const float16x8_t high = vreinterpretq_f16_u8(load_bytes(from + 8));
@@ -36,6 +32,13 @@ inline void load_half16(const uint16_t* from, float32x4_t out[4]) {
   out[1] = vcvt_high_f32_f16(low);
   out[2] = vcvt_f32_f16(vget_low_f16(high));
   out[3] = vcvt_high_f32_f16(high);
+}
+
+inline void store_half16(const float* from, uint16_t* to) {
+  for (int i = 0; i < 16; i += 4) {
+    const float16x4_t halves = vcvt_f16_f32(load_float4(from + i));
+    std::memcpy(to + i, &halves, sizeof halves);
+  }
 }
 
 }  // namespace

@@ -31,11 +31,7 @@ template <Format kFormat>
 EDGELORA_INLINE Scales load_scales(const PanelView& panel, int64_t b) {
   const int64_t i = b >> panel.shift;
   Scales s;
-  if constexpr (kFormat == Format::kNf4) {
-    load_float16(panel.absmax + i * 16, s.scale);
-  } else {
-    load_half16(panel.scales + i * 16, s.scale);
-  }
+  load_half16(panel.scales + i * 16, s.scale);
   if constexpr (kFormat == Format::kInt4Offsets) load_half16(panel.offsets + i * 16, s.offset);
   if constexpr (kFormat == Format::kInt4ZeroPoints) {
     load_zero_points(panel.zero_points + i * 8, s.zero_points);

@@ -5,10 +5,20 @@
 namespace edgelora::kernels::neon {
 
 const KernelTable kTable = {
-    "neon",           quantize_activations, linear,         linear_float,
-    side_branch_down, side_branch_up,       side_branch_up_int8,
-    dequantize_row,   swiglu,               rms_norm,
-    largest,          exp_minus,            rotate,
+    "neon",
+    quantize_activations,
+    linear,
+    unpack_absmax,
+    linear_float,
+    side_branch_down,
+    side_branch_up,
+    side_branch_up_int8,
+    dequantize_row,
+    swiglu,
+    rms_norm,
+    largest,
+    exp_minus,
+    rotate,
 };
 
 }  // namespace edgelora::kernels::neon

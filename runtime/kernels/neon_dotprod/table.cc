@@ -10,6 +10,7 @@ extern const KernelTable kTable = {
     "neon_dotprod",
     neon::quantize_activations,
     linear,
+    neon::unpack_absmax,
     neon::linear_float,
     neon::side_branch_down,
     neon::side_branch_up,

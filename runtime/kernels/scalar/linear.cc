@@ -4,7 +4,7 @@
 //   zero points   dot_b = Σ code·x − zp·Σ x
 //   offsets       dot_b = Σ code·x, and the offset term
 //   int8          dot_b = Σ code·x
-//   nf4           dot_b = Σ byte[code]·x, scale = absmax / 124.125
+//   nf4           dot_b = Σ byte[code]·x, scale ≈ absmax / 124.125
 //
 // Codes of a panel, int4 and nf4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
 //     byte 4r+j:  high nibble K = 8q+4+j │ low nibble K = 8q+j
@@ -13,11 +13,10 @@
 // One row of x and one row of W at a time; dot is an exact int32, the accumulator a float.
 #include "kernels/half.h"
 #include "kernels/kernels.h"
-#include "kernels/nf4.h"
+#include "kernels/nf4_scales.h"
 #include "kernels/panels.h"
 #include "kernels/row_values.h"
 #include "kernels/scalar/scalar.h"
-#include "kernels/scratch.h"
 
 namespace edgelora::kernels::scalar {
 namespace {
@@ -40,9 +39,10 @@ int zero_point(const Weights& weights, int64_t panel, int64_t block, int64_t r) 
   return r < 8 ? byte & 15 : byte >> 4;
 }
 
+// From absmax where it is given.
 float block_scale(const Weights& weights, int64_t panel, int64_t block, int64_t r,
                   const float* absmax) {
-  if (weights.format == Format::kNf4) return absmax[block * kPanelRows + r];
+  if (absmax != nullptr) return absmax[block * kPanelRows + r];
   return half_to_float(
       load_u16(weights.scales, (first_scale_block(weights, panel) + block) * kPanelRows + r));
 }
@@ -59,8 +59,8 @@ struct Block {  // one activation block of one row of x
   int32_t sum;
 };
 
-float block_product(const Weights& weights, int64_t panel, int64_t r, int64_t index, const Block& x,
-                    const float* absmax) {
+float block_product(const Weights& weights, int64_t panel, int64_t r, int64_t index,
+                    const Block& x) {
   const uint8_t* codes = panel_codes(weights, panel);
   int32_t dot = 0;
   for (int64_t k = 0; k < kActivationBlock; ++k) {
@@ -68,8 +68,7 @@ float block_product(const Weights& weights, int64_t panel, int64_t r, int64_t in
   }
   const int64_t block = index * kActivationBlock / scale_block_size(weights);
   dot -= zero_point(weights, panel, block, r) * x.sum;
-  float scale = block_scale(weights, panel, block, r, absmax);
-  if (weights.format == Format::kNf4) scale *= 1.0f / kNf4ByteScale;
+  const float scale = block_scale(weights, panel, block, r, nullptr);
   return scale * x.scale * static_cast<float>(dot) +
          block_offset(weights, panel, block, r) * (x.scale * static_cast<float>(x.sum));
 }
@@ -103,22 +102,29 @@ float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const 
 }  // namespace
 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
-            float* y, int64_t y_stride, void* scratch) {
+            float* y, int64_t y_stride, void*) {
   const int64_t blocks = activation_blocks(weights.in_features);
+  const float unit = weights.format == Format::kNf4 ? weights.scale_unit : 1.0f;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const float* absmax = panel_absmax(weights, p, scratch);
     for (int64_t m = 0; m < x.rows; ++m) {
       for (int64_t r = 0; r < panel_rows(weights, p); ++r) {
         float sum = 0.0f;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i = m * blocks + b;
           const Block block{x.codes + i * kActivationBlock, x.scales[i], x.sums[i]};
-          sum += block_product(weights, p, r, b, block, absmax);
+          sum += block_product(weights, p, r, b, block);
         }
-        y[m * y_stride + p * kPanelRows + r] = sum;
+        y[m * y_stride + p * kPanelRows + r] = sum * unit;
       }
     }
   }
+}
+
+void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
+  const auto store = [](const float* from, uint16_t* to) {
+    for (int64_t r = 0; r < kPanelRows; ++r) to[r] = float_to_half(from[r]);
+  };
+  unpack_absmax_panel(weights, panel, kNf4ByteScale, store, scales, scratch);
 }
 
 void linear_float(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin,

@@ -1,0 +1,38 @@
+#include <cmath>
+
+#include "kernels/scratch.h"
+
+namespace edgelora::kernels {
+namespace {
+
+float most(const float* values, int64_t count) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(values[i]));
+  return largest;
+}
+
+int64_t groups_of(const Weights& weights) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < weights.slice_count; ++i) {
+    groups += ceil_div(ceil_div(weights.slices[i] * weights.in_features, kNf4Block), kNf4Group);
+  }
+  return groups;
+}
+
+}  // namespace
+
+int64_t nf4_panel_scales(const Weights& weights) { return scale_blocks(weights) * kPanelRows; }
+
+float nf4_scale_unit(const Weights& weights) {
+  const float bound = most(weights.absmax_table, 256) *
+                          most(weights.nested_absmax, groups_of(weights)) +
+                      most(weights.absmax_offset, weights.slice_count);
+  if (!std::isfinite(bound) || bound == 0.0f) return 1.0f;
+  int exponent = 0;  // bound < 2^exponent
+  std::frexp(bound, &exponent);
+  // The least table scale is 124.125: scales are at most 2^22 / 124.125 < 65504, and normal down to
+  // 2^-29 of that.
+  return std::ldexp(1.0f, exponent < -100 ? -122 : exponent - 22);
+}
+
+}  // namespace edgelora::kernels
