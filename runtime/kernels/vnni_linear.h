@@ -14,10 +14,10 @@
 // nf4: a byte table, vpshufb, of round(124.125·value) + 128, the sum starts at −128·Σx. The rounding
 //   costs at most 0.0037 of absmax a weight.
 //
-// One row of x (decode): 8 lines' registers of codes, 16 rows × 32 K.
-//   even, odd   int32, the block's dots: two chains, to hide vpdpbusd's latency
-//   acc         float, the row's running y
-// Several rows: bytes of a chunk are unpacked once for all rows of the tile, then up to
+// Few rows of x (decode): a block's codes, 16 rows × 32 K, are unpacked to 8 registers (kParts times).
+//   even, odd   int32, a row's dots of the block: two chains, to hide vpdpbusd's latency
+//   sums        float, the rows' running y
+// More rows: bytes of a chunk are unpacked once for all rows of the tile, then up to
 // V::kGroupRows rows of x meet 16 rows of W at a time: as many chains.
 //   dots [rows][V::kParts]   int32, of one block
 //   acc  [rows][V::kParts]   float, in registers where 32 of them exist, else in L1
@@ -37,6 +37,7 @@ struct VnniIsa {
   using Floats = typename V::Floats;
 
   static constexpr int kGroupRows = V::kGroupRows;
+  static constexpr int kFewRows = V::kFewRows;
   // Emerald Rapids from memory, two threads: none 22 GB/s, 2 KB 25, 4 KB 30, 8 KB 31.
   static constexpr int64_t kPrefetchBytes = 6144;
 
@@ -102,27 +103,43 @@ struct VnniIsa {
     return V::fmadd(product, V::mul(scale, V::broadcast(x.scales[i])), acc);
   }
 
-  template <Format kFormat>
-  static void one_row(const PanelView& panel, const RowTile& x, float* acc) {
-    Floats sums[V::kParts];
-    for (Floats& sum : sums) sum = V::zero_floats();
+  // One row of x times a part of one block; codes: of x.
+  static Ints row_dots(const Ints w[8], const int8_t* codes, Ints start) {
+    Ints even = start, odd = V::zero();
+#pragma GCC unroll 4
+    for (int q = 0; q < 8; q += 2) {
+      even = V::dot(even, w[q], V::broadcast4(codes + 4 * q));
+      odd = V::dot(odd, w[q + 1], V::broadcast4(codes + 4 * q + 4));
+    }
+    return V::add(even, odd);
+  }
+
+  template <Format kFormat, int kRows>
+  static void few_rows(const PanelView& panel, const RowTile& x, float* acc) {
+    Floats sums[V::kParts][kRows];
+    for (auto& part : sums) {
+      for (Floats& sum : part) sum = V::zero_floats();
+    }
     for (int64_t b = 0; b < panel.blocks; ++b) {
-      const int8_t* codes = x.codes + b * kActivationBlock;
       prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);
       for (int part = 0; part < V::kParts; ++part) {
         Ints w[8];
         unpack_part<kFormat>(panel.codes, b, part, w);
-        Ints even = start<kFormat>(x, b), odd = V::zero();
-#pragma GCC unroll 4
-        for (int q = 0; q < 8; q += 2) {
-          even = V::dot(even, w[q], V::broadcast4(codes + 4 * q));
-          odd = V::dot(odd, w[q + 1], V::broadcast4(codes + 4 * q + 4));
-        }
         const auto s = V::template scales<kFormat>(panel, b, part);
-        sums[part] = add_block<kFormat>(sums[part], V::add(even, odd), s.scale, s.extra, x, b);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t i = b * kRows + r;
+          const Ints dots = row_dots(w, x.codes + i * kActivationBlock, start<kFormat>(x, i));
+          sums[part][r] = add_block<kFormat>(sums[part][r], dots, s.scale, s.extra, x, i);
+        }
       }
     }
-    for (int part = 0; part < V::kParts; ++part) V::store(acc + 16 / V::kParts * part, sums[part]);
+    for (int part = 0; part < V::kParts; ++part) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        V::store(acc + r * kPanelRows + 16 / V::kParts * part, sums[part][r]);
+      }
+    }
   }
 
   // kRows rows of x times 16 rows of W, one block.

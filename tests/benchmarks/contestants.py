@@ -83,6 +83,7 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
     for name in ("int4", "nf4"):
         yield edgelora(f"{OURS} {name}", folder / f"edgelora-{name}")
     yield edgelora(f"{OURS_INT4}, balanced", folder / "edgelora-balanced")
+    yield edgelora(f"{OURS_INT4}, balanced, block 128", folder / "edgelora-balanced-128")
     yield edgelora(f"{OURS_INT4}, rank 16 merged", folder / "edgelora-merged")
     yield edgelora(f"{OURS_INT4}, adapters loaded", folder / "edgelora-adapters", load=True)
     for rank in RANKS:

@@ -84,7 +84,9 @@ def bundles(peers: Peers, model: str) -> Iterator[Step]:
         "adapters": ("--format", "int4", *_named(adapters)),
     }
     if peers.calibration.exists():
-        kinds["balanced"] = ("--quality", "balanced", "--calibration", peers.calibration)
+        balanced = ("--quality", "balanced", "--calibration", peers.calibration)
+        kinds["balanced"] = balanced
+        kinds["balanced-128"] = (*balanced, "--block-size", "128")
     for name, options in kinds.items():
         yield _bundle(peers, model, name, options)
 

@@ -116,6 +116,7 @@ constexpr int64_t kLargestSum = 32767 / 63;  // of |x| in a lane that is not `wi
 
 struct Isa {
   static constexpr int kGroupRows = 4;  // what sixteen registers hold
+  static constexpr int kFewRows = 1;
   static constexpr int64_t kPrefetchBytes = 2048;
 
   static int32_t term_factor(Format format) {
@@ -159,8 +160,8 @@ struct Isa {
     tile->wide = wide;
   }
 
-  template <Format kFormat>
-  static void one_row(const PanelView& panel, const RowTile& x, float* acc) {
+  template <Format kFormat, int kRows>
+  static void few_rows(const PanelView& panel, const RowTile& x, float* acc) {
     __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
     for (int64_t b = 0; b < panel.blocks; ++b) {
       prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);

@@ -2,7 +2,7 @@
 //
 //   for each tile of up to kRowTile rows     dealt evenly to groups of at most Isa::kGroupRows
 //     for each panel
-//       one row      Isa::one_row            y straight from the packed codes
+//       few rows     Isa::few_rows           y straight from the packed codes
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
 //                      for each group        Isa::add_chunk: acc [rows, 16] +=
 //       acc → y
@@ -166,10 +166,25 @@ void add_chunk(const Chunk& chunk, const RowTile& group, float* acc) {
   Isa::template add_chunk<kFormat, kRows>(chunk, group, acc);
 }
 
+template <class Isa, Format kFormat, int kRows>
+void few_rows(const PanelView& panel, const RowTile& group, float* acc) {
+  if constexpr (kRows > 1) {
+    if (group.rows < kRows) return few_rows<Isa, kFormat, kRows - 1>(panel, group, acc);
+  }
+  Isa::template few_rows<kFormat, kRows>(panel, group, acc);
+}
+
 template <class Isa, Format kFormat>
 void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory* memory,
                     float* acc) {
-  if (groups.rows == 1) return Isa::template one_row<kFormat>(panel, groups.of[0], acc);
+  if (groups.rows <= Isa::kFewRows || Isa::kFewRows == Isa::kGroupRows) {
+    float* to = acc;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      few_rows<Isa, kFormat, Isa::kFewRows>(panel, groups.of[g], to);
+      to += groups.of[g].rows * kPanelRows;
+    }
+    return;
+  }
   std::memset(acc, 0, static_cast<size_t>(groups.rows * kPanelRows) * sizeof(float));
   const int64_t chunks = ceil_div(panel.blocks, kChunkBlocks);
   for (int64_t c = 0; c < chunks; ++c) {

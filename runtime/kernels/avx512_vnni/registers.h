@@ -13,7 +13,8 @@ struct Registers {
   using Floats = __m512;
   static constexpr int kParts = 1;
   static constexpr int kBytes = 64;
-  static constexpr int kGroupRows = 8;
+  static constexpr int kGroupRows = 12;
+  static constexpr int kFewRows = 12;
 
   static Ints load(const void* from) { return _mm512_loadu_si512(from); }
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }

@@ -15,6 +15,7 @@ struct Registers {
   static constexpr int kParts = 2;
   static constexpr int kBytes = 32;
   static constexpr int kGroupRows = 5;
+  static constexpr int kFewRows = 1;  // a block's codes are eight registers
 
   static Ints load(const void* from) { return load_bytes(from); }
   static Floats load(const float* from) { return load_float8(from); }
