@@ -16,8 +16,10 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 32 * 1024;
-// Tickets a thread gets when there is work enough: evens out a thread that is late or slow.
-constexpr int64_t kTicketsPerThread = 4;
+// Pieces a thread gets when there is work enough: evens out a thread that is late or slow.
+constexpr int64_t kPiecesPerThread = 4;
+// Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
+constexpr int64_t kWorkPerPiece = 32 * 1024;
 // Values of x from which on preparing is shared.
 constexpr int64_t kSharedPrepare = 16 * 1024;
 // Rows that pass through all steps together: what SwiGLU reads is still in the cache.
@@ -70,15 +72,25 @@ void LinearJob::plan_tickets() {
   workers_ = shares >= static_cast<double>(call_.threads)
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
-  const bool plenty = shares >= static_cast<double>(call_.threads * kTicketsPerThread);
-  const int64_t pieces = workers_ * (plenty && workers_ > 1 ? kTicketsPerThread : 1);
+  const bool plenty = shares >= static_cast<double>(call_.threads * kPiecesPerThread);
+  const int64_t pieces = workers_ * (plenty && workers_ > 1 ? kPiecesPerThread : 1);
   target_panels_ = ceil_div(columns(), kPanelRows);
-  panel_tickets_ = std::min(target_panels_, pieces);
+  workers_ = std::min(workers_, target_panels_);
+  shares_.deal(target_panels_, workers_, piece_panels());
   row_groups_ = std::min(call_.rows, pieces);
   if (workers_ > 1 && call_.rows > 1 && call_.rows * k >= kSharedPrepare) {
     prepare_tickets_ = row_groups_;
   }
   if (call_.adapters->t_size() > 0) down_tickets_ = row_groups_ * weights_.slice_count;
+}
+
+// One row: small pieces. More: `linear` rearranges them for each piece anew.
+int64_t LinearJob::piece_panels() const {
+  if (workers_ == 1) return target_panels_;
+  if (call_.rows == 1) {
+    return std::max<int64_t>(1, kWorkPerPiece / (kPanelRows * weights_.in_features));
+  }
+  return ceil_div(target_panels_, workers_ * kPiecesPerThread);
 }
 
 void LinearJob::take_scratch() {
@@ -101,7 +113,7 @@ void LinearJob::run(Crews* crews) {
   if (prepare_tickets_ == 0) prepare_rows(0, call_.rows);
   prepared_.expect(prepare_tickets_);
   downs_.expect(down_tickets_);
-  crews->run(workers_, prepare_tickets_ + down_tickets_ + panel_tickets_, *this);
+  crews->run(workers_, prepare_tickets_ + down_tickets_ + workers_, *this);
   if (out_of_memory_.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
@@ -117,8 +129,7 @@ void LinearJob::operator()(int64_t ticket) {
     down(ticket % weights_.slice_count, group_begin(group), group_begin(group + 1));
     return downs_.finish_one();
   }
-  ticket -= down_tickets_;
-  panels(target_panels_ * ticket / panel_tickets_, target_panels_ * (ticket + 1) / panel_tickets_);
+  share_panels(ticket - down_tickets_);
 }
 
 int64_t LinearJob::group_begin(int64_t group) const { return call_.rows * group / row_groups_; }
@@ -189,12 +200,16 @@ int64_t LinearJob::worker_bytes(int64_t panels) const {
   return linear + (swiglu ? 2 * 4 * tile_rows() * panels * kPanelRows : 0);
 }
 
-void LinearJob::panels(int64_t begin, int64_t end) {
-  void* worker = scratch(ScratchUse::kWorker, worker_bytes(end - begin));
-  if (worker == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
+void LinearJob::share_panels(int64_t worker) {
+  void* memory = scratch(ScratchUse::kWorker, worker_bytes(piece_panels()));
+  if (memory == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
   prepared_.wait();
+  for (Shares::Piece piece; shares_.take(worker, &piece);) panels(piece, memory);
+}
+
+void LinearJob::panels(const Shares::Piece& piece, void* worker) {
   for (int64_t m = 0; m < call_.rows; m += kTileRows) {
-    const Tile tile{m, std::min(call_.rows, m + kTileRows), begin, end};
+    const Tile tile{m, std::min(call_.rows, m + kTileRows), piece.begin, piece.end};
     if (call_.node.activation == Activation::kSwiGlu) {
       swiglu_tile(tile, worker);
     } else {

@@ -6,6 +6,7 @@
 #include "kernels/kernels.h"
 #include "ops/crew.h"
 #include "ops/row_adapters.h"
+#include "ops/shares.h"
 
 namespace edgelora::ops {
 
@@ -38,8 +39,8 @@ struct LinearCall {
 // Tickets, in this order:
 //   prepare   a group of rows of x → normed float32, int8 codes
 //   down      t = weight · A·x for one slice and a group of rows
-//   panels    a range of panels of y for all rows, tile by tile: waits for prepare, W·x; waits for down,
-//             += B·t; += bias; SwiGLU; += residual
+//   panels    one for each worker: its share of the panels of y, piece by piece, for all rows, tile by tile:
+//             waits for prepare, W·x; waits for down, += B·t; += bias; SwiGLU; += residual
 // All in one parallel section: a second one would cost a decode step more than the side branch
 // itself.
 class LinearJob {
@@ -74,7 +75,9 @@ class LinearJob {
   float* t_of(const Branch& branch, int64_t row) const {
     return t_ + row * call_.adapters->t_size() + branch.offset;
   }
-  void panels(int64_t begin, int64_t end);
+  int64_t piece_panels() const;
+  void share_panels(int64_t worker);
+  void panels(const Shares::Piece& piece, void* worker);
   void plain_tile(const Tile& tile, void* worker);
   void swiglu_tile(const Tile& tile, void* worker);
   void product(const Tile& tile, const Target& target, void* worker);
@@ -98,13 +101,13 @@ class LinearJob {
   int64_t row_groups_ = 1;
   int64_t prepare_tickets_ = 0;
   int64_t down_tickets_ = 0;
-  int64_t panel_tickets_ = 1;
   int64_t target_panels_ = 0;  // of y
   float* normed_ = nullptr;    // [M, K]
   int8_t* codes_ = nullptr;    // [M, Kp]
   float* scales_ = nullptr;    // [M, Kp/32]
   int32_t* sums_ = nullptr;    // [M, Kp/32]
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
+  Shares shares_;  // of the target panels
   Stage prepared_;
   Stage downs_;
   std::atomic<bool> out_of_memory_{false};

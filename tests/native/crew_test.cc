@@ -7,9 +7,11 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ops/crew.h"
+#include "ops/shares.h"
 #include "test_check.h"
 
 namespace edgelora::test {
@@ -203,6 +205,46 @@ void test_a_fork_runs_without_its_helpers() {
   CHECK(run_once(&crews, 3, 10));
 }
 
+// A worker alone walks through his own run, then takes the others' from their ends.
+void test_pieces_are_one_stream_then_stolen() {
+  ops::Shares shares;
+  shares.deal(20, 2, 4);
+  const std::vector<std::pair<int64_t, int64_t>> expected = {{10, 14}, {14, 18}, {18, 20},
+                                                             {6, 10},  {2, 6},   {0, 2}};
+  std::vector<std::pair<int64_t, int64_t>> taken;
+  for (ops::Shares::Piece piece; shares.take(1, &piece);) {
+    taken.emplace_back(piece.begin, piece.end);
+  }
+  CHECK(taken == expected);
+}
+
+// Every item once, with more workers than items or runs too.
+void test_items_are_shared_out(int64_t items, int64_t workers, int64_t piece_items) {
+  Crews crews(4, true);
+  ops::Shares shares;
+  shares.deal(items, workers, piece_items);
+  Counting counting(items);
+  auto work = [&](int64_t worker) {
+    for (ops::Shares::Piece piece; shares.take(worker, &piece);) {
+      CHECK(piece.end - piece.begin <= piece_items);
+      for (int64_t i = piece.begin; i < piece.end; ++i) counting(i);
+    }
+  };
+  crews.run(4, workers, work);
+  CHECK(counting.once());
+}
+
+void test_shares() {
+  test_pieces_are_one_stream_then_stolen();
+  for (int round = 0; round < 200; ++round) {
+    for (const int64_t items : {0, 1, 7, 36, 3072}) {
+      for (const int64_t workers : {1, 2, 4, 70}) {
+        for (const int64_t piece : {1, 3, 100}) test_items_are_shared_out(items, workers, piece);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace edgelora::test
 
@@ -221,6 +263,7 @@ int main() {
   test_a_call_keeps_to_its_threads();
   test_a_call_meets_helpers_that_fall_asleep();
   test_stages_order_tickets();
+  test_shares();
   std::printf("%d failures\n", failures.load());
   return failures == 0 ? 0 : 1;
 }
