@@ -9,17 +9,24 @@ T = TypeVar("T")
 _PATIENCE = 0.05  # seconds between two attempts to cancel
 
 
-def start(call: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
-    """Runs `call` on a thread of its own."""
+def prepare(call: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
+    """A thread of its own for `call`, to be started; until it runs, the future can be cancelled."""
     future: Future[T] = Future()
 
     def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
 
-    worker = threading.Thread(target=run, name="edgelora", daemon=True)
+    return threading.Thread(target=run, name="edgelora", daemon=True), future
+
+
+def start(call: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
+    """Runs `call` on a thread of its own."""
+    worker, future = prepare(call)
     worker.start()
     return worker, future
 
@@ -35,9 +42,11 @@ def interruptible(call: Callable[[], T], cancel: Callable[[], None]) -> T:
     """`call()`; on the main thread, KeyboardInterrupt cancels it and is raised once it ended."""
     if threading.current_thread() is not threading.main_thread():
         return call()
-    worker, future = start(call)
+    worker, future = prepare(call)
     try:
+        worker.start()
         return future.result()
     except KeyboardInterrupt:
-        end(worker, cancel)
+        if not future.cancel():  # it runs, or has ended
+            end(worker, cancel)
         raise

@@ -228,10 +228,21 @@ class BundleWeights:
             groups = -(-blocks // 256)
             stored = absmax[256 * group : 256 * group + blocks]
             scale = table[stored] * np.repeat(nested[group : group + groups], 256)[:blocks] + offset
-            wide = np.repeat(scale.astype(np.float32), 64)[: part.size].reshape(part.shape)
+            scale = self._nf4_scale(scale.astype(np.float32))
+            wide = np.repeat(scale, 64)[: part.size].reshape(part.shape)
             parts.append(self.nf4[part] * wide)
             row, group = row + rows, group + groups
         return np.concatenate(parts)
+
+    def _nf4_scale(self, absmax: NDArray[np.float32]) -> NDArray[np.float32]:
+        """absmax; for the int8 kernels in the 11 bits that they keep of its quotient by what stands
+        for the value 1.
+        """
+        if self.nf4 is NF4:
+            return absmax
+        one = np.float32(250 if self.nf4 is LEVEL_NF4 else 124.125)
+        mantissa, exponent = np.frexp(absmax / one)
+        return np.ldexp(np.rint(mantissa * 2048) / 2048, exponent).astype(np.float32) * one
 
     def _rows(self, name: str) -> NDArray[np.float32]:
         """[P, blocks, 16] → float32 [16·P, blocks]."""

@@ -131,6 +131,7 @@ def test_adapters_are_not_measured_behind_long_prompts(tmp_path: Path) -> None:
         path.write_bytes(b"x")
     found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 2000, 8)], ()))
     names = ["EdgeLoRA int4", "EdgeLoRA nf4", "EdgeLoRA int4, balanced"]
+    names.append("EdgeLoRA int4, balanced, block 128")
     assert [turn.contestant.name for turn in found] == names
     found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 512, 8)], ("INT4 + rank",)))
     assert [turn.contestant.name[-2:].strip() for turn in found] == [str(rank) for rank in RANKS]

@@ -15,6 +15,7 @@ import toy_bundle
 from edgelora import native
 from edgelora.errors import EdgeLoraError
 from edgelora.generation import Sampling
+from edgelora.interruption import interruptible
 from edgelora.model import Model
 from toy_bundle import CONTEXT_LENGTH, EOS, NAN_TOKEN, VOCAB_SIZE, write_manifest, write_toy_bundle
 
@@ -300,6 +301,22 @@ with edgelora.load({str(bundle)!r}) as model, model.session() as session:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("usable\n", "")
+
+
+def test_ctrl_c_while_a_call_starts_leaves_nothing_running(monkeypatch):
+    start, cancelled = threading.Thread.start, threading.Event()
+
+    def start_and_interrupt(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: cancelled.wait(30), cancelled.set)
+    for thread in threading.enumerate():
+        if thread.name == "edgelora":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_error_in_callback_ends_decode_and_is_raised(session):
