@@ -62,9 +62,14 @@ inline void pack_codes(const Activations& x, int64_t first_row, int64_t blocks, 
 inline void pack_terms(const Activations& x, int64_t first_row, int32_t factor, RowTile* tile,
                        void* scratch, const ScratchLayout& layout) {
   auto* terms = reinterpret_cast<int32_t*>(at(scratch, layout.terms));
-  for (int64_t m = 0; m < tile->rows; ++m) {
+  const int64_t rows = tile->rows;
+  for (int64_t m = 0; m < rows; ++m) {
     const int32_t* sums = x.sums + (first_row + m) * tile->blocks;
-    for (int64_t b = 0; b < tile->blocks; ++b) terms[b * tile->rows + m] = factor * sums[b];
+    if (rows == 1) {  // of which registers hold many
+      for (int64_t b = 0; b < tile->blocks; ++b) terms[b] = factor * sums[b];
+    } else {
+      for (int64_t b = 0; b < tile->blocks; ++b) terms[b * rows + m] = factor * sums[b];
+    }
   }
   tile->terms = terms;
 }

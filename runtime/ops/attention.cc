@@ -44,7 +44,7 @@ class Attention : public Kernel {
       run.k = {other_rows(context, kKey, "k", q.shape), kv_width};
       run.v = {other_rows(context, kValue, "v", q.shape), kv_width};
     }
-    part_.run(context, run);
+    part_.run(part_.open(context, run.batch, run.sequence), run);
   }
 
  private:

@@ -19,34 +19,16 @@ constexpr int64_t kAppendRows = 32;  // positions of an append ticket
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Hands out consecutive pieces of one allocation, each on a multiple of 64 bytes; counts only while it has none.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t begin = bytes_;
-    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + begin);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
-
 // A row of −Inf only: nothing seen yet.
 constexpr float kNothing = -HUGE_VALF;
 
 }  // namespace
 
 struct AttentionJob::Buffers {
-  Buffers(const AttentionJob& job, int64_t rows, void* memory) {
+  Buffers() = default;
+  Buffers(const AttentionJob& job, int64_t rows, Pieces& pieces) {
     const int64_t d = job.node_.head_dim, dv = job.call_.layout.value_width();
     const int64_t width = std::max(job.call_.layout.key_width(), kAttentionChunk);
-    Pieces pieces(memory);
     queries = pieces.take<float>(rows * d);
     scores = pieces.take<float>(rows * kAttentionChunk);
     products = pieces.take<float>(rows * dv);
@@ -64,7 +46,6 @@ struct AttentionJob::Buffers {
         ValueRows(job.call_.layout, kCapacityStep, nullptr).weights(0, kAttentionChunk);
     linear = pieces.take<char>(
         std::max(kernels::linear_scratch_bytes(k), kernels::linear_scratch_bytes(v)));
-    bytes = pieces.bytes();
   }
 
   float* queries;       // [rows, D], scaled by 1/√D
@@ -75,7 +56,6 @@ struct AttentionJob::Buffers {
   float *query_scales, *scales;
   int32_t *query_sums, *sums;
   char* linear;
-  int64_t bytes;
 };
 
 AttentionJob::AttentionJob(const AttentionCall& call)
@@ -102,9 +82,9 @@ void AttentionJob::plan_tickets() {
     splits_ = std::min(ceil_div(longest, kAttentionChunk),
                        ceil_div(workers_ * kTicketsPerThread, tickets));
   }
-  const bool many = call_.batch * call_.sequence > 1 && workers_ > 1;
-  append_tickets_ =
-      many ? call_.batch * node_.kv_heads * ceil_div(call_.sequence, kAppendRows) : 0;
+  if (call_.sequence > 1) {
+    append_tickets_ = call_.batch * node_.kv_heads * ceil_div(call_.sequence, kAppendRows);
+  }
 }
 
 KeyRows AttentionJob::keys(int64_t sequence, int64_t kv_head) const {
@@ -120,13 +100,6 @@ ValueRows AttentionJob::values(int64_t sequence, int64_t kv_head) const {
 }
 
 void AttentionJob::run(Crews* crews) {
-  if (append_tickets_ == 0) {
-    for (int64_t s = 0; s < call_.batch; ++s) {
-      for (int64_t h = 0; h < node_.kv_heads; ++h) {
-        for (int64_t i = 0; i < call_.sequence; ++i) append_row(s, h, i);
-      }
-    }
-  }
   appended_.expect(append_tickets_);
   const int64_t tickets = call_.batch * node_.kv_heads * tiles_ * splits_;
   crews->run(workers_, append_tickets_ + tickets, *this);
@@ -202,16 +175,23 @@ AttentionJob::Softmax AttentionJob::partial(int64_t ticket) const {
 void AttentionJob::attend(int64_t ticket) {
   const Part part = part_of(ticket);
   const int64_t rows = rows_of(part);
-  void* memory = scratch(ScratchUse::kWorker, Buffers(*this, rows, nullptr).bytes);
-  if (memory == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
-  const Buffers buffers(*this, rows, memory);
+  Buffers buffers{};
+  const auto layout = [&](Pieces& pieces) { buffers = Buffers(*this, rows, pieces); };
+  if (!take_pieces(ScratchUse::kWorker, layout)) {
+    return out_of_memory_.store(true, std::memory_order_relaxed);
+  }
   const Softmax softmax =
       splits_ > 1 ? partial(ticket) : Softmax{buffers.most, buffers.sum, buffers.out};
   std::fill_n(softmax.most, rows, kNothing);
   std::fill_n(softmax.sum, rows, 0.0f);
   std::fill_n(softmax.out, rows * node_.head_dim, 0.0f);
   load_queries(part, buffers);
-  appended_.wait();
+  if (call_.sequence > 1) {
+    appended_.wait();
+  } else if (part.begin < part.end && part.end > call_.past[part.sequence]) {
+    // Of all parts this one alone sees the one new position.
+    append_row(part.sequence, part.kv_head, 0);
+  }
   for (int64_t begin = part.begin; begin < part.end; begin += kAttentionChunk) {
     const int64_t end = std::min(part.end, begin + kAttentionChunk);
     score(part, begin, end, buffers);

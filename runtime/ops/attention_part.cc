@@ -54,13 +54,6 @@ AttentionNode read_node(const NodeInfo& node, const NodeInfo& constants) {
 
 }  // namespace
 
-// past and present of keys or of values.
-struct AttentionPart::Cache {
-  Tensor past;
-  Shape shape;  // of present
-  uint8_t* present;
-};
-
 AttentionPart::AttentionPart(const Shared& shared, const NodeInfo& node, size_t first)
     : shared_(shared),
       first_(first),
@@ -74,17 +67,37 @@ AttentionRun AttentionPart::packed_run(const float* x, float* y, int64_t batch,
           sequence};
 }
 
-void AttentionPart::run(OrtKernelContext* context, const AttentionRun& run) const {
-  const std::vector<int64_t>& past = read_past(context, run);
+AttentionPart::Caches AttentionPart::open(OrtKernelContext* context, int64_t batch,
+                                          int64_t sequence) const {
+  const std::vector<int64_t>& past = read_past(context, batch, sequence);
   const int64_t longest = past.empty() ? 0 : *std::max_element(past.begin(), past.end());
   const int64_t key_bytes = layout_.key_row_bytes(), value_bytes = layout_.value_row_bytes();
-  const Cache keys = cache(context, run, kPastKey, kPresentKey, key_bytes, longest);
-  const Cache values = cache(context, run, kPastValue, kPresentValue, value_bytes, longest);
-  if (keys.past.shape.dims[2] != values.past.shape.dims[2]) {
+  const Room room{batch, longest, KvLayout::capacity_for(longest + sequence)};
+  const Caches caches{cache(context, room, kPastKey, kPresentKey, key_bytes),
+                      cache(context, room, kPastValue, kPresentValue, value_bytes), &past};
+  if (caches.keys.past.shape.dims[2] != caches.values.past.shape.dims[2]) {
     throw Error(EDGELORA_INVALID_ARGUMENT, "past_key and past_value differ in capacity");
   }
-  copy_heads<KeyRows>(keys, key_bytes, past);
-  copy_heads<ValueRows>(values, value_bytes, past);
+  copy_heads<KeyRows>(caches.keys, key_bytes, past);
+  copy_heads<ValueRows>(caches.values, value_bytes, past);
+  if (sequence == 1) prefetch_rows(caches);
+  return caches;
+}
+
+// A position's row has a line for every four of its values.
+void AttentionPart::prefetch_rows(const Caches& caches) const {
+  const int64_t capacity = caches.keys.shape.dims[2];
+  for (int64_t i = 0; i < static_cast<int64_t>(caches.past->size()) * node_.kv_heads; ++i) {
+    const int64_t position = (*caches.past)[static_cast<size_t>(i / node_.kv_heads)];
+    const int64_t rows = i * capacity;
+    KeyRows(layout_, capacity, caches.keys.present + rows * layout_.key_row_bytes())
+        .prefetch(position);
+    ValueRows(layout_, capacity, caches.values.present + rows * layout_.value_row_bytes())
+        .prefetch(position);
+  }
+}
+
+void AttentionPart::run(const Caches& caches, const AttentionRun& run) const {
   if (run.batch * run.sequence == 0) return;
   AttentionCall call{};
   call.kernels = shared_.kernels;
@@ -96,10 +109,10 @@ void AttentionPart::run(OrtKernelContext* context, const AttentionRun& run) cons
   call.y = run.y;
   call.batch = run.batch;
   call.sequence = run.sequence;
-  call.past = past.data();
-  call.keys = keys.present;
-  call.values = values.present;
-  call.capacity = keys.shape.dims[2];
+  call.past = caches.past->data();
+  call.keys = caches.keys.present;
+  call.values = caches.values.present;
+  call.capacity = caches.keys.shape.dims[2];
   call.threads = shared_.crews->threads();
   AttentionJob(call).run(shared_.crews);
 }
@@ -107,47 +120,46 @@ void AttentionPart::run(OrtKernelContext* context, const AttentionRun& run) cons
 // Positions before the call, of each sequence. A first prefill that is padded on the right has fewer
 // positions than rows: its surplus rows lie behind them and are overwritten by what follows.
 const std::vector<int64_t>& AttentionPart::read_past(const OrtKernelContext* context,
-                                                     const AttentionRun& run) const {
+                                                     int64_t batch, int64_t sequence) const {
   const Tensor last = input(*shared_.api, context, first_ + kLastPosition);
-  if (last.shape.rank != 1 || last.shape.dims[0] != run.batch) {
+  if (last.shape.rank != 1 || last.shape.dims[0] != batch) {
     throw Error(EDGELORA_INVALID_ARGUMENT, "last position is " + to_string(last.shape) +
-                                               ", expected [" + std::to_string(run.batch) + "]");
+                                               ", expected [" + std::to_string(batch) + "]");
   }
   thread_local std::vector<int64_t> past;
-  past.resize(static_cast<size_t>(run.batch));
+  past.resize(static_cast<size_t>(batch));
   for (size_t i = 0; i < past.size(); ++i) {
     const int64_t positions = int64_t{static_cast<const int32_t*>(last.data)[i]} + 1;
     if (positions < 0) {
       throw Error(EDGELORA_INVALID_ARGUMENT,
                   "last position is " + std::to_string(positions - 1) + ", expected −1 or more");
     }
-    past[i] = std::max<int64_t>(0, positions - run.sequence);
-    if (past[i] + run.sequence <= node_.positions) continue;
+    past[i] = std::max<int64_t>(0, positions - sequence);
+    if (past[i] + sequence <= node_.positions) continue;
     throw Error(EDGELORA_INVALID_ARGUMENT,
-                "position " + std::to_string(past[i] + run.sequence) +
+                "position " + std::to_string(past[i] + sequence) +
                     " is beyond the context of " + std::to_string(node_.positions));
   }
   return past;
 }
 
 // present has the capacity of past, or more where that is full.
-AttentionPart::Cache AttentionPart::cache(OrtKernelContext* context, const AttentionRun& run,
-                                          size_t in, size_t out, int64_t row_bytes,
-                                          int64_t past) const {
+AttentionPart::Cache AttentionPart::cache(OrtKernelContext* context, const Room& room, size_t in,
+                                          size_t out, int64_t row_bytes) const {
   Cache cache{input(*shared_.api, context, first_ + in), {}, nullptr};
   const Shape& shape = cache.past.shape;
-  const bool fits = shape.rank == 4 && shape.dims[0] == run.batch &&
+  const bool fits = shape.rank == 4 && shape.dims[0] == room.batch &&
                     shape.dims[1] == node_.kv_heads && shape.dims[2] % kCapacityStep == 0 &&
                     shape.dims[3] == row_bytes;
-  if (!fits || shape.dims[2] < past) {
+  if (!fits || shape.dims[2] < room.past) {
     throw Error(EDGELORA_INVALID_ARGUMENT,
                 "the kv_cache is " + to_string(shape) + ", expected [" +
-                    std::to_string(run.batch) + ", " + std::to_string(node_.kv_heads) +
-                    ", a multiple of 32 ≥ " + std::to_string(past) + ", " +
+                    std::to_string(room.batch) + ", " + std::to_string(node_.kv_heads) +
+                    ", a multiple of 32 ≥ " + std::to_string(room.past) + ", " +
                     std::to_string(row_bytes) + "]");
   }
   cache.shape = shape;
-  cache.shape.dims[2] = std::max(shape.dims[2], KvLayout::capacity_for(past + run.sequence));
+  cache.shape.dims[2] = std::max(shape.dims[2], room.capacity);
   cache.present = static_cast<uint8_t*>(output(*shared_.api, context, out, cache.shape));
   return cache;
 }

@@ -40,18 +40,38 @@ class AttentionPart {
   // q ‖ k ‖ v in rows of x.
   AttentionRun packed_run(const float* x, float* y, int64_t batch, int64_t sequence) const;
 
-  // Throws Error or std::bad_alloc.
-  void run(OrtKernelContext* context, const AttentionRun& run) const;
+  // past and present of the keys or of the values.
+  struct Cache {
+    Tensor past;
+    Shape shape;  // of present
+    uint8_t* present;
+  };
+  // The kv_cache of one call: present holds what past does, and has room for the new positions.
+  struct Caches {
+    Cache keys, values;
+    const std::vector<int64_t>* past;  // [batch], positions; this thread's, until its next call
+  };
+
+  // Throws Error.
+  Caches open(OrtKernelContext* context, int64_t batch, int64_t sequence) const;
+
+  // Throws std::bad_alloc.
+  void run(const Caches& caches, const AttentionRun& run) const;
 
  private:
-  struct Cache;
+  struct Room {  // that a call needs
+    int64_t batch;
+    int64_t past;      // positions, of the longest sequence
+    int64_t capacity;  // with the new ones
+  };
 
-  const std::vector<int64_t>& read_past(const OrtKernelContext* context,
-                                        const AttentionRun& run) const;
-  Cache cache(OrtKernelContext* context, const AttentionRun& run, size_t input, size_t output,
-              int64_t row_bytes, int64_t past) const;
+  const std::vector<int64_t>& read_past(const OrtKernelContext* context, int64_t batch,
+                                        int64_t sequence) const;
+  Cache cache(OrtKernelContext* context, const Room& room, size_t input, size_t output,
+              int64_t row_bytes) const;
   template <class Rows>
   void copy_heads(const Cache& cache, int64_t row_bytes, const std::vector<int64_t>& past) const;
+  void prefetch_rows(const Caches& caches) const;
 
   const Shared shared_;
   const size_t first_;

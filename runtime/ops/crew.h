@@ -85,18 +85,31 @@ class Crews {
   std::vector<std::unique_ptr<Crew>> idle_;
 };
 
-// Tickets of one kind, for others to wait for.
+// Items of one step, each done by who takes it, and waited for by who needs them all.
 class Stage {
  public:
-  // Before any ticket runs.
-  void expect(int64_t count) { pending_.store(count, std::memory_order_relaxed); }
+  // Before any is taken.
+  void expect(int64_t count) {
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    pending_.store(count, std::memory_order_relaxed);
+  }
+
+  // False when none is left.
+  bool take(int64_t* item) {
+    if (next_.load(std::memory_order_relaxed) >= count_) return false;
+    *item = next_.fetch_add(1, std::memory_order_relaxed);
+    return *item < count_;
+  }
 
   void finish_one() { pending_.fetch_sub(1, std::memory_order_release); }
 
-  // Only for tickets after those of the stage. They are short and run right now, so this spins.
+  // Only when all are taken. They are short and done right now, so this spins.
   void wait() const;
 
  private:
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
   std::atomic<int64_t> pending_{0};
 };
 

@@ -6,6 +6,7 @@
 
 #include "kernels/activation_block.h"
 #include "kernels/half.h"
+#include "ops/prefetch.h"
 
 namespace edgelora::ops {
 namespace {
@@ -79,6 +80,16 @@ void KeyRows::put(const kernels::KernelTable& kernels, int64_t position, const f
   }
 }
 
+void KeyRows::prefetch(int64_t position) const {
+  const int64_t panel = position / kPanel, row = position % kPanel;
+  const int64_t width = layout_.exact() ? 4 * layout_.head_dim() : layout_.key_width();
+  const uint8_t* to = bytes_ + panel * kPanel * width + 4 * row;
+  for (int64_t i = 0; i < width * kPanel; i += kLineBytes) prefetch_for_write(to + i);
+  if (layout_.exact()) return;
+  const int64_t blocks = width / kBlock;
+  for (int64_t b = 0; b < blocks; ++b) prefetch_for_write(scales() + 2 * (panel * blocks + b) * kPanel);
+}
+
 kernels::Weights KeyRows::weights(int64_t positions) const {
   if (layout_.exact()) {
     return matrix(kernels::Format::kFloat, layout_.head_dim(), positions, bytes_);
@@ -112,6 +123,15 @@ void ValueRows::put(int64_t position, const float* value) {
     const int8_t code = block.inverse == 0.0f ? int8_t{0} : round_code(value[i] * block.inverse);
     to[i / kPanel * panel_bytes() + i % kPanel * 4] = static_cast<uint8_t>(code);
   }
+}
+
+void ValueRows::prefetch(int64_t position) const {
+  const int64_t column = layout_.exact() ? position * 4 * kPanel : position / 4 * kLineBytes;
+  for (int64_t p = 0; p < layout_.value_width() / kPanel; ++p) {
+    prefetch_for_write(bytes_ + p * panel_bytes() + column);
+  }
+  if (layout_.exact()) return;
+  prefetch_for_write(bytes_ + capacity_ * layout_.value_width() + 4 * position);
 }
 
 kernels::Weights ValueRows::weights(int64_t begin, int64_t end) const {

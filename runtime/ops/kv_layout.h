@@ -48,6 +48,8 @@ class KeyRows {
 
   // key [D], rotated.
   void put(const kernels::KernelTable& kernels, int64_t position, const float* key);
+  // The lines that `put` will write.
+  void prefetch(int64_t position) const;
   // The first `positions` as W [positions, D].
   kernels::Weights weights(int64_t positions) const;
   // The first `positions` of a cache of another capacity.
@@ -67,6 +69,8 @@ class ValueRows {
       : layout_(layout), capacity_(capacity), bytes_(bytes) {}
 
   void put(int64_t position, const float* value);
+  // The lines that `put` will write.
+  void prefetch(int64_t position) const;
   // Positions begin … end as W [D, end − begin], without the scales; begin is a multiple of 32.
   kernels::Weights weights(int64_t begin, int64_t end) const;
   // [capacity], unaligned; null where the values are float32.

@@ -73,9 +73,11 @@ class Layer : public Kernel {
     const Values values = take_values(rows);
     LinearRun linear{static_cast<const float*>(x.data), nullptr, values.wide, shape.dims[0],
                      shape.dims[1], static_cast<const int64_t*>(ids.data)};
+    const auto caches = attention_.open(context, linear.batch, linear.sequence);
+    if (rows == 1) prefetch();
     if (rows > 0) qkv_.run(linear);
-    attention_.run(context, attention_.packed_run(values.wide, values.attended, linear.batch,
-                                                  linear.sequence));
+    attention_.run(caches, attention_.packed_run(values.wide, values.attended, linear.batch,
+                                                 linear.sequence));
     if (rows == 0) return;
     output_.run(from_to(linear, values.attended, linear.x, values.middle));
     gate_up_.run(from_to(linear, values.middle, nullptr, values.wide));
@@ -88,6 +90,11 @@ class Layer : public Kernel {
     float* attended;  // heads
     float* middle;    // x + o_proj
   };
+
+  // What the later steps read first, while the first one streams its weights.
+  void prefetch() const {
+    for (const LinearPart* part : {&qkv_, &output_, &gate_up_, &down_}) part->prefetch();
+  }
 
   static void check_width(const char* what, int64_t expected, int64_t found) {
     if (expected == found) return;

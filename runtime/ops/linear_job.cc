@@ -16,17 +16,14 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 32 * 1024;
-// Pieces a thread gets when there is work enough: evens out a thread that is late or slow.
+// Pieces a thread gets of many rows: evens out a thread that is late or slow.
 constexpr int64_t kPiecesPerThread = 4;
 // Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
 constexpr int64_t kWorkPerPiece = 32 * 1024;
-// Values of x from which on preparing is shared.
-constexpr int64_t kSharedPrepare = 16 * 1024;
 // Rows that pass through all steps together: what SwiGLU reads is still in the cache.
 constexpr int64_t kTileRows = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 // t [rank] → int16 [2·⌈rank/2⌉] in its place, half to even; returns the scale, NaN if a t is not finite.
 float quantize_t(float* t, int64_t rank) {
@@ -53,7 +50,7 @@ float quantize_t(float* t, int64_t rank) {
 }  // namespace
 
 LinearJob::LinearJob(const LinearCall& call) : call_(call), weights_(*call.weights) {
-  plan_tickets();
+  plan();
   take_scratch();
 }
 
@@ -64,190 +61,193 @@ int64_t LinearJob::columns() const {
 
 int64_t LinearJob::tile_rows() const { return std::min(kTileRows, call_.rows); }
 
-void LinearJob::plan_tickets() {
-  const int64_t k = weights_.in_features;
-  const double work = static_cast<double>(call_.panels * kPanelRows * k) *
+void LinearJob::plan() {
+  const double work = static_cast<double>(call_.panels * kPanelRows * weights_.in_features) *
                       static_cast<double>(call_.rows);  // may exceed int64 for absurd shapes
   const double shares = work / static_cast<double>(kWorkPerThread);
+  target_panels_ = ceil_div(columns(), kPanelRows);
   workers_ = shares >= static_cast<double>(call_.threads)
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
-  const bool plenty = shares >= static_cast<double>(call_.threads * kPiecesPerThread);
-  const int64_t pieces = workers_ * (plenty && workers_ > 1 ? kPiecesPerThread : 1);
-  target_panels_ = ceil_div(columns(), kPanelRows);
   workers_ = std::min(workers_, target_panels_);
   shares_.deal(target_panels_, workers_, piece_panels());
-  row_groups_ = std::min(call_.rows, pieces);
-  if (workers_ > 1 && call_.rows > 1 && call_.rows * k >= kSharedPrepare) {
-    prepare_tickets_ = row_groups_;
-  }
-  if (call_.adapters->t_size() > 0) down_tickets_ = row_groups_ * weights_.slice_count;
+  row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kPiecesPerThread : 1);
+  prepares_.expect(call_.rows == 1 ? 0 : row_groups_);
+  downs_.expect(call_.adapters->t_size() > 0 ? row_groups_ * weights_.slice_count : 0);
 }
 
-// One row: small pieces. More: `linear` rearranges them for each piece anew.
-int64_t LinearJob::piece_panels() const {
-  if (workers_ == 1) return target_panels_;
+// More than one row: `linear` rearranges them for each piece anew.
+Shares::Sizes LinearJob::piece_panels() const {
+  if (workers_ == 1) return {target_panels_, target_panels_};
   if (call_.rows == 1) {
-    return std::max<int64_t>(1, kWorkPerPiece / (kPanelRows * weights_.in_features));
+    const int64_t least = kWorkPerPiece / (kPanelRows * weights_.in_features);
+    return {std::max<int64_t>(1, least), std::max<int64_t>(1, target_panels_)};
   }
-  return ceil_div(target_panels_, workers_ * kPiecesPerThread);
+  const int64_t panels = ceil_div(target_panels_, workers_ * kPiecesPerThread);
+  return {panels, panels};
 }
 
 void LinearJob::take_scratch() {
-  const int64_t rows = call_.rows;
-  const int64_t blocks = ceil_div(weights_.in_features, kBlock);
-  const int64_t codes = call_.exact ? 0 : align(rows * blocks * kBlock);
-  const int64_t scales = call_.exact ? 0 : align(rows * blocks * 4);
-  const int64_t t = align(rows * call_.adapters->t_size() * 4);
-  const int64_t normed = call_.node.norm == nullptr ? 0 : align(rows * weights_.in_features * 4);
-  auto* bytes = static_cast<int8_t*>(scratch(ScratchUse::kCall, codes + 2 * scales + t + normed));
-  if (bytes == nullptr) throw std::bad_alloc();
-  codes_ = bytes;
-  scales_ = reinterpret_cast<float*>(bytes + codes);
-  sums_ = reinterpret_cast<int32_t*>(bytes + codes + scales);
-  t_ = reinterpret_cast<float*>(bytes + codes + 2 * scales);
-  normed_ = reinterpret_cast<float*>(bytes + codes + 2 * scales + t);
+  const bool taken = take_pieces(ScratchUse::kCall, [this](Pieces& pieces) {
+    if (call_.rows > 1) shared_ = place_prepared(pieces);
+    t_ = pieces.take<float>(call_.rows * call_.adapters->t_size());
+  });
+  if (!taken) throw std::bad_alloc();
+}
+
+bool LinearJob::take_worker(Worker* worker) const {
+  const bool swiglu = call_.node.activation == Activation::kSwiGlu;
+  const int64_t tile = tile_rows() * piece_panels().most * kPanelRows;
+  return take_pieces(ScratchUse::kWorker, [&](Pieces& pieces) {
+    worker->x = call_.rows > 1 ? shared_ : place_prepared(pieces);
+    worker->linear = pieces.take<char>(kernels::linear_scratch_bytes(weights_));
+    worker->gate = pieces.take<float>(swiglu ? 2 * tile : 0);
+  });
+}
+
+LinearJob::Prepared LinearJob::place_prepared(Pieces& pieces) const {
+  const int64_t rows = call_.rows, blocks = ceil_div(weights_.in_features, kBlock);
+  Prepared x{};
+  if (call_.node.norm != nullptr) x.normed = pieces.take<float>(rows * weights_.in_features);
+  if (call_.exact) return x;
+  x.codes = pieces.take<int8_t>(rows * blocks * kBlock);
+  x.scales = pieces.take<float>(rows * blocks);
+  x.sums = pieces.take<int32_t>(rows * blocks);
+  return x;
 }
 
 void LinearJob::run(Crews* crews) {
-  if (prepare_tickets_ == 0) prepare_rows(0, call_.rows);
-  prepared_.expect(prepare_tickets_);
-  downs_.expect(down_tickets_);
-  crews->run(workers_, prepare_tickets_ + down_tickets_ + workers_, *this);
+  crews->run(workers_, workers_, *this);
   if (out_of_memory_.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
 void LinearJob::operator()(int64_t ticket) {
-  if (ticket < prepare_tickets_) {
-    prepare_rows(group_begin(ticket), group_begin(ticket + 1));
-    return prepared_.finish_one();
+  Worker worker{};
+  if (!take_worker(&worker)) return out_of_memory_.store(true, std::memory_order_relaxed);
+  prepare(worker.x);
+  for (int64_t i; downs_.take(&i);) {
+    const int64_t group = i / weights_.slice_count;
+    down(worker, i % weights_.slice_count, group_begin(group), group_begin(group + 1));
+    downs_.finish_one();
   }
-  ticket -= prepare_tickets_;
-  if (ticket < down_tickets_) {
-    const int64_t group = ticket / weights_.slice_count;
-    prepared_.wait();
-    down(ticket % weights_.slice_count, group_begin(group), group_begin(group + 1));
-    return downs_.finish_one();
+  for (Shares::Piece piece; shares_.take(ticket, &piece);) panels(worker, piece);
+}
+
+void LinearJob::prepare(const Prepared& x) {
+  if (call_.rows == 1) return prepare_rows(x, 0, 1);
+  for (int64_t group; prepares_.take(&group);) {
+    prepare_rows(x, group_begin(group), group_begin(group + 1));
+    prepares_.finish_one();
   }
-  share_panels(ticket - down_tickets_);
+  prepares_.wait();
 }
 
 int64_t LinearJob::group_begin(int64_t group) const { return call_.rows * group / row_groups_; }
 
-const float* LinearJob::input_row(int64_t row) const {
-  return (call_.node.norm == nullptr ? call_.x : normed_) + row * weights_.in_features;
+const float* LinearJob::input_row(const Prepared& x, int64_t row) const {
+  return (call_.node.norm == nullptr ? call_.x : x.normed) + row * weights_.in_features;
 }
 
-void LinearJob::prepare_rows(int64_t begin, int64_t end) {
+void LinearJob::prepare_rows(const Prepared& x, int64_t begin, int64_t end) const {
   const int64_t k = weights_.in_features;
   const int64_t blocks = ceil_div(k, kBlock);
   for (int64_t m = begin; m < end; ++m) {
     if (call_.node.norm != nullptr) {
       call_.kernels->rms_norm(call_.x + m * k, call_.node.norm, k, call_.node.epsilon,
-                              normed_ + m * k);
+                              x.normed + m * k);
     }
     if (call_.exact) continue;
-    call_.kernels->quantize_activations(input_row(m), k, codes_ + m * blocks * kBlock,
-                                        scales_ + m * blocks, sums_ + m * blocks);
+    call_.kernels->quantize_activations(input_row(x, m), k, x.codes + m * blocks * kBlock,
+                                        x.scales + m * blocks, x.sums + m * blocks);
   }
 }
 
 // Neighbouring rows of one sequence have one adapter.
-void LinearJob::down(int64_t slice, int64_t row_begin, int64_t row_end) {
+void LinearJob::down(const Worker& worker, int64_t slice, int64_t row_begin,
+                     int64_t row_end) const {
   for (int64_t m = row_begin; m < row_end;) {
     const NodeAdapter* adapter = of_row(m);
     const int64_t next = (m / call_.sequence_length + 1) * call_.sequence_length;
     const int64_t end = std::min(row_end, next);
     if (adapter != nullptr) {
       for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
-        is_packed(branch) ? down_packed(branch, m, end) : down_branch(branch, m, end);
+        is_packed(branch) ? down_packed(worker, branch, m, end)
+                          : down_branch(worker.x, branch, m, end);
       }
     }
     m = end;
   }
 }
 
-void LinearJob::down_branch(const Branch& branch, int64_t row_begin, int64_t row_end) {
+void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
+                            int64_t row_end) const {
   for (int64_t m = row_begin; m < row_end; ++m) {
     call_.kernels->side_branch_down(branch.factors, weights_.in_features, branch.weight,
-                                    input_row(m), t_of(branch, m));
+                                    input_row(x, m), t_of(branch, m));
   }
 }
 
 // t = A·x of the rows, then each row's as int16 in its own place.
-void LinearJob::down_packed(const Branch& branch, int64_t row_begin, int64_t row_end) {
+void LinearJob::down_packed(const Worker& worker, const Branch& branch, int64_t row_begin,
+                            int64_t row_end) const {
   const kernels::PackedFactors& factors = *branch.packed;
-  void* worker = scratch(ScratchUse::kWorker, kernels::linear_scratch_bytes(factors.a));
-  if (worker == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
   float* t = t_of(branch, row_begin) + 1;
-  call_.kernels->linear(factors.a, quantized(row_begin, row_end), 0,
-                        ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(), worker);
+  call_.kernels->linear(factors.a, quantized(worker.x, row_begin, row_end), 0,
+                        ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(),
+                        worker.linear);
   for (int64_t m = row_begin; m < row_end; ++m) {
     float* scale = t_of(branch, m);
     *scale = branch.weight * quantize_t(scale + 1, factors.rank);
   }
 }
 
-kernels::Activations LinearJob::quantized(int64_t row_begin, int64_t row_end) const {
+kernels::Activations LinearJob::quantized(const Prepared& x, int64_t row_begin,
+                                          int64_t row_end) const {
   const int64_t block = row_begin * ceil_div(weights_.in_features, kBlock);
-  return {row_end - row_begin, codes_ + block * kBlock, scales_ + block, sums_ + block};
+  return {row_end - row_begin, x.codes + block * kBlock, x.scales + block, x.sums + block};
 }
 
-// Scratch of `linear`; with SwiGLU gate and up of a tile behind it.
-int64_t LinearJob::worker_bytes(int64_t panels) const {
-  const int64_t linear = align(kernels::linear_scratch_bytes(weights_));
-  const bool swiglu = call_.node.activation == Activation::kSwiGlu;
-  return linear + (swiglu ? 2 * 4 * tile_rows() * panels * kPanelRows : 0);
-}
-
-void LinearJob::share_panels(int64_t worker) {
-  void* memory = scratch(ScratchUse::kWorker, worker_bytes(piece_panels()));
-  if (memory == nullptr) return out_of_memory_.store(true, std::memory_order_relaxed);
-  prepared_.wait();
-  for (Shares::Piece piece; shares_.take(worker, &piece);) panels(piece, memory);
-}
-
-void LinearJob::panels(const Shares::Piece& piece, void* worker) {
+void LinearJob::panels(const Worker& worker, const Shares::Piece& piece) const {
   for (int64_t m = 0; m < call_.rows; m += kTileRows) {
     const Tile tile{m, std::min(call_.rows, m + kTileRows), piece.begin, piece.end};
     if (call_.node.activation == Activation::kSwiGlu) {
-      swiglu_tile(tile, worker);
+      swiglu_tile(worker, tile);
     } else {
-      plain_tile(tile, worker);
+      plain_tile(worker, tile);
     }
     if (call_.residual != nullptr) add_residual(tile);
   }
 }
 
-void LinearJob::plain_tile(const Tile& tile, void* worker) {
-  product(tile, {call_.y + tile.row_begin * columns(), columns()}, worker);
+void LinearJob::plain_tile(const Worker& worker, const Tile& tile) const {
+  product(worker, tile, {call_.y + tile.row_begin * columns(), columns()});
 }
 
 // gate is the first half of W's rows, up the second.
-void LinearJob::swiglu_tile(const Tile& tile, void* worker) {
+void LinearJob::swiglu_tile(const Worker& worker, const Tile& tile) const {
   const int64_t width = (tile.panel_end - tile.panel_begin) * kPanelRows;
-  auto* gate = reinterpret_cast<float*>(static_cast<char*>(worker) +
-                                        align(kernels::linear_scratch_bytes(weights_)));
-  float* up = gate + tile_rows() * width;
+  float* up = worker.gate + tile_rows() * width;
   const int64_t first = tile.panel_begin * kPanelRows;
-  product(tile, {gate - first, width}, worker);
+  product(worker, tile, {worker.gate - first, width});
   const Tile shifted{tile.row_begin, tile.row_end, target_panels_ + tile.panel_begin,
                      target_panels_ + tile.panel_end};
-  product(shifted, {up - first - columns(), width}, worker);
+  product(worker, shifted, {up - first - columns(), width});
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
     const int64_t row = (m - tile.row_begin) * width;
-    call_.kernels->swiglu(gate + row, up + row, width, call_.y + m * columns() + first);
+    call_.kernels->swiglu(worker.gate + row, up + row, width, call_.y + m * columns() + first);
   }
 }
 
-void LinearJob::product(const Tile& tile, const Target& target, void* worker) {
+void LinearJob::product(const Worker& worker, const Tile& tile, const Target& target) const {
   const int64_t rows = tile.row_end - tile.row_begin;
   if (call_.exact) {
-    call_.kernels->linear_float(weights_, input_row(tile.row_begin), rows, tile.panel_begin,
-                                tile.panel_end, target.y, target.stride, worker);
+    call_.kernels->linear_float(weights_, input_row(worker.x, tile.row_begin), rows,
+                                tile.panel_begin, tile.panel_end, target.y, target.stride,
+                                worker.linear);
   } else {
-    call_.kernels->linear(weights_, quantized(tile.row_begin, tile.row_end), tile.panel_begin,
-                          tile.panel_end, target.y, target.stride, worker);
+    call_.kernels->linear(weights_, quantized(worker.x, tile.row_begin, tile.row_end),
+                          tile.panel_begin, tile.panel_end, target.y, target.stride,
+                          worker.linear);
   }
   if (call_.adapters->t_size() > 0) {
     downs_.wait();
@@ -257,7 +257,7 @@ void LinearJob::product(const Tile& tile, const Target& target, void* worker) {
 }
 
 // The slices that the tile touches, each with its own panel numbers.
-void LinearJob::up(const Tile& tile, const Target& target) {
+void LinearJob::up(const Tile& tile, const Target& target) const {
   int64_t row = 0;  // first row of the slice; a multiple of 16 but for a slice alone
   for (int64_t slice = 0; slice < weights_.slice_count; ++slice) {
     const int64_t first = row / kPanelRows;
@@ -270,7 +270,7 @@ void LinearJob::up(const Tile& tile, const Target& target) {
 }
 
 void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
-                         const Target& target) {
+                         const Target& target) const {
   const int64_t first = slice_row / kPanelRows;
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
     const NodeAdapter* adapter = of_row(m);
@@ -290,7 +290,7 @@ void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
   }
 }
 
-void LinearJob::add_bias(const Tile& tile, const Target& target) {
+void LinearJob::add_bias(const Tile& tile, const Target& target) const {
   const int64_t from = tile.panel_begin * kPanelRows;
   const int64_t to = std::min(tile.panel_end * kPanelRows, weights_.out_features);
   for (int64_t m = 0; m < tile.row_end - tile.row_begin; ++m) {
@@ -299,7 +299,7 @@ void LinearJob::add_bias(const Tile& tile, const Target& target) {
   }
 }
 
-void LinearJob::add_residual(const Tile& tile) {
+void LinearJob::add_residual(const Tile& tile) const {
   const int64_t from = tile.panel_begin * kPanelRows;
   const int64_t to = std::min(tile.panel_end * kPanelRows, columns());
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {

@@ -1,4 +1,4 @@
-// One call of Linear, cut into tickets for the crew.
+// One call of Linear, shared among the workers of a crew.
 #pragma once
 
 #include <atomic>
@@ -6,6 +6,7 @@
 #include "kernels/kernels.h"
 #include "ops/crew.h"
 #include "ops/row_adapters.h"
+#include "ops/scratch.h"
 #include "ops/shares.h"
 
 namespace edgelora::ops {
@@ -36,13 +37,13 @@ struct LinearCall {
   int64_t threads;
 };
 
-// Tickets, in this order:
-//   prepare   a group of rows of x → normed float32, int8 codes
+// A ticket is a worker, who takes what is left of each step:
+//   prepare   a group of rows of x → normed float32, int8 codes. A row alone is prepared by each worker for
+//             itself: to hand it over would take longer
 //   down      t = weight · A·x for one slice and a group of rows
-//   panels    one for each worker: its share of the panels of y, piece by piece, for all rows, tile by tile:
-//             waits for prepare, W·x; waits for down, += B·t; += bias; SwiGLU; += residual
-// All in one parallel section: a second one would cost a decode step more than the side branch
-// itself.
+//   panels    pieces of the panels of y, for all rows, tile by tile: W·x; += B·t; += bias; SwiGLU; += residual
+// and waits between them for those who still work on theirs. All in one parallel section: a second one would
+// cost a decode step more than the side branch itself.
 class LinearJob {
  public:
   // Takes this thread's call scratch; throws std::bad_alloc.
@@ -54,6 +55,19 @@ class LinearJob {
   void operator()(int64_t ticket);  // what the crew calls
 
  private:
+  // x as the kernels read it.
+  struct Prepared {
+    float* normed;  // [M, K], if the node has a norm
+    int8_t* codes;  // [M, Kp]
+    float* scales;  // [M, Kp/32]
+    int32_t* sums;  // [M, Kp/32]
+  };
+  // What one thread has for itself.
+  struct Worker {
+    Prepared x;    // everybody's; of a row alone its own
+    void* linear;  // scratch of the kernel
+    float* gate;   // kSwiGlu: gate and up of a tile
+  };
   // Some rows, and panels of W that are computed together.
   struct Tile {
     int64_t row_begin, row_end;
@@ -65,51 +79,49 @@ class LinearJob {
     int64_t stride;  // floats
   };
 
-  void plan_tickets();
+  void plan();
   void take_scratch();
-  void prepare_rows(int64_t begin, int64_t end);
-  void down(int64_t slice, int64_t row_begin, int64_t row_end);
-  void down_branch(const Branch& branch, int64_t row_begin, int64_t row_end);
-  void down_packed(const Branch& branch, int64_t row_begin, int64_t row_end);
+  bool take_worker(Worker* worker) const;
+  Prepared place_prepared(Pieces& pieces) const;
+  void prepare(const Prepared& x);
+  void prepare_rows(const Prepared& x, int64_t begin, int64_t end) const;
+  void down(const Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;
+  void down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
+                   int64_t row_end) const;
+  void down_packed(const Worker& worker, const Branch& branch, int64_t row_begin,
+                   int64_t row_end) const;
   bool is_packed(const Branch& branch) const { return branch.packed != nullptr && !call_.exact; }
   float* t_of(const Branch& branch, int64_t row) const {
     return t_ + row * call_.adapters->t_size() + branch.offset;
   }
-  int64_t piece_panels() const;
-  void share_panels(int64_t worker);
-  void panels(const Shares::Piece& piece, void* worker);
-  void plain_tile(const Tile& tile, void* worker);
-  void swiglu_tile(const Tile& tile, void* worker);
-  void product(const Tile& tile, const Target& target, void* worker);
-  void up(const Tile& tile, const Target& target);
-  void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target);
-  void add_bias(const Tile& tile, const Target& target);
-  void add_residual(const Tile& tile);
-  kernels::Activations quantized(int64_t row_begin, int64_t row_end) const;
-  int64_t worker_bytes(int64_t panels) const;
+  Shares::Sizes piece_panels() const;
+  void panels(const Worker& worker, const Shares::Piece& piece) const;
+  void plain_tile(const Worker& worker, const Tile& tile) const;
+  void swiglu_tile(const Worker& worker, const Tile& tile) const;
+  void product(const Worker& worker, const Tile& tile, const Target& target) const;
+  void up(const Tile& tile, const Target& target) const;
+  void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target) const;
+  void add_bias(const Tile& tile, const Target& target) const;
+  void add_residual(const Tile& tile) const;
+  kernels::Activations quantized(const Prepared& x, int64_t row_begin, int64_t row_end) const;
   int64_t tile_rows() const;
   int64_t columns() const;  // of y
   int64_t group_begin(int64_t group) const;
-  const float* input_row(int64_t row) const;  // normed, if the node has a norm
+  const float* input_row(const Prepared& x, int64_t row) const;  // normed, if the node has a norm
   const NodeAdapter* of_row(int64_t row) const {
     return call_.adapters->of_sequence(row / call_.sequence_length);
   }
 
-  const LinearCall& call_;
-  const kernels::Weights& weights_;
+  const LinearCall call_;           // copies: what a helper reads first lies together,
+  const kernels::Weights weights_;  // and was not pushed out of the caches since the last token
   int64_t workers_ = 1;
   int64_t row_groups_ = 1;
-  int64_t prepare_tickets_ = 0;
-  int64_t down_tickets_ = 0;
   int64_t target_panels_ = 0;  // of y
-  float* normed_ = nullptr;    // [M, K]
-  int8_t* codes_ = nullptr;    // [M, Kp]
-  float* scales_ = nullptr;    // [M, Kp/32]
-  int32_t* sums_ = nullptr;    // [M, Kp/32]
+  Prepared shared_{};          // of several rows
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
-  Shares shares_;  // of the target panels
-  Stage prepared_;
-  Stage downs_;
+  Stage prepares_;             // row groups
+  Stage downs_;                // row groups × slices
+  Shares shares_;              // of the target panels
   std::atomic<bool> out_of_memory_{false};
 };
 

@@ -1,5 +1,7 @@
 #include "ops/linear_part.h"
 
+#include "ops/prefetch.h"
+
 #include <algorithm>
 
 namespace edgelora::ops {
@@ -76,6 +78,11 @@ std::vector<int64_t> LinearPart::slices() const {
 int64_t LinearPart::columns() const {
   const int64_t n = packed_.weights().out_features;
   return node_.activation == Activation::kSwiGlu ? n / 2 : n;
+}
+
+void LinearPart::prefetch() const {
+  ops::prefetch(this, sizeof(*this));
+  if (node_.norm != nullptr) ops::prefetch(node_.norm, in_features() * 4);
 }
 
 void LinearPart::run(const LinearRun& run) const {

@@ -31,6 +31,9 @@ class LinearPart {
   int64_t in_features() const { return packed_.weights().in_features; }
   int64_t columns() const;  // of y
 
+  // Asks for what a run of one row reads first.
+  void prefetch() const;
+
   // Throws Error or std::bad_alloc.
   void run(const LinearRun& run) const;
 

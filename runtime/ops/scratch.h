@@ -13,4 +13,34 @@ enum class ScratchUse { kLayer, kCall, kWorker };
 // same use. Null when out of memory.
 void* scratch(ScratchUse use, int64_t bytes) noexcept;
 
+// Hands out consecutive pieces of one allocation, each on a multiple of 64 bytes; counts only while it has none.
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t begin = bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + begin);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Scratch for what layout(Pieces&) takes; it is called to count and then to place. False when out of memory.
+template <typename Layout>
+bool take_pieces(ScratchUse use, Layout&& layout) {
+  Pieces counted(nullptr);
+  layout(counted);
+  void* memory = scratch(use, counted.bytes());
+  if (memory == nullptr) return false;
+  Pieces pieces(memory);
+  layout(pieces);
+  return true;
+}
+
 }  // namespace edgelora::ops

@@ -208,9 +208,9 @@ void test_a_fork_runs_without_its_helpers() {
 // A worker alone walks through his own run, then takes the others' from their ends.
 void test_pieces_are_one_stream_then_stolen() {
   ops::Shares shares;
-  shares.deal(20, 2, 4);
-  const std::vector<std::pair<int64_t, int64_t>> expected = {{10, 14}, {14, 18}, {18, 20},
-                                                             {6, 10},  {2, 6},   {0, 2}};
+  shares.deal(20, 2, {2, 4});
+  const std::vector<std::pair<int64_t, int64_t>> expected = {
+      {10, 14}, {14, 17}, {17, 19}, {19, 20}, {6, 10}, {3, 6}, {1, 3}, {0, 1}};
   std::vector<std::pair<int64_t, int64_t>> taken;
   for (ops::Shares::Piece piece; shares.take(1, &piece);) {
     taken.emplace_back(piece.begin, piece.end);
@@ -222,7 +222,7 @@ void test_pieces_are_one_stream_then_stolen() {
 void test_items_are_shared_out(int64_t items, int64_t workers, int64_t piece_items) {
   Crews crews(4, true);
   ops::Shares shares;
-  shares.deal(items, workers, piece_items);
+  shares.deal(items, workers, {1, piece_items});
   Counting counting(items);
   auto work = [&](int64_t worker) {
     for (ops::Shares::Piece piece; shares.take(worker, &piece);) {
