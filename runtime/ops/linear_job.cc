@@ -18,10 +18,15 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 constexpr int64_t kWorkPerThread = 32 * 1024;
 // Pieces a thread gets of many rows: evens out a thread that is late or slow.
 constexpr int64_t kPiecesPerThread = 4;
+// Rows from which on each thread takes rows of its own, for all panels: what passes from step to step stays
+// in its cache.
+constexpr int64_t kRowsPerPart = 24;
+// Values of y of a piece: gate and up of so many stay in the cache.
+constexpr int64_t kPieceValues = 128 * 1024;
 // Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
 constexpr int64_t kWorkPerPiece = 32 * 1024;
 // Rows that pass through all steps together: what SwiGLU reads is still in the cache.
-constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileRows = 48;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -59,7 +64,9 @@ int64_t LinearJob::columns() const {
                                                       : weights_.out_features;
 }
 
-int64_t LinearJob::tile_rows() const { return std::min(kTileRows, call_.rows); }
+int64_t LinearJob::tile_rows() const {
+  return std::min(kTileRows, ceil_div(call_.rows, row_parts_));
+}
 
 void LinearJob::plan() {
   const double work = static_cast<double>(call_.panels * kPanelRows * weights_.in_features) *
@@ -70,21 +77,24 @@ void LinearJob::plan() {
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
   workers_ = std::min(workers_, target_panels_);
-  shares_.deal(target_panels_, workers_, piece_panels());
+  row_parts_ = std::clamp<int64_t>(call_.rows / kRowsPerPart, 1, workers_);
+  shares_.deal(row_parts_ * target_panels_, workers_, piece_panels());
   row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kPiecesPerThread : 1);
-  prepares_.expect(call_.rows == 1 ? 0 : row_groups_);
+  groups_.deal(call_.rows == 1 ? 0 : row_groups_, workers_, {1, 1});
+  prepared_.expect(call_.rows == 1 ? 0 : row_groups_);
   downs_.expect(call_.adapters->t_size() > 0 ? row_groups_ * weights_.slice_count : 0);
 }
 
 // More than one row: `linear` rearranges them for each piece anew.
 Shares::Sizes LinearJob::piece_panels() const {
-  if (workers_ == 1) return {target_panels_, target_panels_};
+  if (workers_ == 1 && call_.rows == 1) return {target_panels_, target_panels_};
   if (call_.rows == 1) {
     const int64_t least = kWorkPerPiece / (kPanelRows * weights_.in_features);
     return {std::max<int64_t>(1, least), std::max<int64_t>(1, target_panels_)};
   }
-  const int64_t panels = ceil_div(target_panels_, workers_ * kPiecesPerThread);
-  return {panels, panels};
+  const int64_t panels = ceil_div(row_parts_ * target_panels_, workers_);
+  const int64_t most = ceil_div(kPieceValues, tile_rows() * kPanelRows);
+  return {ceil_div(panels, 2 * kPiecesPerThread), most};
 }
 
 void LinearJob::take_scratch() {
@@ -124,22 +134,24 @@ void LinearJob::run(Crews* crews) {
 void LinearJob::operator()(int64_t ticket) {
   Worker worker{};
   if (!take_worker(&worker)) return out_of_memory_.store(true, std::memory_order_relaxed);
-  prepare(worker.x);
+  prepare(ticket, worker.x);
   for (int64_t i; downs_.take(&i);) {
     const int64_t group = i / weights_.slice_count;
     down(worker, i % weights_.slice_count, group_begin(group), group_begin(group + 1));
     downs_.finish_one();
   }
-  for (Shares::Piece piece; shares_.take(ticket, &piece);) panels(worker, piece);
+  for (Shares::Piece piece; shares_.take(ticket, &piece);) {
+    while (piece.begin < piece.end) piece.begin = panels_of_part(worker, piece);
+  }
 }
 
-void LinearJob::prepare(const Prepared& x) {
+void LinearJob::prepare(int64_t ticket, const Prepared& x) {
   if (call_.rows == 1) return prepare_rows(x, 0, 1);
-  for (int64_t group; prepares_.take(&group);) {
-    prepare_rows(x, group_begin(group), group_begin(group + 1));
-    prepares_.finish_one();
+  for (Shares::Piece group; groups_.take(ticket, &group);) {
+    prepare_rows(x, group_begin(group.begin), group_begin(group.end));
+    prepared_.finish_one();
   }
-  prepares_.wait();
+  prepared_.wait();
 }
 
 int64_t LinearJob::group_begin(int64_t group) const { return call_.rows * group / row_groups_; }
@@ -207,9 +219,19 @@ kernels::Activations LinearJob::quantized(const Prepared& x, int64_t row_begin,
   return {row_end - row_begin, x.codes + block * kBlock, x.scales + block, x.sums + block};
 }
 
-void LinearJob::panels(const Worker& worker, const Shares::Piece& piece) const {
-  for (int64_t m = 0; m < call_.rows; m += kTileRows) {
-    const Tile tile{m, std::min(call_.rows, m + kTileRows), piece.begin, piece.end};
+// Items are the panels of the first part of the rows, those of the second…; returns the first item of
+// another part.
+int64_t LinearJob::panels_of_part(const Worker& worker, const Shares::Piece& items) const {
+  const int64_t part = items.begin / target_panels_, first = part * target_panels_;
+  const int64_t end = std::min(items.end, first + target_panels_);
+  panels(worker, {call_.rows * part / row_parts_, call_.rows * (part + 1) / row_parts_,
+                  items.begin - first, end - first});
+  return end;
+}
+
+void LinearJob::panels(const Worker& worker, const Tile& all) const {
+  for (int64_t m = all.row_begin; m < all.row_end; m += kTileRows) {
+    const Tile tile{m, std::min(all.row_end, m + kTileRows), all.panel_begin, all.panel_end};
     if (call_.node.activation == Activation::kSwiGlu) {
       swiglu_tile(worker, tile);
     } else {

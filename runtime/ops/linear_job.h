@@ -83,7 +83,7 @@ class LinearJob {
   void take_scratch();
   bool take_worker(Worker* worker) const;
   Prepared place_prepared(Pieces& pieces) const;
-  void prepare(const Prepared& x);
+  void prepare(int64_t ticket, const Prepared& x);
   void prepare_rows(const Prepared& x, int64_t begin, int64_t end) const;
   void down(const Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;
   void down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
@@ -95,7 +95,8 @@ class LinearJob {
     return t_ + row * call_.adapters->t_size() + branch.offset;
   }
   Shares::Sizes piece_panels() const;
-  void panels(const Worker& worker, const Shares::Piece& piece) const;
+  int64_t panels_of_part(const Worker& worker, const Shares::Piece& items) const;
+  void panels(const Worker& worker, const Tile& all) const;
   void plain_tile(const Worker& worker, const Tile& tile) const;
   void swiglu_tile(const Worker& worker, const Tile& tile) const;
   void product(const Worker& worker, const Tile& tile, const Target& target) const;
@@ -116,12 +117,14 @@ class LinearJob {
   const kernels::Weights weights_;  // and was not pushed out of the caches since the last token
   int64_t workers_ = 1;
   int64_t row_groups_ = 1;
+  int64_t row_parts_ = 1;
   int64_t target_panels_ = 0;  // of y
   Prepared shared_{};          // of several rows
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
-  Stage prepares_;             // row groups
+  Shares groups_;              // of rows, to prepare
+  Stage prepared_;
   Stage downs_;                // row groups × slices
-  Shares shares_;              // of the target panels
+  Shares shares_;              // of the target panels of each part of the rows
   std::atomic<bool> out_of_memory_{false};
 };
 
