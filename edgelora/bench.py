@@ -61,8 +61,9 @@ def bench(
         for name in loaded:
             model.adapter_handle(name)
         prompt = [(7 * i + 11) % model.info.vocab_size for i in range(prompt_tokens)]
-        _run(model, adapter, prompt[:WARM_UP], new_tokens=1)
-        runs = [_run(model, adapter, prompt, new_tokens) for _ in range(repeats)]
+        with model.session(adapter=adapter) as session:
+            _run(session, prompt[:WARM_UP], new_tokens=1)
+            runs = [_run(session, prompt, new_tokens) for _ in range(repeats)]
         prefill, first, rate = (statistics.median(run[i] for run in runs) for i in range(3))
         return BenchResult(
             prefill_tokens_per_second=prompt_tokens / prefill,
@@ -90,18 +91,16 @@ def _check_length(bundle: Path, model: Model, prompt_tokens: int, new_tokens: in
         )
 
 
-def _run(
-    model: Model, adapter: Adapter, prompt: list[int], new_tokens: int
-) -> tuple[float, float, float]:
+def _run(session: Session, prompt: list[int], new_tokens: int) -> tuple[float, float, float]:
     """Seconds of prefill, seconds until the first token, tokens a second of decode."""
-    with model.session(adapter=adapter) as session:
-        started = time.perf_counter()
-        session.prefill(prompt)
-        prefill = time.perf_counter() - started
-        session.decode(1, ignore_eos=True)
-        first = time.perf_counter() - started
-        produced = len(session.decode(new_tokens, ignore_eos=True))
-        return prefill, first, produced / (time.perf_counter() - started - first)
+    session.rewind(0)
+    started = time.perf_counter()
+    session.prefill(prompt)
+    prefill = time.perf_counter() - started
+    session.decode(1, ignore_eos=True)
+    first = time.perf_counter() - started
+    produced = len(session.decode(new_tokens, ignore_eos=True))
+    return prefill, first, produced / (time.perf_counter() - started - first)
 
 
 def _switch_us(model: Model) -> float:

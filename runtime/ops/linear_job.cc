@@ -16,17 +16,17 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 32 * 1024;
-// Pieces a thread gets of many rows: evens out a thread that is late or slow.
-constexpr int64_t kPiecesPerThread = 4;
-// Rows from which on each thread takes rows of its own, for all panels: what passes from step to step stays
-// in its cache.
-constexpr int64_t kRowsPerPart = 24;
-// Values of y of a piece: gate and up of so many stay in the cache.
-constexpr int64_t kPieceValues = 128 * 1024;
+// Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or slow.
+constexpr int64_t kGroupsPerThread = 4;
+// Rows of a strip: what the kernels rearrange at once; and fewer, if only so a thread has one of its own.
+constexpr int64_t kStripRows = 32;
+constexpr int64_t kFewestStripRows = 24;
+// Values of y of a tile with SwiGLU: its gate and up are read from the cache.
+constexpr int64_t kTileValues = 64 * 1024;
+// The smallest piece is this share of a thread's panels, of many rows.
+constexpr int64_t kSmallestShare = 8;
 // Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
 constexpr int64_t kWorkPerPiece = 32 * 1024;
-// Rows that pass through all steps together: what SwiGLU reads is still in the cache.
-constexpr int64_t kTileRows = 48;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,10 +64,6 @@ int64_t LinearJob::columns() const {
                                                       : weights_.out_features;
 }
 
-int64_t LinearJob::tile_rows() const {
-  return std::min(kTileRows, ceil_div(call_.rows, row_parts_));
-}
-
 void LinearJob::plan() {
   const double work = static_cast<double>(call_.panels * kPanelRows * weights_.in_features) *
                       static_cast<double>(call_.rows);  // may exceed int64 for absurd shapes
@@ -77,24 +73,30 @@ void LinearJob::plan() {
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
   workers_ = std::min(workers_, target_panels_);
-  row_parts_ = std::clamp<int64_t>(call_.rows / kRowsPerPart, 1, workers_);
-  shares_.deal(row_parts_ * target_panels_, workers_, piece_panels());
-  row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kPiecesPerThread : 1);
+  strips_ = std::clamp<int64_t>(call_.rows / kFewestStripRows, 1,
+                                ceil_div(ceil_div(call_.rows, kStripRows), workers_) * workers_);
+  shares_.deal(strips_ * target_panels_, workers_, piece_panels());
+  row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kGroupsPerThread : 1);
   groups_.deal(call_.rows == 1 ? 0 : row_groups_, workers_, {1, 1});
   prepared_.expect(call_.rows == 1 ? 0 : row_groups_);
   downs_.expect(call_.adapters->t_size() > 0 ? row_groups_ * weights_.slice_count : 0);
 }
 
-// More than one row: `linear` rearranges them for each piece anew.
+// Several rows are rearranged anew for each piece.
 Shares::Sizes LinearJob::piece_panels() const {
-  if (workers_ == 1 && call_.rows == 1) return {target_panels_, target_panels_};
-  if (call_.rows == 1) {
-    const int64_t least = kWorkPerPiece / (kPanelRows * weights_.in_features);
-    return {std::max<int64_t>(1, least), std::max<int64_t>(1, target_panels_)};
-  }
-  const int64_t panels = ceil_div(row_parts_ * target_panels_, workers_);
-  const int64_t most = ceil_div(kPieceValues, tile_rows() * kPanelRows);
-  return {ceil_div(panels, 2 * kPiecesPerThread), most};
+  const int64_t all = std::max<int64_t>(1, strips_ * target_panels_);
+  if (workers_ == 1) return {all, all};
+  const int64_t least = call_.rows == 1
+                            ? kWorkPerPiece / (kPanelRows * weights_.in_features)
+                            : ceil_div(all, workers_ * kSmallestShare);
+  return {std::max<int64_t>(1, least), all};
+}
+
+int64_t LinearJob::strip_begin(int64_t strip) const { return call_.rows * strip / strips_; }
+
+int64_t LinearJob::tile_panels() const {
+  if (call_.node.activation != Activation::kSwiGlu) return target_panels_;
+  return std::min(target_panels_, kTileValues / (ceil_div(call_.rows, strips_) * kPanelRows));
 }
 
 void LinearJob::take_scratch() {
@@ -107,7 +109,7 @@ void LinearJob::take_scratch() {
 
 bool LinearJob::take_worker(Worker* worker) const {
   const bool swiglu = call_.node.activation == Activation::kSwiGlu;
-  const int64_t tile = tile_rows() * piece_panels().most * kPanelRows;
+  const int64_t tile = ceil_div(call_.rows, strips_) * tile_panels() * kPanelRows;
   return take_pieces(ScratchUse::kWorker, [&](Pieces& pieces) {
     worker->x = call_.rows > 1 ? shared_ : place_prepared(pieces);
     worker->linear = pieces.take<char>(kernels::linear_scratch_bytes(weights_));
@@ -141,7 +143,11 @@ void LinearJob::operator()(int64_t ticket) {
     downs_.finish_one();
   }
   for (Shares::Piece piece; shares_.take(ticket, &piece);) {
-    while (piece.begin < piece.end) piece.begin = panels_of_part(worker, piece);
+    while (piece.begin < piece.end) {
+      const Tile tile = first_tile(piece);
+      compute(worker, tile);
+      piece.begin += tile.panel_end - tile.panel_begin;
+    }
   }
 }
 
@@ -219,26 +225,20 @@ kernels::Activations LinearJob::quantized(const Prepared& x, int64_t row_begin,
   return {row_end - row_begin, x.codes + block * kBlock, x.scales + block, x.sums + block};
 }
 
-// Items are the panels of the first part of the rows, those of the second…; returns the first item of
-// another part.
-int64_t LinearJob::panels_of_part(const Worker& worker, const Shares::Piece& items) const {
-  const int64_t part = items.begin / target_panels_, first = part * target_panels_;
-  const int64_t end = std::min(items.end, first + target_panels_);
-  panels(worker, {call_.rows * part / row_parts_, call_.rows * (part + 1) / row_parts_,
-                  items.begin - first, end - first});
-  return end;
+// Items are the panels of the first strip, of the second…
+LinearJob::Tile LinearJob::first_tile(const Shares::Piece& items) const {
+  const int64_t strip = items.begin / target_panels_, first = strip * target_panels_;
+  const int64_t end = std::min({items.end, first + target_panels_, items.begin + tile_panels()});
+  return {strip_begin(strip), strip_begin(strip + 1), items.begin - first, end - first};
 }
 
-void LinearJob::panels(const Worker& worker, const Tile& all) const {
-  for (int64_t m = all.row_begin; m < all.row_end; m += kTileRows) {
-    const Tile tile{m, std::min(all.row_end, m + kTileRows), all.panel_begin, all.panel_end};
-    if (call_.node.activation == Activation::kSwiGlu) {
-      swiglu_tile(worker, tile);
-    } else {
-      plain_tile(worker, tile);
-    }
-    if (call_.residual != nullptr) add_residual(tile);
+void LinearJob::compute(const Worker& worker, const Tile& tile) const {
+  if (call_.node.activation == Activation::kSwiGlu) {
+    swiglu_tile(worker, tile);
+  } else {
+    plain_tile(worker, tile);
   }
+  if (call_.residual != nullptr) add_residual(tile);
 }
 
 void LinearJob::plain_tile(const Worker& worker, const Tile& tile) const {
@@ -248,7 +248,7 @@ void LinearJob::plain_tile(const Worker& worker, const Tile& tile) const {
 // gate is the first half of W's rows, up the second.
 void LinearJob::swiglu_tile(const Worker& worker, const Tile& tile) const {
   const int64_t width = (tile.panel_end - tile.panel_begin) * kPanelRows;
-  float* up = worker.gate + tile_rows() * width;
+  float* up = worker.gate + (tile.row_end - tile.row_begin) * width;
   const int64_t first = tile.panel_begin * kPanelRows;
   product(worker, tile, {worker.gate - first, width});
   const Tile shifted{tile.row_begin, tile.row_end, target_panels_ + tile.panel_begin,

@@ -41,7 +41,7 @@ struct LinearCall {
 //   prepare   a group of rows of x → normed float32, int8 codes. A row alone is prepared by each worker for
 //             itself: to hand it over would take longer
 //   down      t = weight · A·x for one slice and a group of rows
-//   panels    pieces of the panels of y, for all rows, tile by tile: W·x; += B·t; += bias; SwiGLU; += residual
+//   panels    pieces of the panels of y, of a strip of the rows and then of the next: W·x; += B·t; += bias; SwiGLU; += residual
 // and waits between them for those who still work on theirs. All in one parallel section: a second one would
 // cost a decode step more than the side branch itself.
 class LinearJob {
@@ -68,7 +68,7 @@ class LinearJob {
     void* linear;  // scratch of the kernel
     float* gate;   // kSwiGlu: gate and up of a tile
   };
-  // Some rows, and panels of W that are computed together.
+  // Rows of one strip, and panels of W that are computed together.
   struct Tile {
     int64_t row_begin, row_end;
     int64_t panel_begin, panel_end;
@@ -95,8 +95,8 @@ class LinearJob {
     return t_ + row * call_.adapters->t_size() + branch.offset;
   }
   Shares::Sizes piece_panels() const;
-  int64_t panels_of_part(const Worker& worker, const Shares::Piece& items) const;
-  void panels(const Worker& worker, const Tile& all) const;
+  Tile first_tile(const Shares::Piece& items) const;
+  void compute(const Worker& worker, const Tile& tile) const;
   void plain_tile(const Worker& worker, const Tile& tile) const;
   void swiglu_tile(const Worker& worker, const Tile& tile) const;
   void product(const Worker& worker, const Tile& tile, const Target& target) const;
@@ -105,7 +105,8 @@ class LinearJob {
   void add_bias(const Tile& tile, const Target& target) const;
   void add_residual(const Tile& tile) const;
   kernels::Activations quantized(const Prepared& x, int64_t row_begin, int64_t row_end) const;
-  int64_t tile_rows() const;
+  int64_t strip_begin(int64_t strip) const;
+  int64_t tile_panels() const;
   int64_t columns() const;  // of y
   int64_t group_begin(int64_t group) const;
   const float* input_row(const Prepared& x, int64_t row) const;  // normed, if the node has a norm
@@ -117,14 +118,14 @@ class LinearJob {
   const kernels::Weights weights_;  // and was not pushed out of the caches since the last token
   int64_t workers_ = 1;
   int64_t row_groups_ = 1;
-  int64_t row_parts_ = 1;
+  int64_t strips_ = 1;
   int64_t target_panels_ = 0;  // of y
   Prepared shared_{};          // of several rows
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
   Shares groups_;              // of rows, to prepare
   Stage prepared_;
   Stage downs_;                // row groups × slices
-  Shares shares_;              // of the target panels of each part of the rows
+  Shares shares_;              // the target panels of each strip
   std::atomic<bool> out_of_memory_{false};
 };
 
