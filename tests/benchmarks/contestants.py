@@ -82,6 +82,7 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
     folder = peers.model(model)
     for name in ("int4", "nf4"):
         yield edgelora(f"{OURS} {name}", folder / f"edgelora-{name}")
+    yield edgelora(f"{OURS_INT4}, block 128", folder / "edgelora-int4-128")
     yield edgelora(f"{OURS_INT4}, balanced", folder / "edgelora-balanced")
     yield edgelora(f"{OURS_INT4}, balanced, block 128", folder / "edgelora-balanced-128")
     yield edgelora(f"{OURS_INT4}, rank 16 merged", folder / "edgelora-merged")

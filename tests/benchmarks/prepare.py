@@ -79,6 +79,7 @@ def bundles(peers: Peers, model: str) -> Iterator[Step]:
     merged = {"rank16": adapters["rank16"]}
     kinds: dict[str, Sequence[object]] = {
         "int4": ("--format", "int4"),
+        "int4-128": ("--format", "int4", "--block-size", "128"),
         "nf4": ("--format", "nf4"),
         "merged": ("--format", "int4", "--mode", "merge", *_named(merged)),
         "adapters": ("--format", "int4", *_named(adapters)),
