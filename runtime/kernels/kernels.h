@@ -65,6 +65,13 @@ struct PackedFactors {
   const uint8_t* b;
 };
 
+// A·x of some rows of x, each row a float32 scale and behind it int16 [2·⌈rank/2⌉], a surplus one is 0.
+struct PackedT {
+  int64_t rows;
+  const float* data;  // row m at data + m · stride
+  int64_t stride;     // floats
+};
+
 inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32767
 
 // The functions of one ISA.
@@ -99,10 +106,11 @@ struct KernelTable {
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
 
-  // As side_branch_up, of int8 b: y[16p + i] += t_scale · b_scale · Σ_r b[p, r, i] · t[r], the sum
-  // an exact integer. t [2·⌈rank/2⌉], a surplus one is 0.
-  void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features, const int16_t* t,
-                              float t_scale, int64_t panel_begin, int64_t panel_end, float* y);
+  // As side_branch_up, of int8 b and several rows: y[m, 16p + i] += t_scale[m] · b_scale[16p + i] ·
+  // Σ_r b[p, r, i] · t[m, r], the sum an exact integer. y has row stride y_stride (floats).
+  void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features,
+                              const PackedT& t, int64_t panel_begin, int64_t panel_end, float* y,
+                              int64_t y_stride);
 
   // One row of W as float32 [K] (embedding lookup).
   void (*dequantize_row)(const Weights& weights, int64_t row, float* out);

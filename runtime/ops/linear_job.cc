@@ -180,21 +180,26 @@ void LinearJob::prepare_rows(const Prepared& x, int64_t begin, int64_t end) cons
   }
 }
 
-// Neighbouring rows of one sequence have one adapter.
-void LinearJob::down(const Worker& worker, int64_t slice, int64_t row_begin,
-                     int64_t row_end) const {
+// Neighbouring rows of one sequence have one adapter: body(adapter, their begin, their end).
+template <typename Body>
+void LinearJob::for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const {
   for (int64_t m = row_begin; m < row_end;) {
     const NodeAdapter* adapter = of_row(m);
     const int64_t next = (m / call_.sequence_length + 1) * call_.sequence_length;
     const int64_t end = std::min(row_end, next);
-    if (adapter != nullptr) {
-      for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
-        is_packed(branch) ? down_packed(worker, branch, m, end)
-                          : down_branch(worker.x, branch, m, end);
-      }
-    }
+    if (adapter != nullptr) body(*adapter, m, end);
     m = end;
   }
+}
+
+void LinearJob::down(const Worker& worker, int64_t slice, int64_t row_begin,
+                     int64_t row_end) const {
+  for_each_adapter(row_begin, row_end, [&](const NodeAdapter& adapter, int64_t begin, int64_t end) {
+    for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
+      is_packed(branch) ? down_packed(worker, branch, begin, end)
+                        : down_branch(worker.x, branch, begin, end);
+    }
+  });
 }
 
 void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
@@ -294,21 +299,29 @@ void LinearJob::up(const Tile& tile, const Target& target) const {
 void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
                          const Target& target) const {
   const int64_t first = slice_row / kPanelRows;
-  for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
-    const NodeAdapter* adapter = of_row(m);
-    if (adapter == nullptr) continue;
-    float* y = target.y + (m - tile.row_begin) * target.stride + slice_row;
-    for (const Branch& branch : adapter->slices[static_cast<size_t>(slice)]) {
-      const float* t = t_of(branch, m);
-      if (is_packed(branch)) {
-        const auto* codes = reinterpret_cast<const int16_t*>(t + 1);
-        call_.kernels->side_branch_up_int8(*branch.packed, weights_.slices[slice], codes, *t,
-                                           tile.panel_begin - first, tile.panel_end - first, y);
-      } else {
-        call_.kernels->side_branch_up(branch.factors, weights_.slices[slice], t,
-                                      tile.panel_begin - first, tile.panel_end - first, y);
-      }
+  for_each_adapter(tile.row_begin, tile.row_end, [&](const NodeAdapter& adapter, int64_t begin,
+                                                     int64_t end) {
+    float* y = target.y + (begin - tile.row_begin) * target.stride + slice_row;
+    for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
+      up_branch(branch, weights_.slices[slice],
+                {begin, end, tile.panel_begin - first, tile.panel_end - first},
+                {y, target.stride});
     }
+  });
+}
+
+void LinearJob::up_branch(const Branch& branch, int64_t out_features, const Tile& tile,
+                          const Target& target) const {
+  const float* t = t_of(branch, tile.row_begin);
+  const int64_t rows = tile.row_end - tile.row_begin, stride = call_.adapters->t_size();
+  if (is_packed(branch)) {
+    return call_.kernels->side_branch_up_int8(*branch.packed, out_features, {rows, t, stride},
+                                              tile.panel_begin, tile.panel_end, target.y,
+                                              target.stride);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    call_.kernels->side_branch_up(branch.factors, out_features, t + m * stride, tile.panel_begin,
+                                  tile.panel_end, target.y + m * target.stride);
   }
 }
 

@@ -85,6 +85,8 @@ class LinearJob {
   Prepared place_prepared(Pieces& pieces) const;
   void prepare(int64_t ticket, const Prepared& x);
   void prepare_rows(const Prepared& x, int64_t begin, int64_t end) const;
+  template <typename Body>
+  void for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const;
   void down(const Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;
   void down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
                    int64_t row_end) const;
@@ -102,6 +104,8 @@ class LinearJob {
   void product(const Worker& worker, const Tile& tile, const Target& target) const;
   void up(const Tile& tile, const Target& target) const;
   void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target) const;
+  void up_branch(const Branch& branch, int64_t out_features, const Tile& tile,
+                 const Target& target) const;
   void add_bias(const Tile& tile, const Target& target) const;
   void add_residual(const Tile& tile) const;
   kernels::Activations quantized(const Prepared& x, int64_t row_begin, int64_t row_end) const;

@@ -17,6 +17,7 @@
 #define avx512_vnni avx512_vnni_emulated
 #include "kernels/avx512_vnni/elementwise.cc"
 #include "kernels/avx512_vnni/linear.cc"
+#include "kernels/avx512_vnni/side_branch_int8.cc"
 #include "kernels/avx512_vnni/table.cc"
 
 #define amx_bf16 amx_bf16_emulated

@@ -1,4 +1,5 @@
-// side_branch_up_int8 against its formula; the sum of integers is exact, two roundings and a sum follow.
+// side_branch_up_int8 against its formula, of one row and several; the sum of integers is exact, two
+// roundings and a sum follow.
 #include <cmath>
 #include <cstring>
 
@@ -11,17 +12,18 @@ namespace {
 
 constexpr double kEpsilon = 0x1p-24;
 
-// One matrix of random codes, the largest among them where `saturated`.
+// One matrix of random codes, the largest among them where `saturated`, and `rows` rows of t.
 class Case {
  public:
-  Case(int64_t rank, int64_t out_features, bool saturated)
+  Case(int64_t rank, int64_t out_features, int64_t rows, bool saturated)
       : rank_(rank),
         n_(out_features),
+        rows_(rows),
         pairs_((rank + 1) / 2),
         panels_((out_features + 15) / 16),
         b_(static_cast<size_t>(panels_ * 32 * (1 + pairs_)), rank % 3 == 0 ? 1 : 0),
-        t_(static_cast<size_t>(4 * pairs_)),
-        y_(static_cast<size_t>(4 * out_features)) {
+        t_(static_cast<size_t>(4 * rows * (1 + pairs_))),
+        y_(static_cast<size_t>(4 * rows * out_features)) {
     Random random(static_cast<uint64_t>(rank * 4096 + out_features));
     for (int64_t p = 0; p < panels_; ++p) {
       for (int64_t i = 0; i < 16; ++i) {
@@ -33,34 +35,31 @@ class Case {
         panel(p)[32 + i] = static_cast<uint8_t>(static_cast<int8_t>(code));
       }
     }
-    for (int64_t r = 0; r < 2 * pairs_; ++r) {
-      const int code = saturated ? 32767 : random.between(-32767, 32767);
-      t_.as<int16_t>()[r] = static_cast<int16_t>(r < rank ? code : 0);
-    }
-    for (int64_t n = 0; n < n_; ++n) y_.as<float>()[n] = 100.0f * random.symmetric();
+    for (int64_t m = 0; m < rows_; ++m) fill_t(random, m, saturated);
+    for (int64_t i = 0; i < rows_ * n_; ++i) y_.as<float>()[i] = 100.0f * random.symmetric();
   }
 
   void check(const TestedIsa& isa) {
-    constexpr float kTScale = -3.5e-5f;
-    std::vector<double> before(y_.as<float>(), y_.as<float>() + n_);
+    std::vector<double> before(y_.as<float>(), y_.as<float>() + rows_ * n_);
     PackedFactors factors{};
     factors.rank = rank_;
     factors.b = b_.as<uint8_t>();
+    const PackedT t{rows_, t_.as<float>(), 1 + pairs_};
     const int64_t middle = panels_ / 2;
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, panels_}}) {
-      isa.table->side_branch_up_int8(factors, n_, t_.as<int16_t>(), kTScale, begin, end,
-                                     y_.as<float>());
+      isa.table->side_branch_up_int8(factors, n_, t, begin, end, y_.as<float>(), n_);
     }
-    for (int64_t n = 0; n < n_; ++n) {
-      const double added = double{kTScale} * scale(n) * static_cast<double>(sum(n));
-      const double expected = before[static_cast<size_t>(n)] + added;
+    for (int64_t i = 0; i < rows_ * n_; ++i) {
+      const int64_t m = i / n_, n = i % n_;
+      const double added = double{t_of(m)[0]} * scale(n) * static_cast<double>(sum(m, n));
+      const double expected = before[static_cast<size_t>(i)] + added;
       // The integer as a float, two products, the sum.
       const double tolerance = kEpsilon * (4.0 * std::fabs(added) + std::fabs(expected));
-      const auto found = static_cast<double>(y_.as<float>()[n]);
+      const auto found = static_cast<double>(y_.as<float>()[i]);
       KERNELS_CHECK(std::fabs(found - expected) <= tolerance,
-                    "%s rank %lld N %lld: y[%lld] %.9g, not %.9g", isa.name.c_str(),
+                    "%s rank %lld N %lld: y[%lld, %lld] %.9g, not %.9g", isa.name.c_str(),
                     static_cast<long long>(rank_), static_cast<long long>(n_),
-                    static_cast<long long>(n), found, expected);
+                    static_cast<long long>(m), static_cast<long long>(n), found, expected);
     }
   }
 
@@ -71,16 +70,27 @@ class Case {
     return static_cast<double>(half_to_float(load_u16(panel(n / 16), n % 16)));
   }
 
-  int64_t sum(int64_t n) {
+  float* t_of(int64_t m) { return t_.as<float>() + m * (1 + pairs_); }
+  int16_t* codes(int64_t m) { return reinterpret_cast<int16_t*>(t_of(m) + 1); }
+
+  void fill_t(Random& random, int64_t m, bool saturated) {
+    t_of(m)[0] = -3.5e-5f * (1.0f + random.unit());
+    for (int64_t r = 0; r < 2 * pairs_; ++r) {
+      const int code = saturated ? 32767 : random.between(-32767, 32767);
+      codes(m)[r] = static_cast<int16_t>(r < rank_ ? code : 0);
+    }
+  }
+
+  int64_t sum(int64_t m, int64_t n) {
     int64_t sum = 0;
     for (int64_t r = 0; r < rank_; ++r) {
       const auto b = static_cast<int8_t>(panel(n / 16)[32 + r / 2 * 32 + n % 16 * 2 + r % 2]);
-      sum += int64_t{b} * t_.as<int16_t>()[r];
+      sum += int64_t{b} * codes(m)[r];
     }
     return sum;
   }
 
-  int64_t rank_, n_, pairs_, panels_;
+  int64_t rank_, n_, rows_, pairs_, panels_;
   GuardedBytes b_, t_, y_;
 };
 
@@ -90,7 +100,9 @@ void test_packed_factors(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
     for (int64_t rank : {1, 2, 3, 7, 8, 9, 16, 33, 64, 512}) {
       for (int64_t out_features : {1, 15, 16, 17, 31, 32, 33, 64, 80, 577}) {
-        for (bool saturated : {false, true}) Case(rank, out_features, saturated).check(isa);
+        for (int64_t rows : {1, 3, 4, 13}) {
+          for (bool saturated : {false, true}) Case(rank, out_features, rows, saturated).check(isa);
+        }
       }
     }
   }

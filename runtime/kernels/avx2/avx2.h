@@ -16,8 +16,8 @@ void side_branch_down(const Factors& factors, int64_t in_features, float weight,
                       float* t);
 void side_branch_up(const Factors& factors, int64_t out_features, const float* t,
                     int64_t panel_begin, int64_t panel_end, float* y);
-void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
-                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y);
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+                         int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride);
 void dequantize_row(const Weights& weights, int64_t row, float* out);
 void swiglu(const float* gate, const float* up, int64_t n, float* out);
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);

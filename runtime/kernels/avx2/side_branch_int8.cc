@@ -1,32 +1,37 @@
-// y[16p + i] += t_scale · scale[p, i] · Σ_r b[p, r, i]·t[r], b int8, t int16
+// y[m, 16p + i] += t_scale[m] · scale[p, i] · Σ_r b[p, r, i]·t[m, r], b int8, t int16
 //
 // b of a panel: 16 scales, then two columns r a time, 32 bytes:
 //     │ row 0: r, r+1 │ row 1: r, r+1 │ … │ row 15 │
-// widened to int16 they meet the pair (t[r], t[r+1]) in one madd; a 32-bit lane is a row.
+// widened to int16 they meet each row's pair (t[r], t[r+1]) in one madd; a 32-bit lane is a row of b.
 //   low, high   int32, rows 0–7 and 8–15
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/registers.h"
-#include "kernels/panels.h"
+#include "kernels/packed_factors.h"
 
 namespace edgelora::kernels::avx2 {
 namespace {
+
+constexpr int kMostRows = 4;  // whose sums are in registers
 
 struct Sums {
   __m256i low;
   __m256i high;
 };
 
-Sums panel_sums(const uint8_t* b, const int16_t* t, int64_t pairs) {
-  Sums sums{_mm256_setzero_si256(), _mm256_setzero_si256()};
+// sums of rows m … m + kRows − 1 of t.
+template <int kRows>
+void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t pairs, Sums* sums) {
+  for (int r = 0; r < kRows; ++r) sums[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int64_t q = 0; q < pairs; ++q) {
-    const __m256i pair = broadcast4(t + 2 * q);
     const auto* from = reinterpret_cast<const __m128i*>(b + 32 * q);
     const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
     const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
-    sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(low, pair));
-    sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(high, pair));
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i pair = broadcast4(packed_codes(t, m + r) + 2 * q);
+      sums[r].low = _mm256_add_epi32(sums[r].low, _mm256_madd_epi16(low, pair));
+      sums[r].high = _mm256_add_epi32(sums[r].high, _mm256_madd_epi16(high, pair));
+    }
   }
-  return sums;
 }
 
 // y [rows ≤ 16] += factor · scales · sums
@@ -45,16 +50,30 @@ void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t r
   for (int64_t i = 0; i < rows; ++i) y[i] += added[i];
 }
 
+template <int kRows>
+void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m, int64_t columns,
+              float* y, int64_t y_stride) {
+  Sums sums[kRows];
+  sum_panel<kRows>(panel + 32, t, m, pairs, sums);
+  for (int r = 0; r < kRows; ++r) {
+    add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
+  }
+}
+
 }  // namespace
 
-void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
-                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+                         int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   const int64_t pairs = ceil_div(factors.rank, 2);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
-    const Sums sums = panel_sums(panel + 32, t, pairs);
-    add_scaled(sums, panel, t_scale, min_of(kPanelRows, out_features - p * kPanelRows),
-               y + p * kPanelRows);
+    const uint8_t* panel = packed_panel(factors, p);
+    const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
+    float* to = y + p * kPanelRows;
+    int64_t m = 0;
+    for (; m + kMostRows <= t.rows; m += kMostRows) {
+      add_rows<kMostRows>(panel, pairs, t, m, columns, to, y_stride);
+    }
+    for (; m < t.rows; ++m) add_rows<1>(panel, pairs, t, m, columns, to, y_stride);
   }
 }
 

@@ -14,7 +14,7 @@ extern const KernelTable kTable = {
     avx2::linear_float,
     avx2::side_branch_down,
     avx2::side_branch_up,
-    avx2::side_branch_up_int8,
+    side_branch_up_int8,
     avx2::dequantize_row,
     swiglu,
     avx2::rms_norm,

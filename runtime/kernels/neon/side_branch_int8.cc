@@ -1,13 +1,12 @@
-// y[16p + i] += t_scale · scale[p, i] · Σ_r b[p, r, i]·t[r], b int8, t int16
+// y[m, 16p + i] += t_scale[m] · scale[p, i] · Σ_r b[p, r, i]·t[m, r], b int8, t int16
 //
 // b of a panel: 16 scales, then two columns r a time, 32 bytes, which ld2 takes apart:
 //     │ row 0: r, r+1 │ row 1: r, r+1 │ … │ row 15 │
 //   sums [4]   int32, rows 4j … 4j+3: widened b times t[r], a multiply-add with a scalar
 #include <arm_neon.h>
 
-#include "kernels/half.h"
 #include "kernels/neon/neon.h"
-#include "kernels/panels.h"
+#include "kernels/packed_factors.h"
 
 namespace edgelora::kernels::neon {
 namespace {
@@ -34,19 +33,24 @@ Sums panel_sums(const uint8_t* b, const int16_t* t, int64_t pairs) {
   return sums;
 }
 
+// y [rows ≤ 16] += factor · scales · sums
+void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t rows, float* y) {
+  float added[kPanelRows];
+  for (int j = 0; j < 4; ++j) vst1q_f32(added + 4 * j, vcvtq_f32_s32(sums.of[j]));
+  for (int64_t i = 0; i < rows; ++i) y[i] += added[i] * half_to_float(load_u16(scales, i)) * factor;
+}
+
 }  // namespace
 
-void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
-                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+                         int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   const int64_t pairs = ceil_div(factors.rank, 2);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
-    const Sums sums = panel_sums(panel + 32, t, pairs);
-    float added[kPanelRows];
-    for (int j = 0; j < 4; ++j) vst1q_f32(added + 4 * j, vcvtq_f32_s32(sums.of[j]));
-    float* to = y + p * kPanelRows;
-    for (int64_t i = 0; i < min_of(kPanelRows, out_features - p * kPanelRows); ++i) {
-      to[i] += added[i] * half_to_float(load_u16(panel, i)) * t_scale;
+    const uint8_t* panel = packed_panel(factors, p);
+    const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
+    for (int64_t m = 0; m < t.rows; ++m) {
+      const Sums sums = panel_sums(panel + 32, packed_codes(t, m), pairs);
+      add_scaled(sums, panel, packed_scale(t, m), rows, y + m * y_stride + p * kPanelRows);
     }
   }
 }

@@ -8,7 +8,7 @@
 
 #include "kernels/activation_block.h"
 #include "kernels/half.h"
-#include "kernels/panels.h"
+#include "kernels/packed_factors.h"
 #include "kernels/scalar/scalar.h"
 
 namespace edgelora::kernels::scalar {
@@ -54,18 +54,18 @@ void side_branch_up(const Factors& factors, int64_t out_features, const float* t
   }
 }
 
-void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const int16_t* t,
-                         float t_scale, int64_t panel_begin, int64_t panel_end, float* y) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
-    for (int64_t i = 0; i < rows; ++i) {
-      const uint8_t* panel = factors.b + p * 32 * (1 + pairs);
+void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+                         int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
+  for (int64_t m = 0; m < t.rows; ++m) {
+    for (int64_t n = panel_begin * kPanelRows; n < min_of(panel_end * kPanelRows, out_features); ++n) {
+      const uint8_t* panel = packed_panel(factors, n / kPanelRows);
+      const int64_t i = n % kPanelRows;
       const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 2 * i;
+      const int16_t* codes = packed_codes(t, m);
       int32_t sum = 0;
-      for (int64_t r = 0; r < 2 * pairs; ++r) sum += b[r / 2 * 32 + r % 2] * t[r];
-      y[p * kPanelRows + i] +=
-          static_cast<float>(sum) * half_to_float(load_u16(panel, i)) * t_scale;
+      for (int64_t r = 0; r < factors.rank; ++r) sum += b[r / 2 * 32 + r % 2] * codes[r];
+      y[m * y_stride + n] +=
+          static_cast<float>(sum) * half_to_float(load_u16(panel, i)) * packed_scale(t, m);
     }
   }
 }
