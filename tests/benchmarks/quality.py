@@ -9,7 +9,7 @@ Windows of 512 tokens, the second half of each scored, as `llama-perplexity --kl
 import csv
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ WINDOW = 512
 FORMATS: dict[str, dict[str, Any]] = {
     "int4 block 32": {"format": "int4", "block_size": 32},
     "int4 block 64": {"format": "int4", "block_size": 64},
+    "int4 block 128": {"format": "int4", "block_size": 128},
     "int4 block 32 zero points": {"format": "int4", "block_size": 32, "zero_points": True},
     "nf4": {"format": "nf4"},
     "int4 block 32, int4 head": {"format": "int4", "block_size": 32, "embedding_format": "int4"},
     "balanced, int8 head": {"quality": "balanced", "embedding_format": "int8"},
     "balanced": {"quality": "balanced"},
+    "balanced, block 128": {"quality": "balanced", "block_size": 128},
     "balanced, int8 embedding": {
         "quality": "balanced",
         "embedding_format": "int8",
@@ -42,6 +44,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4 block 32, float activations": {"format": "int4", "block_size": 32},
     "nf4, float activations": {"format": "nf4"},
 }
+FLOAT_PATH = ", float activations"
+ROUNDED = ", int8 against float activations"  # and kv_cache: one bundle's two paths
 
 
 @dataclass
@@ -109,6 +113,8 @@ def main(
             for name, model in models.items()
         }
         scores["float"] = Score("float", 0.0, 0.0)
+        for base in both_paths(models):
+            scores[base + ROUNDED] = Score(base + ROUNDED, 0.0, 0.0)
         reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         for ids in token_windows(checkpoint, text, windows):
             score_window(reference, models, scores, ids)
@@ -129,7 +135,8 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(found[name] for name in [*FORMATS, "float"] if name in found)
+        rounded = [base + ROUNDED for base in both_paths(FORMATS)]
+        writer.writerows(found[name] for name in [*FORMATS, *rounded, "float"] if name in found)
 
 
 def load_all(
@@ -139,8 +146,13 @@ def load_all(
     for name, options in formats.items():
         bundle = folder / name
         edgelora.export(checkpoint, bundle, context_length=WINDOW, **options)
-        accuracy = "float" if "float activations" in name else "int8"
+        accuracy = "float" if name.endswith(FLOAT_PATH) else "int8"
         yield name, edgelora.load(bundle, accuracy=accuracy)
+
+
+def both_paths(names: Collection[str]) -> list[str]:
+    """Those of which the float path is there too."""
+    return [name for name in names if name + FLOAT_PATH in names]
 
 
 def streamed_bytes(bundle: Path) -> int:
@@ -177,9 +189,14 @@ def score_window(
     with torch.no_grad():
         theirs = log_probabilities(reference(torch.tensor([ids])).logits[0, half])
     scores["float"].add(theirs, theirs, next_ids)
-    for name, model in models.items():
-        ours = log_probabilities(torch.from_numpy(model.logits(ids)[half]))
-        scores[name].add(ours, theirs, next_ids)
+    ours = {
+        name: log_probabilities(torch.from_numpy(model.logits(ids)[half]))
+        for name, model in models.items()
+    }
+    for name, found in ours.items():
+        scores[name].add(found, theirs, next_ids)
+    for base in both_paths(models):
+        scores[base + ROUNDED].add(ours[base], ours[base + FLOAT_PATH], next_ids)
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
