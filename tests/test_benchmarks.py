@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bandwidth, contestants, rounds, table
+import edgelora
+from benchmarks import bandwidth, contestants, rounds, scaling, table
 from benchmarks.contestants import Contestant, Load
 from benchmarks.figures import SPEED, Row, append, latest, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
@@ -19,6 +20,7 @@ from benchmarks.prepare import Step
 from benchmarks.random_adapter import write_random_adapter
 from benchmarks.roofline import points
 from edgelora.adapter import read_adapter
+from tiny import tiny_llama
 
 CONFIG = {
     "hidden_size": 64,
@@ -130,9 +132,8 @@ def test_adapters_are_not_measured_behind_long_prompts(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 2000, 8)], ()))
-    names = ["EdgeLoRA int4", "EdgeLoRA nf4", "EdgeLoRA int4, balanced"]
-    names.append("EdgeLoRA int4, balanced, block 128")
-    assert [turn.contestant.name for turn in found] == names
+    kinds = ["int4", "nf4", "int4, block 128", "int4, balanced", "int4, balanced, block 128"]
+    assert [turn.contestant.name for turn in found] == [f"EdgeLoRA {kind}" for kind in kinds]
     found = list(rounds.turns(Peers(tmp_path), [SMOLLM2], [Load(1, 512, 8)], ("INT4 + rank",)))
     assert [turn.contestant.name[-2:].strip() for turn in found] == [str(rank) for rank in RANKS]
 
@@ -198,6 +199,25 @@ def test_kernels_benchs_lines_become_points() -> None:
 
 
 # ---- preparation ----
+
+
+def test_sequences_of_a_batch_decode_alike(tmp_path: Path) -> None:
+    edgelora.export(tiny_llama(tmp_path / "base"), tmp_path / "bundle")
+    three = scaling.Batch(tmp_path / "bundle", 3)
+    assert three.run(40) > 0
+    assert three.decode() > 0
+    logits = three.logits()
+    assert logits.shape[:2] == (3, 1)
+    assert np.abs(logits).max() > 0
+    assert (logits == logits[:1]).all()
+
+
+def test_scaling_is_written_and_drawn(tmp_path: Path) -> None:
+    points = [scaling.Point(n, b, t, 100.0, 10.0) for n, b, t in ((128, 1, 2), (512, 1, 2))]
+    scaling.write(points, "bundle, CPU", tmp_path)
+    lines = (tmp_path / "scaling.csv").read_text().splitlines()
+    assert lines[1:] == ['128,1,2,100.0,10.0,"bundle, CPU"', '512,1,2,100.0,10.0,"bundle, CPU"']
+    assert "tokens of prompt" in (tmp_path / "scaling.svg").read_text()
 
 
 def test_a_step_that_fails_leaves_no_product(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import TextIO
 
 import click
 
-from benchmarks import plots, table
+from benchmarks import plots, scaling, table
 from benchmarks.contestants import Load
 from benchmarks.figures import SPEED, read
 from benchmarks.folder import MODELS, SMOLLM2, Peers
@@ -93,6 +93,21 @@ def run(
     failures = measure(peers, round_of_turns, rounds, Setting.here(run_name), csv_path)
     if failures:
         raise click.ClickException(f"{len(failures)} measurements failed:\n" + "\n".join(failures))
+
+
+@main.command("scaling")
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="At most.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+def measure_scaling(bundle: Path, threads: int, repeats: int) -> None:
+    """EdgeLoRA alone over the length of the context, the batch (of all cores) and the threads."""
+    setting = Setting.here(None)
+    points = []
+    for point in scaling.measure(bundle, threads, repeats):
+        click.echo(point, err=True)
+        points.append(point)
+    about = f"{bundle.name}, {setting.machine} {setting.isa}, commit {setting.commit}"
+    scaling.write(points, about)
 
 
 @main.command()
