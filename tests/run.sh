@@ -12,6 +12,7 @@ log=.venv/build-native.log
     -DEDGELORA_HEADER_CACHE="$PWD/.venv/headers" &&
   cmake --build .venv/native --parallel "$(nproc)"; } >"$log" 2>&1 || { cat "$log"; exit 1; }
 ctest --test-dir .venv/native --output-on-failure
+bash tests/native/race.sh
 bash tests/native/arm.sh
 for tool in aarch64-linux-gnu-g++ qemu-aarch64-static clang++; do
   command -v "$tool" >/dev/null || echo "no $tool: tests/arm skips what needs it"
