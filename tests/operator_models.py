@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -140,6 +141,16 @@ def nf4(slices: list[int], columns: int) -> Packed:
     return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 2 / 250)
 
 
+def packed_of(kind: str, rows: int, columns: int, block_size: int = 32) -> Packed:
+    if kind == "int8":
+        return int8(rows, columns, block_size)
+    if kind == "float":
+        return floats(rows, columns)
+    if kind == "nf4":
+        return nf4([rows], -(-columns // 32) * 32)
+    return int4(rows, columns, block_size, kind.removeprefix("int4").strip("+"))
+
+
 def linear_model(
     packed: Packed,
     *,
@@ -208,3 +219,10 @@ def one_node(
     graph = helper.make_graph([node], "one_node", values, [output], initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgelora", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the errors of a test are meant
+    options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
