@@ -3,7 +3,6 @@
 What those nodes compute, test_operators and test_attention hold against numpy.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,12 +10,10 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from attention_reference import Spec, attention_model, read_head
-from operator_models import Packed, linear_model, nf4, open_session, packed_of
+from operator_models import Packed, layer_model, linear_model, nf4, open_session, packed_of
 
-PREFIXES = ("qkv_", "o_", "gate_up_", "down_")  # of the linears; those of attention have none
 FORMATS = [
     ("int4",) * 4,
     ("nf4",) * 4,
@@ -24,16 +21,10 @@ FORMATS = [
     ("int4+zero_points", "int8", "nf4", "float"),
     ("float", "nf4", "int4+offsets", "int4"),
 ]
-
-
-@dataclass(frozen=True)
-class Size:
-    hidden: int
-    intermediate: int
-
-
-SMALL = Size(64, 96)  # less than q ‖ k ‖ v; a row is too little work for a second thread
-WIDE = Size(256, 512)  # a row of each linear is enough for two
+Size = tuple[int, int]  # of the hidden state and of SwiGLU
+SMALL: Size = (64, 96)  # less than q ‖ k ‖ v; a row is too little work for a second thread
+WIDE: Size = (256, 512)  # a row of each linear is enough for two
+REFUSED = Spec(4, 2, 32, kv_format="int8", positions=64)  # but for a change, by the tests of errors
 
 
 @cache
@@ -45,11 +36,12 @@ def weights(kind: str, slices: tuple[int, ...], columns: int) -> Packed:
 
 def part_models(spec: Spec, size: Size, formats: tuple[str, ...] = FORMATS[0]) -> dict[str, bytes]:
     """A model for each node that the Layer is made of, by prefix."""
+    hidden, intermediate = size
     shapes = {  # slices, in_features
-        "qkv_": (spec.widths, size.hidden),
-        "o_": ((size.hidden,), spec.widths[0]),
-        "gate_up_": ((size.intermediate,) * 2, size.hidden),
-        "down_": ((size.hidden,), size.intermediate),
+        "qkv_": (spec.widths, hidden),
+        "o_": ((hidden,), spec.widths[0]),
+        "gate_up_": ((intermediate, intermediate), hidden),
+        "down_": ((hidden,), intermediate),
     }
     rng = np.random.default_rng(0)
     models = {"": attention_model(spec)}
@@ -61,44 +53,9 @@ def part_models(spec: Spec, size: Size, formats: tuple[str, ...] = FORMATS[0]) -
             residual=prefix in ("o_", "down_"),
             norm=norm if prefix in ("qkv_", "gate_up_") else None,
             activation="swiglu" if prefix == "gate_up_" else "none",
+            epsilon=rng.uniform(0.1, 1),
         )
     return models
-
-
-def layer_model(parts: dict[str, bytes], **changes: Any) -> bytes:
-    """A model of one Layer that has all inputs and attributes of its parts.
-
-    `changes` replace attributes or constants (None: left out); they begin with the prefix.
-    """
-    graphs = {prefix: onnx.load_from_string(model).graph for prefix, model in parts.items()}
-    names = ["x", "adapter_ids"]
-    attributes: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    for prefix, graph in graphs.items():
-        (node,) = graph.node
-        first = 2 if prefix else 3  # behind x and adapter_ids, or q, k and v
-        own = [*node.input[first:], *[""] * 7][:7]
-        names += [prefix + name if name else "" for name in own]
-        attributes |= {prefix + a.name: helper.get_attribute_value(a) for a in node.attribute}
-        constants |= {prefix + t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    for name, change in changes.items():
-        (attributes if name in attributes else constants)[name] = change
-    names = ["" if constants.get(name, name) is None else name for name in names]
-    attributes = {name: value for name, value in attributes.items() if value is not None}
-    outputs = list(graphs[""].output)
-    node = helper.make_node(
-        "Layer", names, [each.name for each in outputs], "the_node", domain="edgelora", **attributes
-    )
-    graph = helper.make_graph(
-        [node],
-        "one_node",
-        [*graphs["qkv_"].input[:2], *graphs[""].input[1:]],
-        outputs,
-        [numpy_helper.from_array(array, name) for name, array in constants.items()
-         if array is not None],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgelora", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 class Parts:
@@ -125,7 +82,7 @@ def random_feeds(
 ) -> dict[str, Any]:
     rng = np.random.default_rng([sequence, *last])
     return {
-        "x": 4 * rng.standard_normal((len(last), sequence, size.hidden), np.float32),
+        "x": 4 * rng.standard_normal((len(last), sequence, size[0]), np.float32),
         "adapter_ids": np.zeros(len(last), np.int64),
         "past_key": cache[0],
         "past_value": cache[1],
@@ -146,10 +103,8 @@ def check_layer(
         assert np.isfinite(y).all()
         np.testing.assert_array_equal(y, expected)
         for b, h in np.ndindex(len(last), spec.kv_heads):
-            made, kept = (read_head(spec, k[b, h], v[b, h]) for k, v in (ours, theirs))
-            for array, wanted in zip(
-                made.part(0, last[b] + 1), kept.part(0, last[b] + 1), strict=True
-            ):
+            heads = (read_head(spec, k[b, h], v[b, h]) for k, v in (ours, theirs))
+            for array, wanted in zip(*(head.part(0, last[b] + 1) for head in heads), strict=True):
                 np.testing.assert_array_equal(array, wanted)
 
 
@@ -185,3 +140,89 @@ def test_layer_equals_its_parts_when_threads_share_a_row(library: str, kv_format
 def test_layer_keeps_the_cache_of_an_empty_sequence(library: str, kv_format: str) -> None:
     spec = Spec(4, 2, 32, kv_format=kv_format)
     check_layer(library, spec, SMALL, FORMATS[0], [[5, 4, 2], [0, 4, 2], [1, 5, 3]])
+
+
+def check_refusal(library: str, models: dict[str, bytes], message: str, **changes: Any) -> None:
+    with pytest.raises(Exception, match=r"edgelora\.Layer the_node: ") as error:
+        open_session(library, layer_model(models, **changes))
+    assert str(error.value).endswith(message)
+    assert str(error.value).count("the_node") == 1
+
+
+def test_layer_names_a_missing_attribute_with_its_part(library: str) -> None:
+    models = part_models(REFUSED, SMALL)
+    (node,) = onnx.load_from_string(layer_model(models)).graph.node
+    for name in [attribute.name for attribute in node.attribute]:
+        message = f"attribute {name} is missing or has the wrong type"
+        check_refusal(library, models, message, **{name: None})
+
+
+@pytest.mark.parametrize(
+    "prefix, rows, columns, message",
+    [
+        ("qkv_", 240, 64, "qkv has 240 features where 256 are expected"),
+        ("o_", 64, 96, "o has 96 features where 128 are expected"),
+        ("o_", 80, 128, "o has 80 features where 64 are expected"),
+        ("gate_up_", 192, 80, "gate_up has 80 features where 64 are expected"),
+        ("gate_up_", 80, 64, "down has 96 features where 80 are expected"),
+        ("down_", 64, 128, "down has 128 features where 96 are expected"),
+        ("down_", 80, 96, "down has 80 features where 64 are expected"),
+    ],
+)
+def test_layer_refuses_widths_that_do_not_fit(
+    library: str, prefix: str, rows: int, columns: int, message: str
+) -> None:
+    changed = {prefix: linear_model(weights("int4", (rows,), columns))}
+    check_refusal(library, part_models(REFUSED, SMALL) | changed, message)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 2}, "qkv has 256 features where 192 are expected"),
+        ({"kv_num_heads": 4}, "qkv has 256 features where 384 are expected"),
+        ({"gate_up_activation": "none"}, "down has 96 features where 192 are expected"),
+        ({"down_activation": "swiglu"}, "swiglu needs two slices of one size: gate and up"),
+        ({"down_targets": "a,b"}, "targets has 2 names, slices has 1"),
+        ({"qkv_format": 4}, "attribute qkv_format is missing or has the wrong type"),
+        ({"gate_up_epsilon": 1}, "attribute gate_up_epsilon is missing or has the wrong type"),
+        ({"o_block_size": 48}, "block_size is 48, expected 32, 64 or 128"),
+        ({"qkv_codes": np.zeros((16, 8, 64), np.int8)},
+         "codes is int8 [16, 8, 64], expected uint8 [16, 8, 64]"),
+        ({"o_scales": np.zeros((4, 4, 16), np.float32)},
+         "scales is float32 [4, 4, 16], expected float16 [4, 4, 16]"),
+        ({"gate_up_scales": None}, "scales is missing"),
+        ({"gate_up_norm": np.zeros(96, np.float32)}, "norm must be float32 [64]"),
+        ({"down_bias": np.zeros(96, np.float32)}, "bias must be float32 [64]"),
+        ({"sin": np.zeros((64, 32), np.float32)}, "sin must be float32 [positions, 16]"),
+    ],
+)  # fmt: skip
+def test_layer_refuses_a_wrong_model(library: str, change: dict[str, Any], message: str) -> None:
+    check_refusal(library, part_models(REFUSED, SMALL), message, **change)
+
+
+@pytest.mark.parametrize("name", ["sin", "o_bias", "gate_up_norm"])
+def test_layer_takes_float32_where_a_type_is_fixed(library: str, name: str) -> None:
+    """ONNX Runtime says it, before the node is made."""
+    model = layer_model(part_models(REFUSED, SMALL), **{name: np.zeros(64, np.float16)})
+    with pytest.raises(Exception, match=rf"tensor\(float16\).*\({name}\).*\(the_node\)"):
+        open_session(library, model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": np.zeros((1, 1, 96), np.float32)}, "x is [1, 1, 96]"),
+        ({"adapter_ids": np.zeros(2, np.int64)}, "adapter_ids is [2], expected [1]"),
+        ({"adapter_ids": np.array([7_000_000])}, "adapter handle 7000000 is not loaded"),
+        ({"past_key": np.zeros((1, 4, 32, 34), np.uint8)}, "the kv_cache is [1, 4, 32, 34]"),
+        ({"last": np.array([64], np.int32)}, "position 65 is beyond the context of 64"),
+    ],
+)  # fmt: skip
+def test_layer_refuses_wrong_inputs(library: str, change: dict[str, Any], message: str) -> None:
+    session = open_session(library, layer_model(part_models(REFUSED, SMALL)))
+    feeds = random_feeds(SMALL, REFUSED.empty_cache(1, 32), 1, [5])
+    session.run(None, feeds)
+    with pytest.raises(Exception, match=r"edgelora\.Layer the_node: ") as error:
+        session.run(None, feeds | change)
+    assert message in str(error.value)
