@@ -16,6 +16,18 @@ def has_amx() -> bool:
     return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
+@pytest.fixture(scope="module")
+def library() -> str:
+    """With our operators; EDGELORA_LIBRARY names another than the package's."""
+    path = os.environ.get("EDGELORA_LIBRARY")
+    if path is None:
+        from edgelora import native
+
+        path = str(native.library_path())
+    assert Path(path).is_file()
+    return path
+
+
 @pytest.fixture
 def integer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that multiply int8 exactly, where this CPU's best ones would not."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -140,6 +142,16 @@ def nf4(slices: list[int], columns: int) -> Packed:
     return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 2 / 250)
 
 
+def packed_of(kind: str, rows: int, columns: int, block_size: int = 32) -> Packed:
+    if kind == "int8":
+        return int8(rows, columns, block_size)
+    if kind == "float":
+        return floats(rows, columns)
+    if kind == "nf4":
+        return nf4([rows], -(-columns // 32) * 32)
+    return int4(rows, columns, block_size, kind.removeprefix("int4").strip("+"))
+
+
 def linear_model(
     packed: Packed,
     *,
@@ -167,6 +179,42 @@ def linear_model(
     if residual:
         last = [("residual", TensorProto.FLOAT, ["batch", "sequence", "n"])]
     return one_node("Linear", inputs, [*ROLES, "bias", "norm"], arrays, attributes, 3, last)
+
+
+def layer_model(parts: dict[str, bytes], **changes: Any) -> bytes:
+    """A model of one Layer that has all inputs and attributes of its parts.
+
+    `changes` replace attributes or constants (None: left out); they begin with the prefix.
+    """
+    graphs = {prefix: onnx.load_from_string(model).graph for prefix, model in parts.items()}
+    names = ["x", "adapter_ids"]
+    attributes: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for prefix, graph in graphs.items():
+        (node,) = graph.node
+        first = 2 if prefix else 3  # behind x and adapter_ids, or q, k and v
+        own = [*node.input[first:], *[""] * 7][:7]
+        names += [prefix + name if name else "" for name in own]
+        attributes |= {prefix + a.name: helper.get_attribute_value(a) for a in node.attribute}
+        constants |= {prefix + t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for name, change in changes.items():
+        (attributes if name in attributes else constants)[name] = change
+    names = ["" if constants.get(name, name) is None else name for name in names]
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    outputs = list(graphs[""].output)
+    node = helper.make_node(
+        "Layer", names, [each.name for each in outputs], "the_node", domain="edgelora", **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        [*graphs["qkv_"].input[:2], *graphs[""].input[1:]],
+        outputs,
+        [numpy_helper.from_array(array, name) for name, array in constants.items()
+         if array is not None],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgelora", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 def embedding_model(packed: Packed, **changes: Any) -> bytes:
@@ -208,3 +256,10 @@ def one_node(
     graph = helper.make_graph([node], "one_node", values, [output], initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgelora", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the errors of a test are meant
+    options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,13 +1,10 @@
 """The operator Attention in a plain onnxruntime session, against numpy in float64."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -25,30 +22,13 @@ from attention_reference import (
     up,
 )
 from int8_attention import attention as torch_attention
+from operator_models import open_session
 
 pytestmark = pytest.mark.usefixtures("integer_kernels")
 
 Cache = list[NDArray[np.uint8]]
 FORMATS = ["float", "int8"]
 SHAPES = [(4, 4, 16), (6, 2, 64), (8, 2, 80), (4, 1, 128), (2, 2, 6)]
-
-
-@pytest.fixture(scope="module")
-def library() -> str:
-    path = os.environ.get("EDGELORA_LIBRARY")
-    if path is None:
-        from edgelora import native
-
-        path = str(native.library_path())
-    assert Path(path).is_file()
-    return path
-
-
-def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the errors below are meant
-    options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def random_rows(spec: Spec, batch: int, sequence: int, seed: int) -> list[NDArray[np.float32]]:

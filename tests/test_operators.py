@@ -1,10 +1,6 @@
 """Our operators in a plain onnxruntime session, against numpy in float64 on the same codes."""
 
-import os
-from pathlib import Path
-
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -12,34 +8,17 @@ from conftest import has_amx
 from operator_models import (
     Packed,
     embedding_model,
-    floats,
     int4,
     int8,
     linear_model,
     nf4,
+    open_session,
+    packed_of,
     swiglu_model,
 )
 
 EPSILON = 2.0**-24
 BFLOAT16 = 1.01 * 2.0**-7  # both factors of a product, rounded
-
-
-@pytest.fixture(scope="module")
-def library() -> str:
-    path = os.environ.get("EDGELORA_LIBRARY")
-    if path is None:
-        from edgelora import native
-
-        path = str(native.library_path())
-    assert Path(path).is_file()
-    return path
-
-
-def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the errors below are meant
-    options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def random_x(batch: int, sequence: int, columns: int) -> NDArray[np.float32]:
@@ -79,16 +58,6 @@ def check_linear(library: str, packed: Packed, batch: int, sequence: int) -> Non
     (y,) = session.run(None, {"x": x, "adapter_ids": np.zeros(batch, np.int64)})
     assert y.shape == (batch, sequence, packed.shape[0])
     assert (np.abs(y - x @ packed.matrix.T) <= tolerance(packed, x)).all()
-
-
-def packed_of(kind: str, rows: int, columns: int, block_size: int = 32) -> Packed:
-    if kind == "int8":
-        return int8(rows, columns, block_size)
-    if kind == "float":
-        return floats(rows, columns)
-    if kind == "nf4":
-        return nf4([rows], -(-columns // 32) * 32)
-    return int4(rows, columns, block_size, kind.removeprefix("int4").strip("+"))
 
 
 KINDS = ["int4", "int4+zero_points", "int4+offsets", "int8", "float", "nf4"]
