@@ -5,7 +5,7 @@ from typing import TextIO
 
 import click
 
-from benchmarks import plots, table
+from benchmarks import limits, plots, table
 from benchmarks.contestants import Load
 from benchmarks.figures import SPEED, read
 from benchmarks.folder import MODELS, SMOLLM2, Peers
@@ -93,6 +93,20 @@ def run(
     failures = measure(peers, round_of_turns, rounds, Setting.here(run_name), csv_path)
     if failures:
         raise click.ClickException(f"{len(failures)} measurements failed:\n" + "\n".join(failures))
+
+
+@main.command("limits")
+@folder_option
+@model_option
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), default=limits.CSV)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+def measure_limits(folder: Path, models: tuple[str, ...], csv_path: Path, threads: int) -> None:
+    """Measures load, adapter switch, resident memory and the library's size against targets."""
+    for measure_one in limits.measures(Peers(folder.absolute()), models or MODELS, threads):
+        found = list(measure_one())
+        limits.append(csv_path, found)
+        for limit in found:
+            click.echo(limit.line)
 
 
 @main.command()
