@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edgelora
-from benchmarks import bandwidth, contestants, rounds, scaling, table
+from benchmarks import bandwidth, contestants, limits, rounds, scaling, table
 from benchmarks.contestants import Contestant, Load
 from benchmarks.figures import SPEED, Row, append, latest, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
@@ -196,6 +196,36 @@ def test_kernels_benchs_lines_become_points() -> None:
     assert decode.macs_per_byte == pytest.approx(32 / 18)
     assert both.rate == pytest.approx(18.0 * 32 / 18) and both.bandwidth == 20.0
     assert prefill.macs_per_byte == pytest.approx(128 * 64 / 33) and prefill.rate == 50.0
+
+
+# ---- limits ----
+
+
+def test_percentile_is_one_of_the_values() -> None:
+    assert limits.percentile(range(1000, 0, -1), 99) == 990
+    assert limits.percentile([3, 1, 2], 50) == 2
+    assert limits.percentile([5], 99) == limits.percentile([4, 5], 100) == 5
+
+
+def test_memorys_lines_become_bytes() -> None:
+    said = "weights: 123 B\nkv_cache: 45 B\nVmHWM:\t    2048 kB\nRssFile:\t       1 kB\n"
+    assert limits.memory(said) == {
+        "weights": 123, "kv_cache": 45, "VmHWM": 2 << 20, "RssFile": 1024,
+    }  # fmt: skip
+
+
+def test_a_limit_says_whether_its_target_is_met() -> None:
+    assert limits.Limit("m", "load", 99.5, "ms", 100).line == "m load: 99.5 ms (target 100: met)"
+    assert limits.Limit("", "size", 2, "MB", 1.5).line == "size: 2 MB (target 1.5: missed)"
+    assert limits.Limit("m", "step", 7, "µs").line == "m step: 7 µs"
+
+
+def test_limits_are_appended_below_one_head(tmp_path: Path) -> None:
+    for target in (100.0, None):
+        limits.append(tmp_path / "limits.csv", [limits.Limit("m", "load", 12.25, "ms", target)])
+    head, *lines = (tmp_path / "limits.csv").read_text().splitlines()
+    assert head == "when,machine,commit,model,what,value,unit,target"
+    assert [line.partition(",m,")[2] for line in lines] == ["load,12.25,ms,100", "load,12.25,ms,"]
 
 
 # ---- preparation ----

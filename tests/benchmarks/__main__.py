@@ -5,7 +5,7 @@ from typing import TextIO
 
 import click
 
-from benchmarks import plots, scaling, table
+from benchmarks import limits, plots, scaling, table
 from benchmarks.contestants import Load
 from benchmarks.figures import SPEED, read
 from benchmarks.folder import MODELS, SMOLLM2, Peers
@@ -108,6 +108,20 @@ def measure_scaling(bundle: Path, threads: int, repeats: int) -> None:
         points.append(point)
     about = f"{bundle.name}, {setting.machine} {setting.isa}, commit {setting.commit}"
     scaling.write(points, about)
+
+
+@main.command("limits")
+@folder_option
+@model_option
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), default=limits.CSV)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+def measure_limits(folder: Path, models: tuple[str, ...], csv_path: Path, threads: int) -> None:
+    """Measures load, adapter switch, resident memory and the library's size against targets."""
+    for measure_one in limits.measures(Peers(folder.absolute()), models or MODELS, threads):
+        found = list(measure_one())
+        limits.append(csv_path, found)
+        for limit in found:
+            click.echo(limit.line)
 
 
 @main.command()

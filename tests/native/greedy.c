@@ -1,8 +1,13 @@
 /* greedy BUNDLE LIBONNXRUNTIME ADAPTER int8|float LOGITS PROMPT TOKEN...
+ * greedy --memory BUNDLE LIBONNXRUNTIME ADAPTER THREADS PROMPT NEW
  *
  * The first PROMPT tokens are prefilled, the rest follow one by one: the logits of all positions go
  * to the file LOGITS, float32 [tokens, vocab_size]. Then as many tokens as had followed are
- * generated after the prompt. Prints the ISA and these tokens. ADAPTER "-": the base. */
+ * generated after the prompt. Prints the ISA and these tokens. ADAPTER "-": the base.
+ *
+ * --memory: any PROMPT tokens are prefilled and NEW ones generated in a context that they fill.
+ * Prints the bytes of the weights and of the kv_cache, then this process's memory in the lines of
+ * /proc/self/status. */
 #include <edgelora.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,15 +21,29 @@ static void check(EdgeLoraStatus status) {
   exit(1);
 }
 
-static EdgeLoraModel* load(const char* bundle, const char* onnxruntime, const char* accuracy) {
+static EdgeLoraModel* load(const char* bundle, const char* onnxruntime, const char* accuracy,
+                           int32_t threads) {
   EdgeLoraModelOptions options;
   edgelora_model_options_init(&options);
   options.onnxruntime_path = onnxruntime;
-  options.threads = 1;
+  options.threads = threads;
   options.exact = strcmp(accuracy, "float") == 0;
   EdgeLoraModel* model = NULL;
   check(edgelora_model_load(bundle, &options, &model));
   return model;
+}
+
+/* 0 for "-". */
+static EdgeLoraAdapter load_adapter(EdgeLoraModel* model, const char* name) {
+  EdgeLoraAdapter adapter = 0;
+  if (strcmp(name, "-") != 0) check(edgelora_adapter_load(model, name, &adapter));
+  return adapter;
+}
+
+static EdgeLoraModelInfo info_of(const EdgeLoraModel* model) {
+  EdgeLoraModelInfo info = {.size = sizeof info};
+  check(edgelora_model_info(model, &info));
+  return info;
 }
 
 /* Its steps' last logits; afterwards the session holds `prompt` tokens. */
@@ -54,7 +73,55 @@ static void generate(EdgeLoraSession* session, size_t count, const char* isa) {
   printf("\n");
 }
 
+static void print_memory(void) {
+  FILE* file = fopen("/proc/self/status", "r");
+  if (file == NULL) abort();
+  char line[256];
+  while (fgets(line, sizeof line, file) != NULL)
+    if (strncmp(line, "VmHWM", 5) == 0 || strncmp(line, "VmRSS", 5) == 0 ||
+        strncmp(line, "Rss", 3) == 0)
+      fputs(line, stdout);
+  fclose(file);
+}
+
+static void fill(EdgeLoraSession* session, size_t prompt, size_t new_tokens, size_t vocab_size) {
+  int32_t* tokens = malloc((prompt + new_tokens) * sizeof *tokens);
+  if (tokens == NULL) abort();
+  for (size_t i = 0; i < prompt; ++i) tokens[i] = (int32_t)((7 * i + 11) % vocab_size);
+  EdgeLoraSampling sampling;
+  edgelora_sampling_init(&sampling);
+  sampling.ignore_eos = true;
+  check(edgelora_session_prefill(session, tokens, prompt));
+  check(edgelora_session_generate(session, &sampling, new_tokens, tokens + prompt, NULL, NULL, NULL,
+                                  NULL));
+  free(tokens);
+}
+
+/* arguments: those behind --memory. */
+static int measure_memory(char** arguments) {
+  const long prompt = strtol(arguments[4], NULL, 10), new_tokens = strtol(arguments[5], NULL, 10);
+  if (prompt < 1 || new_tokens < 1) return 2;
+  EdgeLoraModel* model =
+      load(arguments[0], arguments[1], "int8", (int32_t)strtol(arguments[3], NULL, 10));
+  const EdgeLoraModelInfo info = info_of(model);
+  const EdgeLoraAdapter adapter = load_adapter(model, arguments[2]);
+  EdgeLoraSessionOptions options;
+  edgelora_session_options_init(&options);
+  options.context_length = (int32_t)(prompt + new_tokens);
+  EdgeLoraSession* session = NULL;
+  check(edgelora_session_create(model, &options, &session));
+  check(edgelora_session_set_adapter(session, adapter, false));
+  fill(session, (size_t)prompt, (size_t)new_tokens, (size_t)info.vocab_size);
+  printf("weights: %lld B\nkv_cache: %lld B\n", (long long)info.weight_bytes,
+         (long long)(info.kv_cache_bytes * options.context_length));
+  print_memory();
+  edgelora_session_free(session);
+  edgelora_model_free(model);
+  return 0;
+}
+
 int main(int argc, char** argv) {
+  if (argc == 8 && strcmp(argv[1], "--memory") == 0) return measure_memory(argv + 2);
   const int count = argc - 7;
   const long prompt = argc > 7 ? strtol(argv[6], NULL, 10) : 0;
   if (prompt < 1 || prompt > count || count > MOST_TOKENS) {
@@ -64,11 +131,9 @@ int main(int argc, char** argv) {
   int32_t tokens[MOST_TOKENS];
   for (int i = 0; i < count; ++i) tokens[i] = (int32_t)strtol(argv[7 + i], NULL, 10);
 
-  EdgeLoraModel* model = load(argv[1], argv[2], argv[4]);
-  EdgeLoraModelInfo info = {.size = sizeof info};
-  check(edgelora_model_info(model, &info));
-  EdgeLoraAdapter adapter = 0;
-  if (strcmp(argv[3], "-") != 0) check(edgelora_adapter_load(model, argv[3], &adapter));
+  EdgeLoraModel* model = load(argv[1], argv[2], argv[4], 1);
+  const EdgeLoraModelInfo info = info_of(model);
+  const EdgeLoraAdapter adapter = load_adapter(model, argv[3]);
   EdgeLoraSession* session = NULL;
   check(edgelora_session_create(model, NULL, &session));
   check(edgelora_session_set_adapter(session, adapter, false));

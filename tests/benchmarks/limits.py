@@ -1,0 +1,177 @@
+"""The targets that are no token rates: load time, adapter switch, resident memory, library size."""
+
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from benchmarks.contestants import output
+from benchmarks.folder import Peers
+from benchmarks.rounds import commit, machine
+from edgelora import load, native
+from edgelora.model import Session
+
+CSV = Path(__file__).parent / "results" / "limits.csv"
+ROOT = Path(__file__).parents[2]
+BUNDLES = ("int4", "int4-128", "nf4")
+LOADS = 5  # processes that load, each once
+SWITCHES = 1000
+BURSTS, STEPS = 24, 8  # switches between decode steps, and steps from one to the next
+PROMPT_AND_NEW = ((128, 64), (1000, 24))  # contexts whose memory is measured
+OVERHEAD = 60  # MB beside weights and kv_cache
+LOADING = """
+import sys, time, edgelora
+started = time.perf_counter()
+with edgelora.load(sys.argv[1]):
+    print(1e3 * (time.perf_counter() - started))
+"""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One figure. MB: 10⁶ bytes. target: the most that it may be, None: it only explains others."""
+
+    model: str
+    what: str
+    value: float
+    unit: str
+    target: float | None = None
+
+    @property
+    def line(self) -> str:
+        """For the terminal."""
+        line = f"{self.model} {self.what}: {self.value:.5g} {self.unit}".strip()
+        if self.target is None:
+            return line
+        verdict = "missed" if self.value > self.target else "met"
+        return f"{line} (target {self.target:.5g}: {verdict})"
+
+
+Measure = Callable[[], Iterable[Limit]]
+COLUMNS = ["when", "machine", "commit", *(field.name for field in fields(Limit))]
+
+
+def percentile(values: Iterable[float], percent: int) -> float:
+    """The least of the values that at least so many percent of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[-(-percent * len(ordered) // 100) - 1]
+
+
+def memory(said: str) -> dict[str, int]:
+    """Bytes by name: the lines of greedy --memory."""
+    parts = [line.split() for line in said.splitlines()]
+    units = {"B": 1, "kB": 1024}
+    return {name.rstrip(":"): int(number) * units[unit] for name, number, unit in parts}
+
+
+def measures(peers: Peers, models: Sequence[str], threads: int) -> Iterator[Measure]:
+    """All that can be measured with the bundles that are there; each yields rows when called."""
+    yield _library
+    for model in models:
+        for kind in BUNDLES:
+            bundle = peers.model(model) / f"edgelora-{kind}"
+            if bundle.is_dir():
+                yield partial(_load, f"{model} {kind}", bundle)
+                yield partial(_memory, f"{model} {kind}", bundle, threads)
+        bundle = peers.model(model) / "edgelora-adapters"
+        if bundle.is_dir():
+            yield partial(_switch, f"{model} int4", bundle, threads)
+
+
+def append(path: Path, limits: Iterable[Limit]) -> None:
+    """Adds lines that say when, where and of which commit."""
+    new = not path.exists()
+    here = {
+        "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+        "machine": machine(),
+        "commit": commit(),
+    }
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for limit in limits:
+            target = "" if limit.target is None else f"{limit.target:.6g}"
+            writer.writerow(
+                here | asdict(limit) | {"value": f"{limit.value:.5g}", "target": target}
+            )
+
+
+def _library() -> Iterator[Limit]:
+    with tempfile.TemporaryDirectory() as folder:
+        stripped = Path(folder) / "stripped.so"
+        subprocess.run(["strip", "-o", stripped, native.library_path()], check=True)
+        yield Limit("", "stripped library", stripped.stat().st_size / 1e6, "MB", 1.5)
+
+
+def _load(name: str, bundle: Path) -> Iterator[Limit]:
+    """Each process imports, then loads; one more before them warms the page cache."""
+    command = [sys.executable, "-P", "-c", LOADING, bundle]
+    times = [float(output(command)) for _ in range(1 + LOADS)][1:]
+    yield Limit(name, "load", statistics.median(times), "ms", 100)
+
+
+def _memory(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
+    with tempfile.TemporaryDirectory() as folder:
+        program = _compiled(Path(folder))
+        for prompt, new in PROMPT_AND_NEW:
+            start = [program, "--memory", bundle, native.onnxruntime_path(), "-"]
+            found = memory(output([*start, threads, prompt, new]))
+            needed = (found["weights"] + found["kv_cache"]) / 1e6
+            about = f"context {prompt + new}"
+            yield Limit(name, f"VmHWM, {about}", found["VmHWM"] / 1e6, "MB", needed + OVERHEAD)
+            yield Limit(name, f"VmHWM beside weights and kv_cache, {about}",
+                        found["VmHWM"] / 1e6 - needed, "MB", OVERHEAD)  # fmt: skip
+            for kind in ("VmRSS", "RssAnon", "RssFile"):
+                yield Limit(name, f"{kind}, {about}", found[kind] / 1e6, "MB")
+
+
+def _compiled(folder: Path) -> Path:
+    """tests/native/greedy.c beside the library that this Python uses."""
+    program, library = folder / "greedy", native.library_path()
+    source, headers = ROOT / "tests" / "native" / "greedy.c", ROOT / "runtime" / "include"
+    options = ["-O2", "-std=c11", f"-I{headers}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["cc", *options, source, library, "-o", program], check=True)
+    return program
+
+
+def _switch(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
+    """Among loaded adapters: alone, one after the other; then between steps of decode."""
+    with load(bundle, threads=threads) as model:
+        for adapter in model.adapters:
+            model.adapter_handle(adapter)
+        names = [model.adapters[i % len(model.adapters)] for i in range(SWITCHES)]
+        with model.session(adapter=names[-1]) as session:
+            session.prefill(range(64))
+            alone = [1e6 * _switched(session, adapter) for adapter in names]
+            bursts = [_burst(session, adapter) for adapter in [*names[:4], *names[:BURSTS]]][4:]
+    yield Limit(name, "switch, p99", percentile(alone, 99), "µs", 100)
+    yield Limit(name, "switch, median", statistics.median(alone), "µs")
+    yield Limit(name, "switch between steps, worst", max(switch for switch, _ in bursts), "µs", 100)
+    rest = [statistics.median(steps[1:]) for _, steps in bursts]
+    later = [steps[0] - middle for (_, steps), middle in zip(bursts, rest, strict=True)]
+    yield Limit(name, "first step after a switch − median step", statistics.median(later), "µs")
+    yield Limit(name, "median step", statistics.median(rest), "µs")
+
+
+def _burst(session: Session, adapter: str) -> tuple[float, list[float]]:
+    """Microseconds of the switch and of each step after it."""
+    return 1e6 * _switched(session, adapter), [1e6 * _step(session) for _ in range(STEPS)]
+
+
+def _switched(session: Session, adapter: str) -> float:
+    started = time.perf_counter()
+    session.set_adapter(adapter, keep_cache=True)
+    return time.perf_counter() - started
+
+
+def _step(session: Session) -> float:
+    started = time.perf_counter()
+    session.decode(1, ignore_eos=True)
+    return time.perf_counter() - started
