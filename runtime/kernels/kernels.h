@@ -65,7 +65,8 @@ struct PackedFactors {
   const uint8_t* b;
 };
 
-// A·x of some rows of x, each row a float32 scale and behind it int16 [2·⌈rank/2⌉], a surplus one is 0.
+// A·x of some rows of x: of each a float32 scale and behind it int16 [2·⌈rank/2⌉], a surplus one
+// is 0.
 struct PackedT {
   int64_t rows;
   const float* data;  // row m at data + m · stride
