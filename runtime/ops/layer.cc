@@ -4,6 +4,7 @@
 //
 // A node costs a decode step microseconds in the graph engine: five nodes a layer took a tenth of a token
 // of SmolLM2-135M.
+#include <algorithm>
 #include <new>
 
 #include "ops/attention_part.h"
