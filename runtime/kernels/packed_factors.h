@@ -18,5 +18,25 @@ inline const int16_t* packed_codes(const PackedT& t, int64_t row) {
   return reinterpret_cast<const int16_t*>(t.data + row * t.stride + 1);
 }
 
+// Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
+//   Isa::add_rows<kRows>(panel, pairs, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 += b·t
+template <class Isa>
+void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
+  const int64_t pairs = ceil_div(factors.rank, 2);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const uint8_t* panel = packed_panel(factors, p);
+    const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
+    float* to = y + p * kPanelRows;
+    int64_t m = 0;
+    for (; m + Isa::kMostRows <= t.rows; m += Isa::kMostRows) {
+      Isa::template add_rows<Isa::kMostRows>(panel, pairs, t, m, columns, to, y_stride);
+    }
+    for (; m < t.rows; ++m) {
+      Isa::template add_rows<1>(panel, pairs, t, m, columns, to, y_stride);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace edgelora::kernels

@@ -11,8 +11,6 @@
 namespace edgelora::kernels::avx2 {
 namespace {
 
-constexpr int kMostRows = 4;  // whose sums are in registers
-
 struct Sums {
   __m256i low;
   __m256i high;
@@ -50,31 +48,25 @@ void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t r
   for (int64_t i = 0; i < rows; ++i) y[i] += added[i];
 }
 
-template <int kRows>
-void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m, int64_t columns,
-              float* y, int64_t y_stride) {
-  Sums sums[kRows];
-  sum_panel<kRows>(panel + 32, t, m, pairs, sums);
-  for (int r = 0; r < kRows; ++r) {
-    add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
+struct SideBranch {
+  static constexpr int kMostRows = 4;  // whose sums are in registers
+
+  template <int kRows>
+  static void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m,
+                       int64_t columns, float* y, int64_t y_stride) {
+    Sums sums[kRows];
+    sum_panel<kRows>(panel + 32, t, m, pairs, sums);
+    for (int r = 0; r < kRows; ++r) {
+      add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
+    }
   }
-}
+};
 
 }  // namespace
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = packed_panel(factors, p);
-    const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
-    float* to = y + p * kPanelRows;
-    int64_t m = 0;
-    for (; m + kMostRows <= t.rows; m += kMostRows) {
-      add_rows<kMostRows>(panel, pairs, t, m, columns, to, y_stride);
-    }
-    for (; m < t.rows; ++m) add_rows<1>(panel, pairs, t, m, columns, to, y_stride);
-  }
+  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
 }
 
 }  // namespace edgelora::kernels::avx2

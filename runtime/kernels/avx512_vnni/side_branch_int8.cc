@@ -11,8 +11,6 @@
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
-constexpr int kMostRows = 8;
-
 template <int kRows>
 void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t pairs, __m512i* sums) {
   for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_si512();
@@ -27,38 +25,32 @@ void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t pairs, __m
   }
 }
 
-template <int kRows>
-void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m, __mmask16 columns,
-              float* y, int64_t y_stride) {
-  __m512i sums[kRows];
-  sum_panel<kRows>(panel + 32, t, m, pairs, sums);
-  const __m512 scales =
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
-  for (int r = 0; r < kRows; ++r) {
-    float* to = y + (m + r) * y_stride;
-    const __m512 factor = _mm512_mul_ps(scales, _mm512_set1_ps(packed_scale(t, m + r)));
-    const __m512 before = _mm512_maskz_loadu_ps(columns, to);
-    _mm512_mask_storeu_ps(to, columns,
-                          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), factor, before));
+struct SideBranch {
+  static constexpr int kMostRows = 8;
+
+  template <int kRows>
+  static void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m,
+                       int64_t columns, float* y, int64_t y_stride) {
+    const auto lanes = static_cast<__mmask16>((1 << columns) - 1);
+    __m512i sums[kRows];
+    sum_panel<kRows>(panel + 32, t, m, pairs, sums);
+    const __m512 scales =
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
+    for (int r = 0; r < kRows; ++r) {
+      float* to = y + (m + r) * y_stride;
+      const __m512 factor = _mm512_mul_ps(scales, _mm512_set1_ps(packed_scale(t, m + r)));
+      const __m512 before = _mm512_maskz_loadu_ps(lanes, to);
+      _mm512_mask_storeu_ps(to, lanes,
+                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), factor, before));
+    }
   }
-}
+};
 
 }  // namespace
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = packed_panel(factors, p);
-    const int64_t count = min_of(kPanelRows, out_features - p * kPanelRows);
-    const auto columns = static_cast<__mmask16>((1 << count) - 1);
-    float* to = y + p * kPanelRows;
-    int64_t m = 0;
-    for (; m + kMostRows <= t.rows; m += kMostRows) {
-      add_rows<kMostRows>(panel, pairs, t, m, columns, to, y_stride);
-    }
-    for (; m < t.rows; ++m) add_rows<1>(panel, pairs, t, m, columns, to, y_stride);
-  }
+  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
 }
 
 }  // namespace edgelora::kernels::avx512_vnni
