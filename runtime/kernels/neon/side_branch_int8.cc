@@ -40,19 +40,23 @@ void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t r
   for (int64_t i = 0; i < rows; ++i) y[i] += added[i] * half_to_float(load_u16(scales, i)) * factor;
 }
 
+struct SideBranch {
+  static constexpr int kMostRows = 1;
+
+  template <int kRows>
+  static void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m,
+                       int64_t columns, float* y, int64_t y_stride) {
+    static_assert(kRows == 1);
+    const Sums sums = panel_sums(panel + 32, packed_codes(t, m), pairs);
+    add_scaled(sums, panel, packed_scale(t, m), columns, y + m * y_stride);
+  }
+};
+
 }  // namespace
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = packed_panel(factors, p);
-    const int64_t rows = min_of(kPanelRows, out_features - p * kPanelRows);
-    for (int64_t m = 0; m < t.rows; ++m) {
-      const Sums sums = panel_sums(panel + 32, packed_codes(t, m), pairs);
-      add_scaled(sums, panel, packed_scale(t, m), rows, y + m * y_stride + p * kPanelRows);
-    }
-  }
+  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
 }
 
 }  // namespace edgelora::kernels::neon
