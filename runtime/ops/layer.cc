@@ -53,10 +53,10 @@ class Layer : public Kernel {
   Layer(const Shared& shared, const NodeInfo& node)
       : api_(*shared.api),
         attention_(shared, node, kAttention),
-        qkv_(shared, node.part("qkv_", kQkv)),
-        output_(shared, node.part("o_", kOutput)),
-        gate_up_(shared, node.part("gate_up_", kGateUp)),
-        down_(shared, node.part("down_", kDown)) {
+        qkv_(linear(shared, node, "qkv", kQkv)),
+        output_(linear(shared, node, "o", kOutput)),
+        gate_up_(linear(shared, node, "gate_up", kGateUp)),
+        down_(linear(shared, node, "down", kDown)) {
     check_width("qkv", attention_.q_width() + 2 * attention_.kv_width(), qkv_.columns());
     check_width("o", attention_.q_width(), output_.in_features());
     check_width("o", qkv_.in_features(), output_.columns());
@@ -95,6 +95,16 @@ class Layer : public Kernel {
   // What the later steps read first, while the first one streams its weights.
   void prefetch() const {
     for (const LinearPart* part : {&qkv_, &output_, &gate_up_, &down_}) part->prefetch();
+  }
+
+  // Whatever is wrong is told with the part's name.
+  static LinearPart linear(const Shared& shared, const NodeInfo& node, const std::string& name,
+                           size_t first) {
+    try {
+      return LinearPart(shared, node.part(name + "_", first));
+    } catch (const Error& error) {
+      throw Error(error.status(), name + ": " + error.what());
+    }
   }
 
   static void check_width(const char* what, int64_t expected, int64_t found) {

@@ -112,6 +112,7 @@ bool LinearJob::take_worker(Worker* worker) const {
   const int64_t tile = ceil_div(call_.rows, strips_) * tile_panels() * kPanelRows;
   return take_pieces(ScratchUse::kWorker, [&](Pieces& pieces) {
     worker->x = call_.rows > 1 ? shared_ : place_prepared(pieces);
+    worker->normed = pieces.take<float>(call_.node.norm != nullptr ? weights_.in_features : 0);
     worker->linear = pieces.take<char>(kernels::linear_scratch_bytes(weights_));
     worker->gate = pieces.take<float>(swiglu ? 2 * tile : 0);
   });
@@ -120,7 +121,7 @@ bool LinearJob::take_worker(Worker* worker) const {
 LinearJob::Prepared LinearJob::place_prepared(Pieces& pieces) const {
   const int64_t rows = call_.rows, blocks = ceil_div(weights_.in_features, kBlock);
   Prepared x{};
-  if (call_.node.norm != nullptr) x.normed = pieces.take<float>(rows * weights_.in_features);
+  if (normed_rows()) x.normed = pieces.take<float>(rows * weights_.in_features);
   if (call_.exact) return x;
   x.codes = pieces.take<int8_t>(rows * blocks * kBlock);
   x.scales = pieces.take<float>(rows * blocks);
@@ -136,7 +137,7 @@ void LinearJob::run(Crews* crews) {
 void LinearJob::operator()(int64_t ticket) {
   Worker worker{};
   if (!take_worker(&worker)) return out_of_memory_.store(true, std::memory_order_relaxed);
-  prepare(ticket, worker.x);
+  prepare(ticket, worker);
   for (int64_t i; downs_.take(&i);) {
     const int64_t group = i / weights_.slice_count;
     down(worker, i % weights_.slice_count, group_begin(group), group_begin(group + 1));
@@ -151,10 +152,10 @@ void LinearJob::operator()(int64_t ticket) {
   }
 }
 
-void LinearJob::prepare(int64_t ticket, const Prepared& x) {
-  if (call_.rows == 1) return prepare_rows(x, 0, 1);
+void LinearJob::prepare(int64_t ticket, const Worker& worker) {
+  if (call_.rows == 1) return prepare_rows(worker, 0, 1);
   for (Shares::Piece group; groups_.take(ticket, &group);) {
-    prepare_rows(x, group_begin(group.begin), group_begin(group.end));
+    prepare_rows(worker, group_begin(group.begin), group_begin(group.end));
     prepared_.finish_one();
   }
   prepared_.wait();
@@ -166,16 +167,18 @@ const float* LinearJob::input_row(const Prepared& x, int64_t row) const {
   return (call_.node.norm == nullptr ? call_.x : x.normed) + row * weights_.in_features;
 }
 
-void LinearJob::prepare_rows(const Prepared& x, int64_t begin, int64_t end) const {
-  const int64_t k = weights_.in_features;
-  const int64_t blocks = ceil_div(k, kBlock);
+void LinearJob::prepare_rows(const Worker& worker, int64_t begin, int64_t end) const {
+  const Prepared& x = worker.x;
+  const int64_t k = weights_.in_features, blocks = ceil_div(k, kBlock);
   for (int64_t m = begin; m < end; ++m) {
+    const float* row = call_.x + m * k;
     if (call_.node.norm != nullptr) {
-      call_.kernels->rms_norm(call_.x + m * k, call_.node.norm, k, call_.node.epsilon,
-                              x.normed + m * k);
+      float* normed = normed_rows() ? x.normed + m * k : worker.normed;
+      call_.kernels->rms_norm(row, call_.node.norm, k, call_.node.epsilon, normed);
+      row = normed;
     }
     if (call_.exact) continue;
-    call_.kernels->quantize_activations(input_row(x, m), k, x.codes + m * blocks * kBlock,
+    call_.kernels->quantize_activations(row, k, x.codes + m * blocks * kBlock,
                                         x.scales + m * blocks, x.sums + m * blocks);
   }
 }

@@ -57,7 +57,7 @@ class LinearJob {
  private:
   // x as the kernels read it.
   struct Prepared {
-    float* normed;  // [M, K], if the node has a norm
+    float* normed;  // [M, K], where normed_rows()
     int8_t* codes;  // [M, Kp]
     float* scales;  // [M, Kp/32]
     int32_t* sums;  // [M, Kp/32]
@@ -65,6 +65,7 @@ class LinearJob {
   // What one thread has for itself.
   struct Worker {
     Prepared x;    // everybody's; of a row alone its own
+    float* normed; // [K] on the way to codes, where x has no normed rows
     void* linear;  // scratch of the kernel
     float* gate;   // kSwiGlu: gate and up of a tile
   };
@@ -83,8 +84,12 @@ class LinearJob {
   void take_scratch();
   bool take_worker(Worker* worker) const;
   Prepared place_prepared(Pieces& pieces) const;
-  void prepare(int64_t ticket, const Prepared& x);
-  void prepare_rows(const Prepared& x, int64_t begin, int64_t end) const;
+  // Whether anything but the codes is made of normed rows.
+  bool normed_rows() const {
+    return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
+  }
+  void prepare(int64_t ticket, const Worker& worker);
+  void prepare_rows(const Worker& worker, int64_t begin, int64_t end) const;
   template <typename Body>
   void for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const;
   void down(const Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;

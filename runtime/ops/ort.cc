@@ -115,7 +115,7 @@ std::string NodeInfo::name() const {
   return name;
 }
 
-NodeInfo NodeInfo::part(const char* prefix, size_t first) const {
+NodeInfo NodeInfo::part(const std::string& prefix, size_t first) const {
   NodeInfo part(api_, info_);
   part.prefix_ = prefix;
   part.first_ = first;
@@ -136,7 +136,8 @@ std::vector<int64_t> NodeInfo::integers(const char* attribute) const {
         api_, api_.KernelInfoGetAttributeArray_int64(info_, name.c_str(), values, count), name);
   };
   size_t count = 0;
-  read(nullptr, &count);
+  read(nullptr, &count);  // ONNX Runtime finds none in an attribute of another type
+  if (count == 0) throw Error(EDGELORA_BAD_FILE, "attribute " + name + " has no integers");
   std::vector<int64_t> values(count);
   read(values.data(), &count);
   return values;

@@ -74,7 +74,7 @@ class NodeInfo {
   NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
   // A part of the node: attributes by their name behind `prefix`, inputs counted from `first`.
-  NodeInfo part(const char* prefix, size_t first) const;
+  NodeInfo part(const std::string& prefix, size_t first) const;
 
   std::string name() const;
   int64_t integer(const char* attribute) const;

@@ -21,7 +21,7 @@ struct Chunk {
 
 class BoundGraph {
  public:
-  static constexpr int64_t kMostTokens = 512;  // of one run: bounds the memory of activations
+  static constexpr int64_t kMostTokens = 256;  // of one run: bounds the memory of activations
 
   BoundGraph(std::shared_ptr<const Model> model, int64_t context_length);
 

@@ -125,10 +125,9 @@ def _memory(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
             found = memory(output([*start, threads, prompt, new]))
             needed = (found["weights"] + found["kv_cache"]) / 1e6
             about = f"context {prompt + new}"
-            yield Limit(name, f"VmHWM, {about}", found["VmHWM"] / 1e6, "MB", needed + OVERHEAD)
             yield Limit(name, f"VmHWM beside weights and kv_cache, {about}",
                         found["VmHWM"] / 1e6 - needed, "MB", OVERHEAD)  # fmt: skip
-            for kind in ("VmRSS", "RssAnon", "RssFile"):
+            for kind in ("VmHWM", "VmRSS", "RssAnon", "RssFile"):
                 yield Limit(name, f"{kind}, {about}", found[kind] / 1e6, "MB")
 
 
