@@ -1,7 +1,6 @@
 #include "ops/linear_job.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -30,26 +29,44 @@ constexpr int64_t kWorkPerPiece = 32 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// t [rank] → int16 [2·⌈rank/2⌉] in its place, half to even; returns the scale, NaN if a t is not finite.
-float quantize_t(float* t, int64_t rank) {
-  float most = 0.0f;
-  bool finite = true;
+// The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every number's.
+float most_of(const float* t, int64_t rank) {
+  int32_t most = 0;
   for (int64_t r = 0; r < rank; ++r) {
-    const float size = std::fabs(t[r]);
-    finite = finite && size <= std::numeric_limits<float>::max();
-    most = std::max(most, size);
+    int32_t bits;
+    std::memcpy(&bits, t + r, sizeof bits);
+    most = std::max(most, bits & INT32_MAX);
   }
-  const bool none = !finite || most < 0x1p-100f;  // too small to divide by, and to matter
-  const float inverse = none ? 0.0f : 32767.0f / most;
+  float magnitude;
+  std::memcpy(&magnitude, &most, sizeof magnitude);
+  return magnitude;
+}
+
+// Half to even: what is added and taken away leaves no bits behind the point.
+template <int kCount>
+void round_t(const float* t, float inverse, char* to) {
+  int16_t codes[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    codes[i] = static_cast<int16_t>(t[i] * inverse + 0x1.8p23f - 0x1.8p23f);
+  }
+  std::memcpy(to, codes, sizeof codes);
+}
+
+// t [rank] → int16 [2·⌈rank/2⌉] in its place; returns the scale, NaN if a t is not finite.
+float quantize_t(float* t, int64_t rank) {
+  const float most = most_of(t, rank);
+  const bool finite = most <= std::numeric_limits<float>::max();
   auto* codes = reinterpret_cast<char*>(t);
-  for (int64_t r = 0; r < rank + rank % 2; ++r) {
-    // Adding 1.5·2^23 leaves the rounded integer in the lowest bits.
-    const float shifted = (none || r == rank ? 0.0f : t[r] * inverse) + 0x1.8p23f;
-    const auto code = static_cast<int16_t>(shifted - 0x1.8p23f);
-    std::memcpy(codes + 2 * r, &code, sizeof code);  // never beyond t[r]
+  if (!finite || most < 0x1p-100f) {  // too small to divide by, and to matter
+    std::memset(codes, 0, static_cast<size_t>(2 * (rank + rank % 2)));
+    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  if (!finite) return std::numeric_limits<float>::quiet_NaN();
-  return none ? 0.0f : most / 32767.0f;
+  const float inverse = 32767.0f / most;
+  int64_t r = 0;  // a code never lies beyond its t
+  for (; r + 8 <= rank; r += 8) round_t<8>(t + r, inverse, codes + 2 * r);
+  for (; r < rank; ++r) round_t<1>(t + r, inverse, codes + 2 * r);
+  if (rank % 2 != 0) std::memset(codes + 2 * rank, 0, 2);
+  return most / 32767.0f;
 }
 
 }  // namespace
