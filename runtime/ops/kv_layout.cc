@@ -63,31 +63,27 @@ kernels::Weights matrix(kernels::Format format, int64_t in_features, int64_t out
 }  // namespace
 
 void KeyRows::put(const kernels::KernelTable& kernels, int64_t position, const float* key) {
-  const int64_t panel = position / kPanel, row = position % kPanel, d = layout_.head_dim();
+  const int64_t d = layout_.head_dim();
+  uint8_t* to = row(position);
   if (layout_.exact()) {
-    auto* to = reinterpret_cast<float*>(bytes_) + panel * d * kPanel + row;
-    for (int64_t i = 0; i < d; ++i) to[i * kPanel] = key[i];
+    for (int64_t i = 0; i < d; ++i) std::memcpy(to + 64 * i, key + i, 4);
     return;
   }
   Quantized quantized;
   kernels.quantize_activations(key, d, quantized.codes, quantized.scales, quantized.sums);
-  const int64_t width = layout_.key_width(), blocks = width / kBlock;
-  uint8_t* to = bytes_ + panel * kPanel * width + 4 * row;
+  const int64_t width = layout_.key_width();
   for (int64_t q = 0; q < width / 4; ++q) std::memcpy(to + 64 * q, quantized.codes + 4 * q, 4);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const uint16_t scale = kernels::float_to_half(quantized.scales[b]);
-    std::memcpy(scales() + 2 * ((panel * blocks + b) * kPanel + row), &scale, 2);
+  for (int64_t b = 0; b < width / kBlock; ++b) {
+    const uint16_t half = kernels::float_to_half(quantized.scales[b]);
+    std::memcpy(scale(position, b), &half, 2);
   }
 }
 
 void KeyRows::prefetch(int64_t position) const {
-  const int64_t panel = position / kPanel, row = position % kPanel;
-  const int64_t width = layout_.exact() ? 4 * layout_.head_dim() : layout_.key_width();
-  const uint8_t* to = bytes_ + panel * kPanel * width + 4 * row;
-  for (int64_t i = 0; i < width * kPanel; i += kLineBytes) prefetch_for_write(to + i);
+  const uint8_t* to = row(position);
+  for (int64_t i = 0; i < row_bytes() / 4; ++i) prefetch_for_write(to + 64 * i);
   if (layout_.exact()) return;
-  const int64_t blocks = width / kBlock;
-  for (int64_t b = 0; b < blocks; ++b) prefetch_for_write(scales() + 2 * (panel * blocks + b) * kPanel);
+  for (int64_t b = 0; b < row_bytes() / kBlock; ++b) prefetch_for_write(scale(position, b));
 }
 
 kernels::Weights KeyRows::weights(int64_t positions) const {
@@ -103,35 +99,35 @@ kernels::Weights KeyRows::weights(int64_t positions) const {
 
 void KeyRows::copy_from(const KeyRows& other, int64_t positions) {
   const int64_t rows = (positions + kPanel - 1) / kPanel * kPanel;
-  const int64_t width = layout_.exact() ? 4 * layout_.head_dim() : layout_.key_width();
-  std::memcpy(bytes_, other.bytes_, static_cast<size_t>(rows * width));
+  std::memcpy(bytes_, other.bytes_, static_cast<size_t>(rows * row_bytes()));
   if (layout_.exact()) return;
-  std::memcpy(scales(), other.scales(), static_cast<size_t>(rows * width / 16));
+  std::memcpy(scales(), other.scales(), static_cast<size_t>(rows * row_bytes() / 16));
 }
 
 void ValueRows::put(int64_t position, const float* value) {
   const int64_t d = layout_.head_dim();
   if (layout_.exact()) {
-    auto* to = reinterpret_cast<float*>(bytes_) + position * kPanel;
-    for (int64_t i = 0; i < d; ++i) to[i / kPanel * capacity_ * kPanel + i % kPanel] = value[i];
+    for (int64_t i = 0; i < d; ++i) {
+      std::memcpy(column(position, i / kPanel) + i % kPanel * 4, value + i, 4);
+    }
     return;
   }
   const kernels::BlockScale block = scale_of(value, d);
-  std::memcpy(bytes_ + capacity_ * layout_.value_width() + 4 * position, &block.scale, 4);
-  uint8_t* to = bytes_ + position / 4 * 64 + position % 4;
-  for (int64_t i = 0; i < d; ++i) {
-    const int8_t code = block.inverse == 0.0f ? int8_t{0} : round_code(value[i] * block.inverse);
-    to[i / kPanel * panel_bytes() + i % kPanel * 4] = static_cast<uint8_t>(code);
+  std::memcpy(scale(position), &block.scale, 4);
+  for (int64_t first = 0; first < d; first += kPanel) {
+    uint8_t* to = column(position, first / kPanel);
+    for (int64_t i = 0; i < std::min(kPanel, d - first); ++i) {
+      const float code = block.inverse == 0.0f ? 0.0f : value[first + i] * block.inverse;
+      to[4 * i] = static_cast<uint8_t>(round_code(code));
+    }
   }
 }
 
 void ValueRows::prefetch(int64_t position) const {
-  const int64_t column = layout_.exact() ? position * 4 * kPanel : position / 4 * kLineBytes;
   for (int64_t p = 0; p < layout_.value_width() / kPanel; ++p) {
-    prefetch_for_write(bytes_ + p * panel_bytes() + column);
+    prefetch_for_write(column(position, p));
   }
-  if (layout_.exact()) return;
-  prefetch_for_write(bytes_ + capacity_ * layout_.value_width() + 4 * position);
+  if (!layout_.exact()) prefetch_for_write(scale(position));
 }
 
 kernels::Weights ValueRows::weights(int64_t begin, int64_t end) const {
@@ -148,7 +144,7 @@ kernels::Weights ValueRows::weights(int64_t begin, int64_t end) const {
 
 const float* ValueRows::scales() const {
   if (layout_.exact()) return nullptr;
-  return reinterpret_cast<const float*>(bytes_ + capacity_ * layout_.value_width());
+  return reinterpret_cast<const float*>(scale(0));
 }
 
 void ValueRows::copy_from(const ValueRows& other, int64_t positions) {
@@ -159,9 +155,7 @@ void ValueRows::copy_from(const ValueRows& other, int64_t positions) {
                 static_cast<size_t>(bytes));
   }
   if (layout_.exact()) return;
-  std::memcpy(bytes_ + capacity_ * layout_.value_width(),
-              other.bytes_ + other.capacity_ * layout_.value_width(),
-              static_cast<size_t>(positions * 4));
+  std::memcpy(scale(0), other.scale(0), static_cast<size_t>(positions * 4));
 }
 
 }  // namespace edgelora::ops

@@ -56,6 +56,19 @@ class KeyRows {
   void copy_from(const KeyRows& other, int64_t positions);
 
  private:
+  // Bytes of a row but for its scales.
+  int64_t row_bytes() const {
+    return layout_.exact() ? 4 * layout_.head_dim() : layout_.key_width();
+  }
+  // The first four bytes of a row; the next lie 64 bytes on.
+  uint8_t* row(int64_t position) const {
+    return bytes_ + position / 16 * 16 * row_bytes() + position % 16 * 4;
+  }
+  // Of features 32·block … of a position, float16.
+  uint8_t* scale(int64_t position, int64_t block) const {
+    const int64_t panel = position / 16 * (layout_.key_width() / 32) + block;
+    return scales() + 2 * (panel * 16 + position % 16);
+  }
   uint8_t* scales() const { return bytes_ + capacity_ * layout_.key_width(); }
 
   KvLayout layout_;
@@ -79,6 +92,14 @@ class ValueRows {
 
  private:
   int64_t panel_bytes() const { return capacity_ * 16 * (layout_.exact() ? 4 : 1); }
+  // Feature 16·panel of a position; the next lie 4 bytes on.
+  uint8_t* column(int64_t position, int64_t panel) const {
+    return bytes_ + panel * panel_bytes() +
+           (layout_.exact() ? position * 64 : position / 4 * 64 + position % 4);
+  }
+  uint8_t* scale(int64_t position) const {  // float32
+    return bytes_ + capacity_ * layout_.value_width() + 4 * position;
+  }
 
   KvLayout layout_;
   int64_t capacity_;
