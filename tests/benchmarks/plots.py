@@ -69,7 +69,7 @@ def _mark_limits(axis: Axes, rows: Sequence[Row], names: Sequence[str], prompt: 
 
 
 def _over_context(rows: Sequence[Row]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
     prompts = sorted({row.prompt_tokens for row in rows})
     for axis, what in zip(axes, ("prefill", "decode"), strict=True):
         names = [n for n in dict.fromkeys(r.contestant for r in rows) if not about_adapters(n)]
@@ -83,7 +83,9 @@ def _over_context(rows: Sequence[Row]) -> Figure:
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
     axes[0].set_ylabel("tokens a second")
-    axes[1].legend(fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+    )
     return _titled(figure, rows)
 
 
@@ -123,7 +125,7 @@ def _titled(figure: Figure, rows: Sequence[Row]) -> Figure:
     streamed = f", {bandwidth:.1f} GB/s" if bandwidth else ""
     about = f"{first.machine} {first.isa}{streamed}, commit {first.commit}"
     figure.suptitle(f"{first.model}, threads: {first.threads} ({about})", fontsize=9)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     return figure
 
 
