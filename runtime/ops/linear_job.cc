@@ -1,8 +1,6 @@
 #include "ops/linear_job.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <new>
 
 #include "ops/scratch.h"
@@ -28,46 +26,6 @@ constexpr int64_t kSmallestShare = 8;
 constexpr int64_t kWorkPerPiece = 32 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every number's.
-float most_of(const float* t, int64_t rank) {
-  int32_t most = 0;
-  for (int64_t r = 0; r < rank; ++r) {
-    int32_t bits;
-    std::memcpy(&bits, t + r, sizeof bits);
-    most = std::max(most, bits & INT32_MAX);
-  }
-  float magnitude;
-  std::memcpy(&magnitude, &most, sizeof magnitude);
-  return magnitude;
-}
-
-// Half to even: what is added and taken away leaves no bits behind the point.
-template <int kCount>
-void round_t(const float* t, float inverse, char* to) {
-  int16_t codes[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    codes[i] = static_cast<int16_t>(t[i] * inverse + 0x1.8p23f - 0x1.8p23f);
-  }
-  std::memcpy(to, codes, sizeof codes);
-}
-
-// t [rank] → int16 [2·⌈rank/2⌉] in its place; returns the scale, NaN if a t is not finite.
-float quantize_t(float* t, int64_t rank) {
-  const float most = most_of(t, rank);
-  const bool finite = most <= std::numeric_limits<float>::max();
-  auto* codes = reinterpret_cast<char*>(t);
-  if (!finite || most < 0x1p-100f) {  // too small to divide by, and to matter
-    std::memset(codes, 0, static_cast<size_t>(2 * (rank + rank % 2)));
-    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  }
-  const float inverse = 32767.0f / most;
-  int64_t r = 0;  // a code never lies beyond its t
-  for (; r + 8 <= rank; r += 8) round_t<8>(t + r, inverse, codes + 2 * r);
-  for (; r < rank; ++r) round_t<1>(t + r, inverse, codes + 2 * r);
-  if (rank % 2 != 0) std::memset(codes + 2 * rank, 0, 2);
-  return most / 32767.0f;
-}
 
 }  // namespace
 
@@ -200,50 +158,6 @@ void LinearJob::prepare_rows(const Worker& worker, int64_t begin, int64_t end) c
   }
 }
 
-// Neighbouring rows of one sequence have one adapter: body(adapter, their begin, their end).
-template <typename Body>
-void LinearJob::for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const {
-  for (int64_t m = row_begin; m < row_end;) {
-    const NodeAdapter* adapter = of_row(m);
-    const int64_t next = (m / call_.sequence_length + 1) * call_.sequence_length;
-    const int64_t end = std::min(row_end, next);
-    if (adapter != nullptr) body(*adapter, m, end);
-    m = end;
-  }
-}
-
-void LinearJob::down(const Worker& worker, int64_t slice, int64_t row_begin,
-                     int64_t row_end) const {
-  for_each_adapter(row_begin, row_end, [&](const NodeAdapter& adapter, int64_t begin, int64_t end) {
-    for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
-      is_packed(branch) ? down_packed(worker, branch, begin, end)
-                        : down_branch(worker.x, branch, begin, end);
-    }
-  });
-}
-
-void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
-                            int64_t row_end) const {
-  for (int64_t m = row_begin; m < row_end; ++m) {
-    call_.kernels->side_branch_down(branch.factors, weights_.in_features, branch.weight,
-                                    input_row(x, m), t_of(branch, m));
-  }
-}
-
-// t = A·x of the rows, then each row's as int16 in its own place.
-void LinearJob::down_packed(const Worker& worker, const Branch& branch, int64_t row_begin,
-                            int64_t row_end) const {
-  const kernels::PackedFactors& factors = *branch.packed;
-  float* t = t_of(branch, row_begin) + 1;
-  call_.kernels->linear(factors.a, quantized(worker.x, row_begin, row_end), 0,
-                        ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(),
-                        worker.linear);
-  for (int64_t m = row_begin; m < row_end; ++m) {
-    float* scale = t_of(branch, m);
-    *scale = branch.weight * quantize_t(scale + 1, factors.rank);
-  }
-}
-
 kernels::Activations LinearJob::quantized(const Prepared& x, int64_t row_begin,
                                           int64_t row_end) const {
   const int64_t block = row_begin * ceil_div(weights_.in_features, kBlock);
@@ -301,48 +215,6 @@ void LinearJob::product(const Worker& worker, const Tile& tile, const Target& ta
     up(tile, target);
   }
   if (call_.node.bias != nullptr) add_bias(tile, target);
-}
-
-// The slices that the tile touches, each with its own panel numbers.
-void LinearJob::up(const Tile& tile, const Target& target) const {
-  int64_t row = 0;  // first row of the slice; a multiple of 16 but for a slice alone
-  for (int64_t slice = 0; slice < weights_.slice_count; ++slice) {
-    const int64_t first = row / kPanelRows;
-    const int64_t last = first + ceil_div(weights_.slices[slice], kPanelRows);
-    const int64_t from = std::max(tile.panel_begin, first);
-    const int64_t to = std::min(tile.panel_end, last);
-    if (from < to) up_slice(slice, row, {tile.row_begin, tile.row_end, from, to}, target);
-    row += weights_.slices[slice];
-  }
-}
-
-void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
-                         const Target& target) const {
-  const int64_t first = slice_row / kPanelRows;
-  for_each_adapter(tile.row_begin, tile.row_end, [&](const NodeAdapter& adapter, int64_t begin,
-                                                     int64_t end) {
-    float* y = target.y + (begin - tile.row_begin) * target.stride + slice_row;
-    for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
-      up_branch(branch, weights_.slices[slice],
-                {begin, end, tile.panel_begin - first, tile.panel_end - first},
-                {y, target.stride});
-    }
-  });
-}
-
-void LinearJob::up_branch(const Branch& branch, int64_t out_features, const Tile& tile,
-                          const Target& target) const {
-  const float* t = t_of(branch, tile.row_begin);
-  const int64_t rows = tile.row_end - tile.row_begin, stride = call_.adapters->t_size();
-  if (is_packed(branch)) {
-    return call_.kernels->side_branch_up_int8(*branch.packed, out_features, {rows, t, stride},
-                                              tile.panel_begin, tile.panel_end, target.y,
-                                              target.stride);
-  }
-  for (int64_t m = 0; m < rows; ++m) {
-    call_.kernels->side_branch_up(branch.factors, out_features, t + m * stride, tile.panel_begin,
-                                  tile.panel_end, target.y + m * target.stride);
-  }
 }
 
 void LinearJob::add_bias(const Tile& tile, const Target& target) const {
