@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter import Branch, compare_base_name, read_adapter, valid_adapter_names
+from edgelora.adapter import (
+    Branch,
+    check_side_branch,
+    compare_base_name,
+    read_adapter,
+    valid_adapter_names,
+)
 from edgelora.adapter_file import read_adapter_file, write_adapter
 from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path, locked
 from edgelora.errors import EdgeLoraError
@@ -72,6 +78,7 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)
+    check_side_branch(adapter, path)
     data = write_adapter(
         adapter,
         name=name,

@@ -8,7 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter import Adapter, compare_base_name, read_adapter, valid_adapter_names
+from edgelora.adapter import (
+    Adapter,
+    check_side_branch,
+    compare_base_name,
+    read_adapter,
+    valid_adapter_names,
+)
 from edgelora.adapter_file import Dtype, write_adapter
 from edgelora.bundle import (
     WeightFile,
@@ -71,6 +77,9 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
     if options.mode == "merge" and len(read) != 1:
         raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
+    if options.mode != "merge":
+        for name, adapter in read.items():
+            check_side_branch(adapter, adapters[name])
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     tokenizer = read_tokenizer(base)
     _check_end_tokens(tokenizer, checkpoint)

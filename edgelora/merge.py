@@ -1,4 +1,4 @@
-"""W0 + scaling·B·A: the delta of an adapter written into a base weight."""
+"""W0 + scaling·B·A, its rows scaled for DoRA: an adapter written into a base weight."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,17 @@ Float32 = NDArray[np.float32]
 Factor = NDArray[np.float32 | np.float16]
 
 
-def merge(weight: Float32, lora_a: Factor, lora_b: Factor, scaling: float) -> Float32:
+def merge(
+    weight: Float32,
+    lora_a: Factor,
+    lora_b: Factor,
+    scaling: float,
+    magnitude: Factor | None = None,
+) -> Float32:
     """weight + scaling·(lora_b @ lora_a), a new float32 [out_features, in_features].
+
+    With a magnitude [out_features] (DoRA) each of its rows is divided by its Euclidean norm and
+    multiplied by the row's magnitude, which may be negative; the norm is summed in float64.
 
     lora_a [rank, in_features], lora_b [out_features, rank], float32 or float16 (which is widened
     exactly). All arithmetic is float32, in the order of PEFT's merge: product, times scaling, plus
@@ -23,17 +32,21 @@ def merge(weight: Float32, lora_a: Factor, lora_b: Factor, scaling: float) -> Fl
     differently), and here equal inputs must give equal bytes.
     ValueError: shapes or dtypes that do not fit, a result that is not finite.
     """
-    _check(weight, lora_a, lora_b)
+    _check(weight, lora_a, lora_b, magnitude)
     wide_a, wide_b = lora_a.astype(np.float32), lora_b.astype(np.float32)
     merged = np.empty(weight.shape, np.float32)
     step = max(1, TILE // weight.shape[1])
 
     def work(start: int) -> None:
         part = slice(start, start + step)
-        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row
+        with np.errstate(
+            over="ignore", invalid="ignore", divide="ignore"
+        ):  # refused below, with the row
             delta = _product(wide_b[part], wide_a)
             delta *= np.float32(scaling)
             np.add(weight[part], delta, out=merged[part])
+            if magnitude is not None:
+                merged[part] *= _row_factors(merged[part], magnitude[part])
         _refuse_nonfinite(merged[part], start)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -51,7 +64,13 @@ def _product(lora_b: Float32, lora_a: Float32) -> Float32:
     return delta
 
 
-def _check(weight: Float32, lora_a: Factor, lora_b: Factor) -> None:
+def _row_factors(rows: Float32, magnitude: Factor) -> Float32:
+    """[rows, 1]; not finite for a row of zeros."""
+    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
+    return (magnitude / norms).astype(np.float32)[:, None]
+
+
+def _check(weight: Float32, lora_a: Factor, lora_b: Factor, magnitude: Factor | None) -> None:
     shapes = [list(array.shape) for array in (weight, lora_a, lora_b)]
     if weight.dtype != np.float32 or not {lora_a.dtype.name, lora_b.dtype.name} <= FACTORS:
         raise ValueError("weight must be float32, lora_a and lora_b float32 or float16")
@@ -60,6 +79,8 @@ def _check(weight: Float32, lora_a: Factor, lora_b: Factor) -> None:
     )
     if not fits or not weight.size:
         raise ValueError("weight {}, lora_a {}, lora_b {} do not fit".format(*shapes))
+    if magnitude is not None and magnitude.shape != weight.shape[:1]:
+        raise ValueError(f"weight {shapes[0]}, magnitude {list(magnitude.shape)} do not fit")
 
 
 def _refuse_nonfinite(rows: Float32, first_row: int) -> None:

@@ -136,7 +136,10 @@ class WeightWriter:
         branch = self.branches.get(linear.target)
         if branch is None:
             return values
-        return merge(values, branch.lora_a, branch.lora_b, branch.scaling)
+        try:
+            return merge(values, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
+        except ValueError as error:
+            raise EdgeLoraError(f"{linear.target}: {error}; train the adapter again") from error
 
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""

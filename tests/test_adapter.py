@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edgelora.adapter import compare_base_name, read_adapter
 from edgelora.adapter.settings import EXPORTED, HARMLESS, REFUSED_UNLESS_OFF, read_settings
 from edgelora.adapter.targets import implied_targets, pattern_value
+from edgelora.merge import merge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0, V0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -77,6 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "excluded_regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp\..*"},
     "unused_name": {"target_modules": ["q_proj", "c_attn"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
+    "dora": {"target_modules": ["q_proj", "down_proj", "lm_head"], "use_dora": True},
+    "dora_rslora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
     "gaussian": {"target_modules": ["o_proj"], "init_lora_weights": "gaussian"},
 }
 
@@ -97,10 +100,18 @@ def test_delta_equals_peft_merge(tmp_path: Path, config: dict[str, Any]) -> None
             assert np.array_equal(before, after)
             continue
         a, b = branch.lora_a.astype(np.float64), branch.lora_b.astype(np.float64)
+        wanted = before + branch.scaling * b @ a
         # One rounding a product and sum of rank terms, one for scaling, one for adding.
+        roundings = branch.rank + 3
         bound = np.abs(before) + branch.scaling * np.abs(b) @ np.abs(a)
-        bound *= (branch.rank + 3) * np.finfo(np.float32).eps
-        assert (np.abs(before + branch.scaling * b @ a - after) <= bound).all(), name
+        if branch.magnitude is not None:
+            factor = branch.magnitude[:, None] / np.linalg.norm(wanted, axis=1, keepdims=True)
+            wanted, bound = factor * wanted, np.abs(factor) * bound
+            roundings += len(a.T) + 3  # the norm's sum and root, the quotient, the product
+        bound *= roundings * np.finfo(np.float32).eps
+        assert (np.abs(wanted - after) <= bound).all(), name
+        ours = merge(weight.numpy(), branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
+        assert (np.abs(wanted - ours) <= bound).all(), name
 
 
 # PEFT expands "all-linear" from the model itself: the merge test covers it.

@@ -59,6 +59,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": 10**400}, "lora_alpha"),
     ({"lora_alpha": "16"}, "lora_alpha"),
     ({"use_rslora": 1}, "use_rslora"),
+    ({"use_dora": 1}, "use_dora"),
+    ({"use_dora": True}, f"{V0}: has no lora_magnitude_vector"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
     ({"rank_pattern": {"o_proj": 8}}, "rank_pattern 'o_proj': matches no target"),
     ({"rank_pattern": {"q_proj(": 8}}, "rank_pattern 'q_proj('"),
@@ -90,7 +92,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 ]
 BAD_FIELDS += [
     ({name: True}, name)
-    for name in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+    for name in ("use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 ]
 BAD_FIELDS += [
     ({name: {}}, name)
@@ -143,7 +145,8 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], object], list[str]]] = [
     (lambda t: t.update({QA: t[QA].astype(np.int8)}), [QA, "I8"]),
     (extra(f"{PREFIX}{Q0}.lora_A.default.weight"), [Q0, "second lora_A"]),
     (lambda t: t.update({QA.replace("A.w", "A.x.w"): t.pop(QA)}), ["(none), x", "one adapter"]),
-    (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), ["magnitude_vector", "DoRA"]),
+    (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), ["magnitude_vector", "use_dora"]),
+    (extra(f"{PREFIX}{Q0}.lora_magnitude_vector.b"), ["magnitude_vector.b", "no name that PEFT"]),
     (extra(f"{PREFIX}model.embed_tokens.lora_embedding_A"), ["lora_embedding_A", "embedding"]),
     (extra(f"{PREFIX}{Q0}.lora_B.bias"), ["lora_B.bias", "lora_bias"]),
     (extra(f"{PREFIX}{Q0}.bias"), [f"{Q0}.bias", "trained bias"]),
@@ -166,11 +169,35 @@ def test_bad_tensor_is_refused_by_name(
     assert [each for each in culprits if each not in text] == []
 
 
+Change = Callable[[np.ndarray], np.ndarray]
+BAD_MAGNITUDES: list[tuple[Change, str]] = [
+    (lambda magnitude: magnitude[:32], "[32]"),
+    (lambda magnitude: magnitude[:, None], "[64, 1]"),
+    (lambda magnitude: magnitude * np.nan, "NaN"),
+    (lambda magnitude: magnitude.astype(np.int32), "I32"),
+]
+
+
+@pytest.mark.parametrize(("change", "culprit"), BAD_MAGNITUDES, ids=lambda each: str(each)[:50])
+def test_bad_magnitude_is_refused_by_name(folder: Path, change: Change, culprit: str) -> None:
+    change_config(folder, use_dora=True)
+    names = {target: f"{PREFIX}{target}.lora_magnitude_vector" for target in (Q0, V0)}
+    good = {name: np.ones(TARGETS[target][0], np.float32) for target, name in names.items()}
+    save_file(good_tensors() | good, folder / WEIGHTS)
+    branches = read_adapter(folder, TARGETS).branches
+    assert [branch.magnitude.shape for branch in branches.values()] == [(64,), (32,)]
+    bad = np.ascontiguousarray(change(good[names[Q0]]))
+    save_file(good_tensors() | good | {names[Q0]: bad}, folder / WEIGHTS)
+    text = refusal(folder)
+    assert names[Q0] in text
+    assert culprit in text
+
+
 def test_all_problems_are_raised_at_once(folder: Path) -> None:
-    change_config(folder, use_dora=True, bias="all")
+    change_config(folder, use_qalora=True, bias="all")
     save_file(good_tensors() | {QA: np.full((8, 64), np.nan, np.float32)}, folder / WEIGHTS)
     text = refusal(folder)
-    assert all(each in text for each in ("use_dora", 'bias = "all"', QA))
+    assert all(each in text for each in ("use_qalora", 'bias = "all"', QA))
 
 
 def test_names_with_an_adapter_name_are_read(folder: Path) -> None:
@@ -260,7 +287,7 @@ def test_damaged_bytes_raise_only_our_error(folder: Path) -> None:
 
 
 def test_ledger_lists_every_field_and_tensor_once(folder: Path) -> None:
-    change_config(folder, use_dora=True)
+    change_config(folder, use_qalora=True)
     save_file(good_tensors() | {"stray": np.ones(1, np.float32)}, folder / WEIGHTS)
     for targets in (TARGETS, None):
         ledger = adapter_ledger(folder, targets)
@@ -269,7 +296,7 @@ def test_ledger_lists_every_field_and_tensor_once(folder: Path) -> None:
         for name in [*json.loads((folder / CONFIG).read_text()), *load_file(folder / WEIGHTS)]:
             assert fields.count(name) == 1
         refused = [each.item for each in ledger if each.verdict == "refused"]
-        assert refused == ["use_dora = true", "stray"]
+        assert refused == ["use_qalora = true", "stray"]
 
 
 def test_ledger_says_when_a_branch_changes_nothing(folder: Path) -> None:

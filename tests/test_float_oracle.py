@@ -118,12 +118,14 @@ def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
                     module.get_base_layer().weight += weight * module.get_delta_weight(name)
 
 
-def test_merged_equals_peft_merge(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_merged_equals_peft_merge(base: Path, tmp_path: Path, *, use_dora: bool) -> None:
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear", use_dora=use_dora)
     edgelora.export(
         base, tmp_path / "bundle", adapters={"a": adapter}, format="float", mode="merge"
     )
     with edgelora.load(tmp_path / "bundle") as model:
         ours = model.logits(TOKENS)
-    theirs = with_adapter(oracle.float_model(base), adapter).merge_and_unload()
+    theirs = with_adapter(oracle.float_model(base), adapter)
     oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
+    oracle.assert_close(ours, oracle.logits(theirs.merge_and_unload(), TOKENS), SHARE)

@@ -109,3 +109,21 @@ def test_a_merged_weight_that_is_not_finite_is_refused_with_its_row() -> None:
     lora_b[556:] = 0
     with pytest.raises(ValueError, match="row 555: the merged weight is not finite"):
         merge(weight, lora_a, lora_b, 1.0)
+
+
+def test_a_magnitude_gives_each_row_its_length() -> None:
+    weight, lora_a, lora_b = factors(700, 64, 4)
+    magnitude = np.linspace(-2, 3, 700).astype(np.float16)
+    merged = merge(weight, lora_a, lora_b, 0.5, magnitude)
+    plain = merge(weight, lora_a, lora_b, 0.5).astype(np.float64)
+    expected = magnitude[:, None] * plain / np.linalg.norm(plain, axis=1, keepdims=True)
+    assert (np.abs(merged - expected) <= 2.0**-22 * np.abs(expected)).all()
+
+
+def test_a_magnitude_that_does_not_fit_or_has_no_row_to_scale_is_refused() -> None:
+    weight, lora_a, lora_b = factors(16, 8, 4)
+    with pytest.raises(ValueError, match=r"weight \[16, 8\], magnitude \[15\] do not fit"):
+        merge(weight, lora_a, lora_b, 1.0, np.ones(15, np.float32))
+    weight[3] = lora_b[3] = 0
+    with pytest.raises(ValueError, match="row 3: the merged weight is not finite"):
+        merge(weight, lora_a, lora_b, 1.0, np.ones(16, np.float32))

@@ -20,6 +20,7 @@ __all__ = [
     "Branch",
     "LedgerEntry",
     "adapter_ledger",
+    "check_side_branch",
     "compare_base_name",
     "model_name",
     "read_adapter",
@@ -69,6 +70,16 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
     return Adapter(path.resolve().name, base, branches, folder.fingerprint, tuple(ledger))
 
 
+def check_side_branch(adapter: Adapter, path: Path) -> None:
+    """Raises EdgeLoraError if the adapter is more than a side branch can compute."""
+    scaled = sum(branch.magnitude is not None for branch in adapter.branches.values())
+    if scaled:
+        raise EdgeLoraError(
+            f"{path}: DoRA scales the rows of {scaled} base weights, which a side branch cannot: "
+            "export a bundle of its own with --mode merge"
+        )
+
+
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:
     """What becomes of every field and tensor; without `targets`, all modules in the file are taken.
 
@@ -98,7 +109,7 @@ def _own_targets(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, in
     return {
         target: (tensors[pair["B"]].shape[0], tensors[pair["A"]].shape[-1])
         for target, pair in pairs.items()
-        if len(pair) == 2 and tensors[pair["A"]].shape and tensors[pair["B"]].shape
+        if pair.keys() >= {"A", "B"} and tensors[pair["A"]].shape and tensors[pair["B"]].shape
     }
 
 

@@ -19,11 +19,15 @@ from edgelora.adapter.tensors import Factor, StoredTensor
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """The side branch of one target: y += scaling · lora_b · (lora_a · x)."""
+    """What an adapter makes of one target: W = W0 + scaling · lora_b · lora_a.
+
+    With a magnitude (DoRA, Liu et al. 2024) each row of W is then brought to that length.
+    """
 
     lora_a: Factor  # [rank, in_features]
     lora_b: Factor  # [out_features, rank]
     scaling: float
+    magnitude: Factor | None = None  # [out_features]
 
     @property
     def rank(self) -> int:
@@ -32,13 +36,15 @@ class Branch:
 
 # `lora_A.weight` as PEFT saves it, `lora_A.default.weight` as it is named inside a model
 FACTOR_NAME = re.compile(
-    r"base_model\.model\.(?P<target>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"base_model\.model\.(?P<target>.+)\.lora_"
+    r"(?:(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|magnitude_vector(?:\.(?P<magnitude_adapter>[^.]+)\.weight)?)"
 )
 
 # The first expression found in a name says why it is refused.
 OTHER_TENSORS = [
     (r"\.lora_embedding_[AB]\b", "an adapter of the token embedding is not supported"),
-    (r"\.lora_magnitude_vector\b", "a DoRA magnitude vector; DoRA is not supported"),
+    (r"\.lora_magnitude_vector\b", "a magnitude vector by no name that PEFT gives it"),
     (r"\.lora_B(\.[^.]+)?\.bias$", "a bias in lora_B (lora_bias) is not supported"),
     (r"\.lora_diag\b", "a KaSA diagonal; KaSA is not supported"),
     (r"trainable_tokens|token_adapter", "trained tokens are not supported"),
@@ -58,7 +64,8 @@ EMBEDDINGS = (
 NOT_IN_FILE = "named by target_modules, but the file has no lora_A and lora_B for it"
 NOT_IN_CONFIG = "in the file, but the config's target_modules do not name it"
 
-Pairs = dict[str, dict[str, str]]  # target → "A", "B" → tensor name
+MAGNITUDE = "magnitude_vector"
+Pairs = dict[str, dict[str, str]]  # target → "A", "B", MAGNITUDE → tensor name
 
 
 def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[LedgerEntry]]:
@@ -72,18 +79,19 @@ def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[Ledge
                 reason for expression, reason in OTHER_TENSORS if re.search(expression, name)
             )
             ledger.append(refused(name, reason))
-        elif found["factor"] in pairs.setdefault(found["target"], {}):
-            ledger.append(
-                refused(name, f"a second lora_{found['factor']} for the target {found['target']}")
-            )
+        elif (factor := found["factor"] or MAGNITUDE) in pairs.setdefault(found["target"], {}):
+            reason = f"a second lora_{factor} for the target {found['target']}"
+            ledger.append(refused(name, reason))
         else:
-            pairs[found["target"]][found["factor"]] = name
+            pairs[found["target"]][factor] = name
     return pairs, ledger + _adapter_names(tensors)
 
 
 def _adapter_names(tensors: Mapping[str, StoredTensor]) -> list[LedgerEntry]:
     found = (FACTOR_NAME.fullmatch(name) for name in sorted(tensors))
-    names = sorted({match["adapter"] or "(none)" for match in found if match})
+    names = sorted(
+        {match["adapter"] or match["magnitude_adapter"] or "(none)" for match in found if match}
+    )
     return (
         [refused(", ".join(names), "adapter names; a file must hold one adapter")]
         if len(names) > 1
@@ -97,15 +105,16 @@ def check_targets(
     """The targets that config, file and base agree on, and refusals for all others."""
     known = set(targets)
     implied = set(implied_targets(settings, sorted(known | set(EMBEDDINGS))))
-    complete = {target for target, pair in pairs.items() if len(pair) == 2}
+    wanted = ("A", "B", MAGNITUDE) if settings.use_dora else ("A", "B")
+    complete = {target for target, pair in pairs.items() if pair.keys() >= set(wanted)}
     agreed = sorted(complete & implied & known)
     ledger = _foreign_modules(pairs.keys() | implied, pairs, known)
     ledger += [refused(each, NOT_IN_FILE) for each in sorted(implied & known - pairs.keys())]
     ledger += [refused(each, NOT_IN_CONFIG) for each in sorted(pairs.keys() & known - implied)]
-    for target in sorted(pairs.keys() - complete):
-        ledger += [
-            refused(target, f"has no lora_{each}") for each in "AB" if each not in pairs[target]
-        ]
+    for target, pair in sorted(pairs.items()):
+        ledger += [refused(target, f"has no lora_{each}") for each in wanted if each not in pair]
+        if MAGNITUDE in pair and not settings.use_dora:
+            ledger.append(refused(pair[MAGNITUDE], "belongs to DoRA, but use_dora is not set"))
     if not pairs:
         ledger.append(refused("adapter_model.safetensors", "holds no lora_A and lora_B"))
     ledger += unmatched_patterns(settings, implied)
@@ -130,17 +139,19 @@ def read_branch(
 ) -> tuple[Branch | None, list[LedgerEntry]]:
     """One target's branch (None if a tensor is bad) and its tensors' ledger; size: (out, in)."""
     rank, scaling = rank_and_scaling(settings, target)
-    a, b = tensors[pair["A"]], tensors[pair["B"]]
-    ledger = _check_factor(pair["A"], a, (rank, size[1])) + _check_factor(
-        pair["B"], b, (size[0], rank)
-    )
-    if ledger:
-        return None, ledger
+    shapes = {"A": (rank, size[1]), "B": (size[0], rank), MAGNITUDE: (size[0],)}
+    names = {factor: pair[factor] for factor in shapes if factor in pair}
+    bad = [_check_factor(name, tensors[name], shapes[factor]) for factor, name in names.items()]
+    if any(bad):
+        return None, [entry for entries in bad for entry in entries]
+    values = {factor: tensors[name].values() for factor, name in names.items()}
+    branch = Branch(values["A"], values["B"], scaling, values.get(MAGNITUDE))
     reason = f"rank {rank}, scaling {scaling:g}"
-    branch = Branch(a.values(), b.values(), scaling)
-    if not branch.lora_a.any() or not branch.lora_b.any():
+    if branch.magnitude is not None:
+        reason += ", then rows of the magnitude's length (DoRA)"
+    elif not branch.lora_a.any() or not branch.lora_b.any():
         reason += "; all zero, so it changes nothing"
-    return branch, [exported(pair["A"], reason), exported(pair["B"], reason)]
+    return branch, [exported(name, reason) for name in names.values()]
 
 
 def _check_factor(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> list[LedgerEntry]:

@@ -19,6 +19,7 @@ class Settings:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     target_modules: str | tuple[str, ...]  # a string is a regex or "all-linear"
@@ -75,10 +76,6 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "target_parameters": ((None, []), "LoRA on bare parameters (experts) is not supported"),
     "trainable_token_indices": ((None, [], {}), "trained tokens are not supported"),
     "use_bdlora": ((None, False), "block-diagonal LoRA is not supported"),
-    "use_dora": (
-        (False, None),
-        "DoRA is not supported: its magnitude vectors would be lost; train plain LoRA",
-    ),
     "use_qalora": ((False, None), "QA-LoRA is not supported"),
     "velora_config": ((None,), "VeLoRA is not supported"),
 }
@@ -121,6 +118,7 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
     "r": (8, _is_rank, "the rank must be a positive integer"),
     "lora_alpha": (8, _is_alpha, "must be a positive finite number"),
     "use_rslora": (False, lambda value: isinstance(value, bool), "must be true or false"),
+    "use_dora": (False, lambda value: isinstance(value, bool), "must be true or false"),
     "rank_pattern": ({}, _is_map_of(_is_rank), "must map patterns to positive integers"),
     "alpha_pattern": ({}, _is_map_of(_is_alpha), "must map patterns to positive finite numbers"),
     "target_modules": (
@@ -198,6 +196,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
         use_rslora=values["use_rslora"],
+        use_dora=values["use_dora"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
         target_modules=_frozen(values["target_modules"]),
