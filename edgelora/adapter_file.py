@@ -4,11 +4,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch, valid_adapter_name
 from edgelora.adapter.half import half_factors
@@ -25,6 +26,8 @@ Dtype = Literal["float16", "float32"]
 def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: Dtype) -> bytes:
     """The file's bytes; the same adapter, name and fingerprint always give the same bytes.
 
+    Its magnitudes, if any, must be row factors of the base already.
+
     Raises EdgeLoraError for a bad name or fingerprint, and for values that float16 cannot hold.
     """
     _check_fingerprint(base_fingerprint, f"adapter {name}")
@@ -34,6 +37,8 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
     for target, branch in adapter.branches.items():
         lora_a, lora_b = _as_dtype(branch, dtype, f"adapter {name}: {target}")
         tensors |= {f"{target}.lora_a": lora_a, f"{target}.lora_b": pack_panels(lora_b)}
+        if branch.row_factor is not None:
+            tensors[f"{target}.row_factor"] = branch.row_factor
     scaling = {target: branch.scaling for target, branch in sorted(adapter.branches.items())}
     metadata = {
         "base_fingerprint": base_fingerprint,
@@ -135,7 +140,7 @@ def read_adapter_file(
             target: _fit(target, branch, targets, str(path)) for target, branch in branches.items()
         }
     dtypes: dict[str, Dtype] = {"F16": "float16", "F32": "float32"}
-    dtype = dtypes[next(iter(tensors.values())).dtype]
+    dtype = dtypes[tensors[f"{next(iter(scaling))}.lora_a"].dtype]
     return StoredAdapter(metadata["name"], metadata["base_fingerprint"], dtype, branches)
 
 
@@ -170,9 +175,10 @@ def _check_names(
     tensors: Mapping[str, StoredTensor], scaling: Mapping[str, float], source: str
 ) -> None:
     expected = {f"{target}.{factor}" for target in scaling for factor in ("lora_a", "lora_b")}
-    if wrong := sorted(expected ^ tensors.keys()):
+    optional = {f"{target}.row_factor" for target in scaling}
+    if wrong := sorted(expected ^ (tensors.keys() - optional)):
         raise EdgeLoraError(f"{source}: missing or unexpected tensors: {', '.join(wrong)}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensors[name].dtype for name in expected}
     if len(dtypes) > 1 or not dtypes <= {"F16", "F32"}:
         raise EdgeLoraError(
             f"{source}: tensors are {', '.join(sorted(dtypes))}; must all be F16 or all F32"
@@ -192,10 +198,26 @@ def _stored_branch(
         raise EdgeLoraError(
             f"{source}: {target} has lora_a {list(a.shape)} and lora_b {list(b.shape)}"
         )
-    branch = Branch(a.values(), unpack_panels(b.values()), scaling)
+    row_factor = _stored_row_factor(tensors.get(f"{target}.row_factor"), target, source)
+    branch = Branch(a.values(), unpack_panels(b.values()), scaling, row_factor=row_factor)
     if not np.isfinite(branch.lora_a).all() or not np.isfinite(branch.lora_b).all():
         raise EdgeLoraError(f"{source}: {target} holds NaN or infinity")
     return branch
+
+
+def _stored_row_factor(
+    tensor: StoredTensor | None, target: str, source: str
+) -> NDArray[np.float32] | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != "F32" or len(tensor.shape) != 1:
+        raise EdgeLoraError(
+            f"{source}: {target}.row_factor is {tensor.dtype} {list(tensor.shape)}, not F32 [N]"
+        )
+    values = tensor.values().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise EdgeLoraError(f"{source}: {target}.row_factor holds NaN or infinity")
+    return values
 
 
 def _fit(
@@ -210,4 +232,8 @@ def _fit(
         raise EdgeLoraError(f"{source}: {target} is for {found}, the base has [{rows}, {columns}]")
     if branch.lora_b[rows:].any():
         raise EdgeLoraError(f"{source}: {target}.lora_b has values in its padding rows")
-    return Branch(branch.lora_a, branch.lora_b[:rows], branch.scaling)
+    if branch.row_factor is not None and len(branch.row_factor) != rows:
+        raise EdgeLoraError(
+            f"{source}: {target}.row_factor has {len(branch.row_factor)} values, the base {rows}"
+        )
+    return replace(branch, lora_b=branch.lora_b[:rows])

@@ -7,9 +7,9 @@ from typing import Any
 
 from edgelora.adapter import (
     Branch,
-    check_side_branch,
     compare_base_name,
     read_adapter,
+    refuse_row_factors,
     valid_adapter_names,
 )
 from edgelora.adapter_file import read_adapter_file, write_adapter
@@ -78,7 +78,7 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)
-    check_side_branch(adapter, path)
+    refuse_row_factors(adapter, path, "that takes the base: export the bundle again with it")
     data = write_adapter(
         adapter,
         name=name,

@@ -3,16 +3,19 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgelora.adapter import (
     Adapter,
-    check_side_branch,
+    Branch,
     compare_base_name,
     read_adapter,
+    refuse_row_factors,
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, write_adapter
@@ -32,8 +35,9 @@ from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.inventory import take_inventory
-from edgelora.layout import targets
+from edgelora.layout import EMBEDDING, targets
 from edgelora.manifest import is_unicode
+from edgelora.merge import row_factors
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
 from edgelora.rounding import Rounding
@@ -77,9 +81,10 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
     if options.mode == "merge" and len(read) != 1:
         raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
-    if options.mode != "merge":
+    if options.mode != "merge" and options.flavor == "ort":
+        why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
         for name, adapter in read.items():
-            check_side_branch(adapter, adapters[name])
+            refuse_row_factors(adapter, adapters[name], why)
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     tokenizer = read_tokenizer(base)
     _check_end_tokens(tokenizer, checkpoint)
@@ -189,10 +194,34 @@ def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
     for adapter in merged.values():
         fingerprint = merged_fingerprint(fingerprint, adapter.fingerprint)
     for name, adapter in side.items():
-        _write_adapter(folder, name, adapter, fingerprint, request.plan)
+        bound = _bound(adapter, request.checkpoint)
+        _write_adapter(folder, name, bound, fingerprint, request.plan)
     request.tokenizer.write(folder)
     write_manifest(folder, _fields(request, fingerprint, side, merged))
     return _bits_per_weight(writer)
+
+
+def _bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """Magnitudes (DoRA) become factors of this base's rows."""
+    branches = {
+        target: branch if branch.magnitude is None else _bound_branch(target, branch, checkpoint)
+        for target, branch in adapter.branches.items()
+    }
+    return replace(adapter, branches=branches)
+
+
+def _bound_branch(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
+    assert branch.magnitude is not None
+    tied = target == "lm_head" and checkpoint.config.tie_word_embeddings
+    weight = checkpoint.read(f"{EMBEDDING if tied else target}.weight")
+    try:
+        factors = row_factors(
+            weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude
+        )
+    except ValueError as error:
+        raise EdgeLoraError(f"{target}: {error}; train the adapter again") from error
+    lora_b = factors[:, None] * branch.lora_b.astype(np.float32)
+    return Branch(branch.lora_a, lora_b, branch.scaling, row_factor=factors)
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:

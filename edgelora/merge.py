@@ -39,9 +39,7 @@ def merge(
 
     def work(start: int) -> None:
         part = slice(start, start + step)
-        with np.errstate(
-            over="ignore", invalid="ignore", divide="ignore"
-        ):  # refused below, with the row
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row
             delta = _product(wide_b[part], wide_a)
             delta *= np.float32(scaling)
             np.add(weight[part], delta, out=merged[part])
@@ -52,6 +50,18 @@ def merge(
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(work, range(0, len(weight), step)))
     return merged
+
+
+def row_factors(
+    weight: Float32, lora_a: Factor, lora_b: Factor, scaling: float, magnitude: Factor
+) -> Float32:
+    """magnitude / ‖row of weight + scaling·(lora_b @ lora_a)‖, [out_features].
+
+    DoRA's result is these factors times that sum. ValueError: as merge, or a row of zeros.
+    """
+    factors = _row_factors(merge(weight, lora_a, lora_b, scaling), magnitude)
+    _refuse_nonfinite(factors, 0)
+    return factors[:, 0]
 
 
 def _product(lora_b: Float32, lora_a: Float32) -> Float32:
@@ -67,7 +77,9 @@ def _product(lora_b: Float32, lora_a: Float32) -> Float32:
 def _row_factors(rows: Float32, magnitude: Factor) -> Float32:
     """[rows, 1]; not finite for a row of zeros."""
     norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
-    return (magnitude / norms).astype(np.float32)[:, None]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # refused by the caller
+        factors: Float32 = (magnitude / norms).astype(np.float32)
+    return factors[:, None]
 
 
 def _check(weight: Float32, lora_a: Factor, lora_b: Factor, magnitude: Factor | None) -> None:

@@ -264,6 +264,43 @@ def test_bad_tensor_is_refused(tmp_path: Path, tensor: str, changes: dict[str, A
         read_adapter_file(with_header(tmp_path / "bad.safetensors", header, values))
 
 
+def with_row_factors() -> Adapter:
+    row_factor = np.linspace(-1, 2, 37, dtype=np.float32)
+    return adapter_of(
+        up=Branch(*factors(37, 3), 0.75, row_factor=row_factor), q=Branch(*factors(64, 8), 2.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_row_factors_are_float32_in_either_file(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(write(with_row_factors(), dtype=dtype))
+    stored = read_adapter_file(path, TARGETS)
+    assert stored.dtype == dtype
+    assert stored.branches[Q].row_factor is None
+    expected = with_row_factors().branches[UP].row_factor
+    assert np.array_equal(load(path.read_bytes())[f"{UP}.row_factor"], expected)
+    assert np.array_equal(stored.branches[UP].row_factor, expected)
+
+
+@pytest.mark.parametrize(
+    ("row_factor", "culprit"),
+    [
+        (np.ones(36, np.float32), "36 values, the base 37"),
+        (np.ones((37, 1), np.float32), r"\[37, 1\]"),
+        (np.ones(37, np.float16), "F16"),
+        (np.full(37, np.nan, np.float32), "NaN"),
+    ],
+)
+def test_bad_row_factors_are_refused(tmp_path: Path, row_factor: Any, culprit: str) -> None:
+    branch = Branch(*factors(37, 3), 0.75, row_factor=row_factor)
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(write(adapter_of(up=branch)))
+    with pytest.raises(EdgeLoraError, match=culprit) as caught:
+        read_adapter_file(path, TARGETS)
+    assert f"{path}: {UP}" in str(caught.value)
+
+
 def test_nan_and_values_in_padding_are_refused(tmp_path: Path) -> None:
     header, values = split(write(good_adapter()))
     begin, end = header[f"{UP}.lora_b"]["data_offsets"]

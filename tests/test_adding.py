@@ -206,3 +206,18 @@ def test_replaced_adapter_s_folder_is_a_source(bundle: Path, two: Path, tmp_path
 )
 def test_manifest_holds_no_path_of_the_training_machine(given: str, kept: str) -> None:
     assert model_name(given) == kept
+
+
+def test_dora_needs_the_base(bundle: Path, base: Path, tmp_path: Path) -> None:
+    """Bound once by an export, its file can be added anywhere."""
+    dora = make_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(EdgeLoraError, match=r"rows of 2 base weights.*export the bundle again"):
+        add_adapter(bundle, "d", dora)
+    with pytest.raises(EdgeLoraError, match=r"flavor ort.*--mode merge"):
+        edgelora.export(base, tmp_path / "ort", adapters={"d": dora}, flavor="ort")
+    edgelora.export(base, tmp_path / "other", adapters={"d": dora})
+    add_adapter(bundle, "d", tmp_path / "other" / "adapters" / "d" / "adapter.safetensors")
+    with edgelora.load(bundle) as ours, edgelora.load(tmp_path / "other") as theirs:
+        logits = ours.logits([1, 2, 3], adapter="d")
+        assert np.array_equal(logits, theirs.logits([1, 2, 3], adapter="d"))
+        assert not np.allclose(logits, ours.logits([1, 2, 3]))

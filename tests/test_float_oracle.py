@@ -37,6 +37,8 @@ ADAPTERS = {
     },
     "rslora": {"target_modules": "all-linear", "use_rslora": True},
     "lm_head": {"target_modules": ["lm_head", "q_proj"]},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora_lm_head": {"target_modules": ["lm_head", "v_proj"], "use_dora": True},
 }
 
 
@@ -107,6 +109,27 @@ def test_weighted_sum_equals_peft_s_cat(base: Path, tmp_path: Path) -> None:
     add_scaled_deltas(theirs, {"a": 0.7, "b": 0.3})
     with theirs.disable_adapter():
         oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
+
+
+def test_weighted_sum_with_dora_adds_each_one_s_change(base: Path, tmp_path: Path) -> None:
+    folders = {
+        "a": make_adapter(base, tmp_path / "a", target_modules="all-linear", use_dora=True),
+        "b": make_adapter(base, tmp_path / "b", target_modules=["q_proj", "down_proj"], r=2),
+        "c": make_adapter(
+            base, tmp_path / "c", target_modules=["v_proj", "up_proj"], use_dora=True
+        ),
+    }
+    weights = {"a": 0.7, "b": 0.3, "c": -0.4}
+    edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
+    with edgelora.load(tmp_path / "bundle", threads=2) as model:
+        ours = model.logits(TOKENS, adapter=weights)
+    summed = oracle.float_model(base)
+    plain = {name: values.clone() for name, values in summed.state_dict().items()}
+    for name, folder in folders.items():
+        merged = with_adapter(oracle.float_model(base), folder).merge_and_unload().state_dict()
+        for key, values in summed.state_dict().items():
+            values += weights[name] * (merged[key] - plain[key])
+    oracle.assert_close(ours, oracle.logits(summed, TOKENS), SHARE)
 
 
 def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ the runtime may only round a value that lies within float noise of a half to the
 moves one code by one.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,9 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
     model.
     """
     name = "a" if adapter else None
-    exact = oracle.logits(dequantized(bundle, plain, adapter, oracle.NF4), TOKENS)
+    model = dequantized(bundle, plain, adapter, oracle.NF4)
+    keep_row_factors(model, plain, adapter)
+    exact = oracle.logits(model, TOKENS)
     with edgelora.load(bundle, threads=2, accuracy="float") as runtime:
         oracle.assert_close(runtime.logits(TOKENS, adapter=name), exact, EXACT_SHARE)
     with edgelora.load(bundle, threads=2) as runtime:
@@ -55,6 +58,7 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
         nf4 = oracle.LEVEL_NF4 if runtime.info.isa == "avx2" else oracle.BYTE_NF4
     model = dequantized(bundle, plain, adapter, nf4)
     with oracle.int8_activations(model):
+        keep_row_factors(model, plain, adapter)
         simulated = oracle.logits(model, TOKENS)
     allowed = SIMULATION_SHARE * np.abs(simulated - exact).max()
     assert np.abs(ours - simulated).max() <= allowed
@@ -63,6 +67,44 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
 def dequantized(bundle: Path, plain: Any, adapter: Path | None, nf4: Any) -> torch.nn.Module:
     model = oracle.bundle_model(bundle, plain, nf4)
     return model if adapter is None else with_adapter(model, adapter)
+
+
+def row_norms(module: Any) -> torch.Tensor:
+    """Of W0 + delta, by PEFT."""
+    with torch.no_grad():
+        weight = module.get_base_layer().weight + module.get_delta_weight("default")
+        return torch.linalg.norm(weight, dim=1)
+
+
+def magnitudes(model: torch.nn.Module) -> dict[str, Any]:
+    """Module path → the module, of those with a DoRA magnitude."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if len(getattr(module, "lora_magnitude_vector", []))
+    }
+
+
+def keep_row_factors(rounded: torch.nn.Module, plain: Any, adapter: Path | None) -> None:
+    """DoRA divides by the norms of the base that it was trained on, not of the rounded one."""
+    if not magnitudes(rounded):
+        return
+    trained = with_adapter(copy.deepcopy(plain), adapter)
+    norms = {name: row_norms(module) for name, module in magnitudes(trained).items()}
+    for name, module in magnitudes(rounded).items():
+        module.lora_magnitude_vector["default"].weight.data *= row_norms(module) / norms[name]
+
+
+def make_dora(base: Path, folder: Path) -> Path:
+    """Row factors are powers of two, so that float16 holds B times them."""
+    make_adapter(base, folder, target_modules="all-linear", use_dora=True)
+    model = with_adapter(oracle.float_model(base), folder)
+    for module in magnitudes(model).values():
+        norms = row_norms(module)
+        factors = torch.tensor([0.5, 1.0, 2.0, -1.0]).repeat(len(norms) // 4 + 1)[: len(norms)]
+        module.lora_magnitude_vector["default"].weight.data = factors * norms
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -76,6 +118,15 @@ def test_adapter_on_quantized_base_equals_peft_on_dequantized(
     base: Path, kind: str, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, **FORMATS[kind])
+    check(tmp_path / "bundle", oracle.float_model(base), adapter)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_dora_on_quantized_base_keeps_the_rows_lengths(
+    base: Path, kind: str, tmp_path: Path
+) -> None:
+    adapter = make_dora(base, tmp_path / "a")
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, **FORMATS[kind])
     check(tmp_path / "bundle", oracle.float_model(base), adapter)
 

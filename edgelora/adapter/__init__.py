@@ -20,10 +20,10 @@ __all__ = [
     "Branch",
     "LedgerEntry",
     "adapter_ledger",
-    "check_side_branch",
     "compare_base_name",
     "model_name",
     "read_adapter",
+    "refuse_row_factors",
     "valid_adapter_name",
     "valid_adapter_names",
 ]
@@ -70,14 +70,11 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
     return Adapter(path.resolve().name, base, branches, folder.fingerprint, tuple(ledger))
 
 
-def check_side_branch(adapter: Adapter, path: Path) -> None:
-    """Raises EdgeLoraError if the adapter is more than a side branch can compute."""
+def refuse_row_factors(adapter: Adapter, path: Path, why: str) -> None:
+    """Raises EdgeLoraError if the adapter scales rows of the base (DoRA), which cannot be here."""
     scaled = sum(branch.magnitude is not None for branch in adapter.branches.values())
     if scaled:
-        raise EdgeLoraError(
-            f"{path}: DoRA scales the rows of {scaled} base weights, which a side branch cannot: "
-            "export a bundle of its own with --mode merge"
-        )
+        raise EdgeLoraError(f"{path}: DoRA scales the rows of {scaled} base weights: {why}")
 
 
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:

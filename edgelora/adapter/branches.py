@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.settings import Settings
@@ -21,13 +22,15 @@ from edgelora.adapter.tensors import Factor, StoredTensor
 class Branch:
     """What an adapter makes of one target: W = W0 + scaling · lora_b · lora_a.
 
-    With a magnitude (DoRA, Liu et al. 2024) each row of W is then brought to that length.
+    With a magnitude (DoRA, Liu et al. 2024) each row of W is then brought to that length. Bound
+    to a base that is row_factor ⊙ W0 + scaling · lora_b · lora_a, its lora_b scaled already.
     """
 
     lora_a: Factor  # [rank, in_features]
     lora_b: Factor  # [out_features, rank]
     scaling: float
     magnitude: Factor | None = None  # [out_features]
+    row_factor: NDArray[np.float32] | None = None  # [out_features]
 
     @property
     def rank(self) -> int:
@@ -154,7 +157,7 @@ def read_branch(
     return branch, [exported(name, reason) for name in names.values()]
 
 
-def _check_factor(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> list[LedgerEntry]:
+def _check_factor(name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> list[LedgerEntry]:
     if not tensor.is_float:
         return [refused(name, f"dtype {tensor.dtype}; must be float32, float16 or bfloat16")]
     if tensor.shape != expected:

@@ -1,4 +1,4 @@
-// The side branches of a LinearJob: t = weight · A·x, and y += B·t.
+// The side branches of a LinearJob: t = weight · A·x, and y = row factors ⊙ y + B·t.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -116,13 +116,25 @@ void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
   const int64_t first = slice_row / kPanelRows;
   for_each_adapter(tile.row_begin, tile.row_end, [&](const NodeAdapter& adapter, int64_t begin,
                                                      int64_t end) {
-    float* y = target.y + (begin - tile.row_begin) * target.stride + slice_row;
+    const Target to{target.y + (begin - tile.row_begin) * target.stride + slice_row, target.stride};
+    const Tile of_slice{begin, end, tile.panel_begin - first, tile.panel_end - first};
+    const std::vector<float>& factors = adapter.row_factors[static_cast<size_t>(slice)];
+    if (!factors.empty()) scale_rows(factors.data(), weights_.slices[slice], of_slice, to);
     for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
-      up_branch(branch, weights_.slices[slice],
-                {begin, end, tile.panel_begin - first, tile.panel_end - first},
-                {y, target.stride});
+      up_branch(branch, weights_.slices[slice], of_slice, to);
     }
   });
+}
+
+// y, which is W·x so far, times a factor for each of its columns.
+void LinearJob::scale_rows(const float* factors, int64_t out_features, const Tile& tile,
+                           const Target& target) const {
+  const int64_t from = tile.panel_begin * kPanelRows;
+  const int64_t to = std::min(tile.panel_end * kPanelRows, out_features);
+  for (int64_t m = 0; m < tile.row_end - tile.row_begin; ++m) {
+    float* y = target.y + m * target.stride;
+    for (int64_t i = from; i < to; ++i) y[i] *= factors[i];
+  }
 }
 
 void LinearJob::up_branch(const Branch& branch, int64_t out_features, const Tile& tile,

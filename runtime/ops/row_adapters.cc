@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/half.h"
 #include "src/error.h"
 
 namespace edgelora::ops {
@@ -19,6 +20,16 @@ void check_fit(const SideBranch& branch, const std::string& target, int64_t in_f
               target + ": the adapter is for [" + std::to_string(branch.out_features) + ", " +
                   std::to_string(branch.in_features) + "], the model has [" +
                   std::to_string(out_features) + ", " + std::to_string(in_features) + "]");
+}
+
+// factors [N] += share · (the term's − 1): of a weighted sum, each term is a change of the base.
+void add_row_factors(const WeightedBranch& term, int64_t rows, std::vector<float>* factors) {
+  if (term.branch->row_factors == nullptr) return;
+  if (factors->empty()) factors->assign(static_cast<size_t>(rows), 1.0f);
+  for (int64_t n = 0; n < rows; ++n) {
+    const float factor = kernels::load_f32(term.branch->row_factors, n);
+    (*factors)[static_cast<size_t>(n)] += term.share * (factor - 1.0f);
+  }
 }
 
 }  // namespace
@@ -59,11 +70,13 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
     terms.clear();
     AdapterStore::branches(*source, targets_[i], &terms);
     auto& slice = node->slices.emplace_back();
+    auto& row_factors = node->row_factors.emplace_back();
     for (const WeightedBranch& term : terms) {
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
       const PackedFactors* packed = term.branch->packed.get();
       slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
                        term.weight, node->t_size});
+      add_row_factors(term, slices_[i], &row_factors);
       node->t_size += term.branch->factors.rank + 2;  // a scale, and an odd rank's surplus
     }
   }

@@ -149,6 +149,20 @@ void check_padding(const std::string& path, const std::string& name, const SafeT
   if (!zero) refuse(path, name + " has values in its padding rows");
 }
 
+// Null if the target has none.
+const void* read_row_factors(const std::string& path, const SafeTensors& file,
+                             const std::string& name, int64_t out_features) {
+  const auto found = file.tensors.find(name);
+  if (found == file.tensors.end()) return nullptr;
+  const SafeTensor& tensor = found->second;
+  if (tensor.dtype != "F32" || tensor.shape != std::vector<int64_t>{out_features}) {
+    refuse(path, name + " is " + tensor.dtype + " " + to_string(tensor.shape) + ", expected F32 " +
+                     to_string({out_features}));
+  }
+  check_finite(path, name, tensor);
+  return tensor.data;
+}
+
 SideBranch make_branch(const std::string& path, const SafeTensors& file, const std::string& target,
                        float scaling, const std::pair<int64_t, int64_t>& size) {
   const SafeTensor& a = factor(path, file, target + ".lora_a");
@@ -162,6 +176,7 @@ SideBranch make_branch(const std::string& path, const SafeTensors& file, const s
   check_finite(path, target + ".lora_b", b);
   branch.factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
   check_padding(path, target + ".lora_b", b, branch);
+  branch.row_factors = read_row_factors(path, file, target + ".row_factor", size.second);
   if (branch.factors.half && branch.factors.rank <= kernels::kMostPackedRank) {
     branch.packed =
         std::make_shared<const PackedFactors>(branch.factors, size.first, size.second);
@@ -169,12 +184,13 @@ SideBranch make_branch(const std::string& path, const SafeTensors& file, const s
   return branch;
 }
 
-// Every tensor must be a factor of a target with a scaling; missing ones are found by make_branch.
+// Every tensor must belong to a target with a scaling; missing ones are found by make_branch.
 void check_no_others(const std::string& path, const SafeTensors& file, const Scalings& scalings) {
   for (const auto& [name, tensor] : file.tensors) {
     const size_t dot = name.rfind('.');
     const std::string suffix = dot == std::string::npos ? "" : name.substr(dot);
-    if ((suffix != ".lora_a" && suffix != ".lora_b") || scalings.count(name.substr(0, dot)) == 0) {
+    const bool known = suffix == ".lora_a" || suffix == ".lora_b" || suffix == ".row_factor";
+    if (!known || scalings.count(name.substr(0, dot)) == 0) {
       refuse(path, name + " is a factor of no target that has a scaling");
     }
   }

@@ -143,7 +143,7 @@ void AdapterStore::branches(const ActiveAdapter& adapter, const std::string& tar
                             std::vector<WeightedBranch>* out) {
   for (const ActiveAdapter::Term& term : adapter.terms) {
     const SideBranch* branch = term.file->branch(target);
-    if (branch != nullptr) out->push_back({branch, term.weight * branch->scaling});
+    if (branch != nullptr) out->push_back({branch, term.weight * branch->scaling, term.weight});
   }
 }
 

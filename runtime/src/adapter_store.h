@@ -23,6 +23,7 @@ struct SideBranch {
   int64_t in_features;   // K
   int64_t out_features;  // N
   float scaling;
+  const void* row_factors;  // DoRA: float32 [N], unaligned, of each row of W·x; null: all 1
 };
 
 // A file's worth of side branches, immutable once loaded.
@@ -51,6 +52,7 @@ std::string shortened(const std::string& fingerprint);
 struct WeightedBranch {
   const SideBranch* branch;
   float weight;
+  float share;  // the weight alone
 };
 
 class AdapterStore {

@@ -89,6 +89,24 @@ const Wrong kWrong[] = {
     {"no linear gate, side", [](auto& f) { f.metadata()["scaling"] = "{\"side\":1,\"gate\":1}"; }},
     {"down.lora_a is missing", [](auto& f) { f.metadata()["scaling"] = "{\"up\":1,\"down\":1}"; }},
     {"factor of no target", [](auto& f) { f.tensor("extra", {1}, {1}); }},
+    {"factor of no target", [](auto& f) { f.tensor("down.row_factor", {1}, {1}); }},
+    {"up.row_factor is F32 [1], expected F32 [20]",
+     [](auto& f) {
+       f.tensor("up.row_factor", {1}, {1});
+     }},
+    {"up.row_factor is F32 [20, 1], expected F32 [20]",
+     [](auto& f) {
+       f.tensor("up.row_factor", {20, 1}, counting(20));
+     }},
+    {"up.row_factor is I32",
+     [](auto& f) {
+       f.tensor("up.row_factor", {20}, counting(20));
+       f.header["up.row_factor"]["dtype"] = "I32";
+     }},
+    {"up.row_factor holds NaN",
+     [](auto& f) {
+       f.tensor("up.row_factor", {20}, std::vector<float>(20, NAN));
+     }},
     {"factor of no target",
      [](auto& f) {
        f.tensor("down.lora_a", {1, 20}, counting(20));
