@@ -136,7 +136,9 @@ __m512 emulated_maskz_scalef_ps(uint32_t mask, __m512 v, __m512 power) {
 uint16_t emulated_not_less(__m512 a, __m512 b) {
   const FloatLanes x(a), y(b);
   uint32_t mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= (x.of[i] < y.of[i] ? 0u : 1u) << i;
+  for (int i = 0; i < 16; ++i) {
+    if (!(x.of[i] < y.of[i])) mask |= 1u << i;
+  }
   return static_cast<uint16_t>(mask);
 }
 
