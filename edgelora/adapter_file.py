@@ -214,7 +214,7 @@ def _stored_row_factor(
         raise EdgeLoraError(
             f"{source}: {target}.row_factor is {tensor.dtype} {list(tensor.shape)}, not F32 [N]"
         )
-    values = tensor.values().astype(np.float32)
+    values = np.asarray(tensor.values(), np.float32)
     if not np.isfinite(values).all():
         raise EdgeLoraError(f"{source}: {target}.row_factor holds NaN or infinity")
     return values

@@ -3,22 +3,20 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgelora.adapter import (
     Adapter,
-    Branch,
     compare_base_name,
     read_adapter,
     refuse_row_factors,
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, write_adapter
+from edgelora.binding import bound
 from edgelora.bundle import (
     WeightFile,
     adapter_entry,
@@ -35,9 +33,8 @@ from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.inventory import take_inventory
-from edgelora.layout import EMBEDDING, targets
+from edgelora.layout import targets
 from edgelora.manifest import is_unicode
-from edgelora.merge import row_factors
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
 from edgelora.rounding import Rounding
@@ -194,34 +191,11 @@ def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
     for adapter in merged.values():
         fingerprint = merged_fingerprint(fingerprint, adapter.fingerprint)
     for name, adapter in side.items():
-        bound = _bound(adapter, request.checkpoint)
-        _write_adapter(folder, name, bound, fingerprint, request.plan)
+        adapter_of_base = bound(adapter, request.checkpoint)
+        _write_adapter(folder, name, adapter_of_base, fingerprint, request.plan)
     request.tokenizer.write(folder)
     write_manifest(folder, _fields(request, fingerprint, side, merged))
     return _bits_per_weight(writer)
-
-
-def _bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """Magnitudes (DoRA) become factors of this base's rows."""
-    branches = {
-        target: branch if branch.magnitude is None else _bound_branch(target, branch, checkpoint)
-        for target, branch in adapter.branches.items()
-    }
-    return replace(adapter, branches=branches)
-
-
-def _bound_branch(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
-    assert branch.magnitude is not None
-    tied = target == "lm_head" and checkpoint.config.tie_word_embeddings
-    weight = checkpoint.read(f"{EMBEDDING if tied else target}.weight")
-    try:
-        factors = row_factors(
-            weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude
-        )
-    except ValueError as error:
-        raise EdgeLoraError(f"{target}: {error}; train the adapter again") from error
-    lora_b = factors[:, None] * branch.lora_b.astype(np.float32)
-    return Branch(branch.lora_a, lora_b, branch.scaling, row_factor=factors)
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:

@@ -73,6 +73,12 @@ def head(config: ModelConfig) -> Projection:
     return Projection("lm_head", (Linear("lm_head", config.hidden_size, config.vocab_size),))
 
 
+def weight_name(config: ModelConfig, target: str) -> str:
+    """The tensor that holds a target's weight: of a tied lm_head the embedding's."""
+    tied = target == "lm_head" and config.tie_word_embeddings
+    return f"{EMBEDDING if tied else target}.weight"
+
+
 def projections(config: ModelConfig) -> Iterator[Projection]:
     """Every projection in the order in which a token meets them, lm_head last."""
     for layer in range(config.num_hidden_layers):

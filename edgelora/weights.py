@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Branch
+from edgelora.binding import merged
 from edgelora.bundle import WeightFile
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.fingerprint import FingerprintBuilder
 from edgelora.errors import EdgeLoraError
 from edgelora.graph import COS, SIN, StoredMatrix, rotary_tables
-from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections
-from edgelora.merge import merge
+from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections, weight_name
 from edgelora.plan import Plan
 from edgelora.quantize import (
     Curvature,
@@ -97,7 +97,7 @@ class WeightWriter:
             return
         (linear,) = projection.linears
         tied = self.checkpoint.config.tie_word_embeddings
-        name = f"{EMBEDDING}.weight" if tied else linear.weight
+        name = weight_name(self.checkpoint.config, linear.target)
         values = self.checkpoint.read(name) if tied else self._read(name)
         curvature = self.rounding.inputs_of(projection.name, [linear.target])
         matrix = self.rounding.matrix(linear.target, self._merged(linear, values), curvature)
@@ -134,12 +134,7 @@ class WeightWriter:
 
     def _merged(self, linear: Linear, values: NDArray[np.float32]) -> NDArray[np.float32]:
         branch = self.branches.get(linear.target)
-        if branch is None:
-            return values
-        try:
-            return merge(values, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
-        except ValueError as error:
-            raise EdgeLoraError(f"{linear.target}: {error}; train the adapter again") from error
+        return values if branch is None else merged(linear.target, values, branch)
 
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""

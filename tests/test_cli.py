@@ -80,7 +80,8 @@ def test_help_names_every_command_even_without_the_converter() -> None:
 def test_run_needs_no_converter(bundle: Path) -> None:
     said = ok("run", bundle, "--prompt", "jump", "--max-tokens", 4, program=WITHOUT_CONVERTER)
     assert said.endswith("\n")
-    assert "onnx" in fails("export", bundle, "-o", "x", program=WITHOUT_CONVERTER)
+    refused = fails("export", bundle, "-o", "x", program=WITHOUT_CONVERTER)
+    assert "pip install 'edgelora[export]'" in refused
 
 
 def test_run_json_has_text_tokens_and_adapter(bundle: Path) -> None:

@@ -94,6 +94,10 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e38
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -117,8 +121,8 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
     "peft_type": (None, lambda value: value == "LORA", "only LORA is supported"),
     "r": (8, _is_rank, "the rank must be a positive integer"),
     "lora_alpha": (8, _is_alpha, "must be a positive finite number"),
-    "use_rslora": (False, lambda value: isinstance(value, bool), "must be true or false"),
-    "use_dora": (False, lambda value: isinstance(value, bool), "must be true or false"),
+    "use_rslora": (False, _is_flag, "must be true or false"),
+    "use_dora": (False, _is_flag, "must be true or false"),
     "rank_pattern": ({}, _is_map_of(_is_rank), "must map patterns to positive integers"),
     "alpha_pattern": ({}, _is_map_of(_is_alpha), "must map patterns to positive finite numbers"),
     "target_modules": (

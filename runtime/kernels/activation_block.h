@@ -16,6 +16,9 @@ namespace {
 constexpr float kSmallestAmax = 0x1p-119f;
 constexpr float kLargestFinite = std::numeric_limits<float>::max();
 
+// Of |value| < 2^22: what is added and taken away leaves no bits behind the point.
+inline float round_half_even(float value) { return value + 0x1.8p23f - 0x1.8p23f; }
+
 struct BlockScale {
   float scale;    // stored
   float inverse;  // multiplies x; 0 where codes are all zero

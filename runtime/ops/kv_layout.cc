@@ -44,12 +44,6 @@ kernels::BlockScale scale_of(const float* x, int64_t n) {
   return kernels::block_scale_of(most, finite);
 }
 
-// Half to even: what is added and taken away leaves no bits behind the point.
-int8_t round_code(float value) {
-  const float shifted = value + 0x1.8p23f;
-  return static_cast<int8_t>(shifted - 0x1.8p23f);
-}
-
 kernels::Weights matrix(kernels::Format format, int64_t in_features, int64_t out_features,
                         const uint8_t* codes) {
   kernels::Weights weights{};
@@ -118,7 +112,7 @@ void ValueRows::put(int64_t position, const float* value) {
     uint8_t* to = column(position, first / kPanel);
     for (int64_t i = 0; i < std::min(kPanel, d - first); ++i) {
       const float code = block.inverse == 0.0f ? 0.0f : value[first + i] * block.inverse;
-      to[4 * i] = static_cast<uint8_t>(round_code(code));
+      to[4 * i] = static_cast<uint8_t>(static_cast<int8_t>(kernels::round_half_even(code)));
     }
   }
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels/activation_block.h"
 #include "ops/linear_job.h"
 
 namespace edgelora::ops {
@@ -25,12 +26,11 @@ float most_of(const float* t, int64_t rank) {
   return magnitude;
 }
 
-// Half to even: what is added and taken away leaves no bits behind the point.
 template <int kCount>
 void round_t(const float* t, float inverse, char* to) {
   int16_t codes[kCount];
   for (int i = 0; i < kCount; ++i) {
-    codes[i] = static_cast<int16_t>(t[i] * inverse + 0x1.8p23f - 0x1.8p23f);
+    codes[i] = static_cast<int16_t>(kernels::round_half_even(t[i] * inverse));
   }
   std::memcpy(to, codes, sizeof codes);
 }
