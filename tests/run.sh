@@ -12,7 +12,9 @@ log=.venv/build-native.log
     -DEDGELORA_HEADER_CACHE="$PWD/.venv/headers" &&
   cmake --build .venv/native --parallel "$(nproc)"; } >"$log" 2>&1 || { cat "$log"; exit 1; }
 ctest --test-dir .venv/native --output-on-failure
-bash tests/native/race.sh
+bash tests/native/sanitized.sh thread crew_test linear_job_test attention_job_test
+bash tests/native/sanitized.sh address,undefined crew_test linear_job_test linear_formats_test attention_job_test \
+  adapter_store_test ops_test kernels_test
 bash tests/native/arm.sh
 for tool in aarch64-linux-gnu-g++ qemu-aarch64-static clang++; do
   command -v "$tool" >/dev/null || echo "no $tool: tests/arm skips what needs it"

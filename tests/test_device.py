@@ -178,6 +178,7 @@ def test_context_is_zero_when_the_weights_do_not_fit() -> None:
     ("name", "cpu_name", "isa"),
     [
         ("amd-epyc-zen3", "AMD EPYC", "avx2"),
+        ("amd-epyc-zen5", "AMD EPYC", "avx512_vnni"),
         ("xeon-emerald-rapids", "Intel(R) Xeon(R) Processor", "amx_bf16"),
         ("qemu-cortex-a53", "Cortex-A53", "neon"),
         ("qemu-cortex-a76", "Cortex-A76", "neon_dotprod"),

@@ -60,8 +60,10 @@ struct Family {
 
 constexpr Family kFamilies[] = {
     {"selection", test_selection},
+    {"kernels broken on purpose", test_broken},
     {"linear: formats, blocks, shapes", test_linear},
     {"linear: saturated codes", test_linear_saturated},
+    {"linear: zero blocks", test_linear_zero},
     {"linear: panel ranges", test_linear_panel_ranges},
     {"linear: room between panels", test_linear_room},
     {"linear: NaN and Inf", test_linear_not_a_number},
@@ -73,6 +75,7 @@ constexpr Family kFamilies[] = {
     {"side branch in int8", test_packed_factors},
     {"swiglu", test_swiglu},
     {"rms_norm", test_rms_norm},
+    {"largest", test_largest},
     {"exp_minus", test_exp_minus},
     {"rotate", test_rotate},
 };

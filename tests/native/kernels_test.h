@@ -24,6 +24,7 @@ struct TestedIsa {
 
 void test_linear(const std::vector<TestedIsa>& isas);
 void test_linear_saturated(const std::vector<TestedIsa>& isas);
+void test_linear_zero(const std::vector<TestedIsa>& isas);
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas);
 void test_linear_room(const std::vector<TestedIsa>& isas);
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas);
@@ -35,8 +36,10 @@ void test_side_branch(const std::vector<TestedIsa>& isas);
 void test_packed_factors(const std::vector<TestedIsa>& isas);
 void test_swiglu(const std::vector<TestedIsa>& isas);
 void test_rms_norm(const std::vector<TestedIsa>& isas);
+void test_largest(const std::vector<TestedIsa>& isas);
 void test_exp_minus(const std::vector<TestedIsa>& isas);
 void test_rotate(const std::vector<TestedIsa>& isas);
+void test_broken(const std::vector<TestedIsa>& isas);
 void test_selection(const std::vector<TestedIsa>& isas);
 
 }  // namespace edgelora::kernels::test

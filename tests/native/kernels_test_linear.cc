@@ -224,8 +224,9 @@ void check_dequantize_row(const std::vector<TestedIsa>& isas, const Shape& shape
 
 constexpr Format kIntegerFormats[] = {Format::kInt4, Format::kInt4ZeroPoints, Format::kInt4Offsets,
                                       Format::kInt8, Format::kNf4};
-constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70};
 constexpr int64_t kColumns[] = {1, 15, 16, 17, 31, 32, 33, 48, 49};
+constexpr int64_t kDecodeRows = 8, kMostRows = 70;
+constexpr int64_t kTurns = 2 * std::size(kColumns);  // of a width, beside those
 constexpr int64_t kFeatures[] = {1, 31, 32, 33, 64, 95, 96, 128, 129, 160, 192, 257, 576};
 
 template <class Body>
@@ -239,16 +240,18 @@ void for_each_width(Format format, Body body) {
   }
 }
 
-// Every N with M in turn, and every M with N in turn; of these, one_shape_in().
+// Every width with every M of decode; all M up to 70 and all N in turn; of these, one_shape_in().
 template <class Body>
 void for_each_shape(Format format, Body body) {
-  size_t turn = 0;
+  size_t turn = 0, tested = 0;
   for_each_width(format, [&](int64_t features, int64_t block) {
-    const auto check = [&](int64_t columns, int64_t rows) {
-      if (turn++ % one_shape_in() == 0) body(Shape{format, features, {columns}, block}, rows);
-    };
-    for (int64_t columns : kColumns) check(columns, kRows[turn % std::size(kRows)]);
-    for (int64_t rows : kRows) check(kColumns[turn % std::size(kColumns)], rows);
+    for (int64_t i = 1; i <= kDecodeRows + kTurns; ++i) {
+      if (turn++ % one_shape_in() != 0) continue;
+      const int64_t columns = kColumns[tested % std::size(kColumns)];
+      const int64_t rows = i <= kDecodeRows ? i : 1 + static_cast<int64_t>(tested) % kMostRows;
+      body(Shape{format, features, {columns}, block}, rows);
+      ++tested;
+    }
   });
 }
 
@@ -282,6 +285,16 @@ void test_linear_saturated(const std::vector<TestedIsa>& isas) {
     for_each_width(format, [&](int64_t features, int64_t block) {
       for (int64_t rows : {1, 2, 5, 33}) {
         check_linear(isas, {format, features, {35}, block}, rows, Fill::kSaturated);
+      }
+    });
+  }
+}
+
+void test_linear_zero(const std::vector<TestedIsa>& isas) {
+  for (Format format : kIntegerFormats) {
+    for_each_width(format, [&](int64_t features, int64_t block) {
+      for (int64_t rows : {1, 5, 33}) {
+        check_linear(isas, {format, features, {35}, block}, rows, Fill::kZero);
       }
     });
   }
@@ -374,10 +387,10 @@ void test_linear_float(const std::vector<TestedIsa>& isas) {
   }
 }
 
-// scales · unit · the table's scale is absmax, to float16's precision, whatever its size.
+// scales · unit · the table's scale is absmax, to float16's precision, whatever its size; −1: random.
 void check_unpack_absmax(const TestedIsa& isa, double absmax) {
   Shape shape{Format::kNf4, 160, {16, 48, 32}, 64, absmax};
-  Matrix w(shape, absmax == 0 ? Fill::kRandom : Fill::kPowers, 11);
+  Matrix w(shape, absmax < 0 ? Fill::kRandom : Fill::kPowers, 11);
   const Weights weights = w.unpacked(*isa.table);
   const double one = Nf4Rounding{isa.of(1)}.scale() * static_cast<double>(weights.scale_unit);
   bool near = true;
@@ -393,7 +406,7 @@ void check_unpack_absmax(const TestedIsa& isa, double absmax) {
 
 void test_unpack_absmax(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    for (double absmax : {0.0, 1.0, 1e-3, 3e4, 1e30, 1e-30}) check_unpack_absmax(isa, absmax);
+    for (double absmax : {-1.0, 0.0, 1.0, 1e-3, 3e4, 1e30, 1e-30}) check_unpack_absmax(isa, absmax);
   }
 }
 

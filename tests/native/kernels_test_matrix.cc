@@ -113,7 +113,9 @@ void Matrix::fill_scales(Fill fill, Random& random) {
       offsets_.push_back(
           static_cast<uint16_t>(random.below(2) << 15 | 11 << 10 | random.below(1024)));
     } else {
-      scales_.push_back(fill == Fill::kPowers ? kPowers[random.below(3)] : kPowers[2]);
+      const bool zero = fill == Fill::kZero && random.below(2) == 0;
+      const uint16_t power = fill == Fill::kSaturated ? kPowers[2] : kPowers[random.below(3)];
+      scales_.push_back(zero ? half_bits(0.0) : power);
       offsets_.push_back(kPowers[random.below(3)]);
     }
     const int extreme = random.below(2) * 15;
@@ -124,7 +126,8 @@ void Matrix::fill_scales(Fill fill, Random& random) {
 void Matrix::fill_absmax(Fill fill, Random& random) {
   const bool exact = fill != Fill::kRandom;
   for (int i = 0; i < 256; ++i) {
-    const float power = fill == Fill::kPowers && i % 2 != 0 ? 0.5f : 1.0f;
+    const float other = fill == Fill::kPowers ? 0.5f : fill == Fill::kZero ? 0.0f : 1.0f;
+    const float power = i % 2 != 0 ? other : 1.0f;
     table_.push_back(exact ? static_cast<float>(shape_.absmax) * power : random.symmetric());
   }
   for (int64_t slice : shape_.slices) {

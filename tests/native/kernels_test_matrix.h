@@ -15,6 +15,7 @@ enum class Fill {
   kRandom,
   kPowers,     // random codes, scales that are powers of two: float sums are exact
   kSaturated,  // codes at their ends, scales 1
+  kZero,       // as kPowers, but half of the scales are zero
 };
 
 struct Shape {

@@ -78,6 +78,27 @@ void check_norm_of_odd_values(const TestedIsa& isa) {
   }
 }
 
+float largest_of(const TestedIsa& isa, const std::vector<float>& values) {
+  GuardedBytes x = floats(static_cast<int64_t>(values.size()));
+  std::memcpy(x.as<char>(), values.data(), x.size());
+  return isa.table->largest(x.as<float>(), static_cast<int64_t>(values.size()));
+}
+
+// The largest at each place, negative or not, beside NaN and infinities.
+void check_largest(const TestedIsa& isa, size_t n) {
+  for (size_t at = 0; at < n; ++at) {
+    for (const float most : {-0.5f, 7.0f, HUGE_VALF}) {
+      std::vector<float> x(n, -1.0f);
+      if (n > 1) x[(at + 1) % n] = at % 2 == 0 ? kNan : -HUGE_VALF;
+      x[at] = most;
+      KERNELS_CHECK(largest_of(isa, x) == most, "%s largest: %g at %zu of %zu", isa.name.c_str(),
+                    static_cast<double>(most), at, n);
+    }
+  }
+  KERNELS_CHECK(largest_of(isa, std::vector<float>(n, kNan)) == -HUGE_VALF,
+                "%s largest of %zu NaN", isa.name.c_str(), n);
+}
+
 // e^(x − most): the difference is rounded (ε of it), and what an exponent is off by, its power is
 // off by relatively; 4ε for the polynomial: reduction 0.3, its sums and products 2.5, 2^n none,
 // truncation 0.1. Below −87 a kernel may give 0.
@@ -178,6 +199,14 @@ void test_rms_norm(const std::vector<TestedIsa>& isas) {
       for (const float size : {1.0f, 1e-4f, 1e12f}) check_norm_of_length(isa, n, size);
     }
     check_norm_of_odd_values(isa);
+  }
+}
+
+void test_largest(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    for (const int64_t n : kLengths) check_largest(isa, static_cast<size_t>(n));
+    KERNELS_CHECK(isa.table->largest(nullptr, 0) == -HUGE_VALF, "%s largest of none",
+                  isa.name.c_str());
   }
 }
 

@@ -52,7 +52,11 @@ constexpr Device kLacking[] = {  // the ISA forced on features that do not suffi
     {"Haswell", kHaswell, "avx_vnni"},
     {"AVX2 without FMA", kAvx2, "avx2"},
 };
-constexpr Dump kDumps[] = {{"amd-epyc-zen3.txt", "avx2"}, {"xeon-emerald-rapids.txt", "amx_bf16"}};
+constexpr Dump kDumps[] = {
+    {"amd-epyc-zen3.txt", "avx2"},
+    {"amd-epyc-zen5.txt", "avx512_vnni"},
+    {"xeon-emerald-rapids.txt", "amx_bf16"},
+};
 constexpr NamedFeature kNames[] = {
     {"avx2", kAvx2},         {"fma", kFma},           {"f16c", kF16c},
     {"avx512f", kAvx512f},   {"avx512bw", kAvx512bw}, {"avx512vl", kAvx512vl},

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Native tests with a sanitizer, whose every finding is a failure.
+#
+#   sanitized.sh thread crew_test …            what several threads run
+#   sanitized.sh address,undefined ops_test …  memory; the emulated ISAs are left out: they take minutes to build
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+sanitizer=$1 build=.venv/sanitized-${1%%,*} log=.venv/build-sanitized-${1%%,*}.log
+shift
+{ cmake -S runtime -B "$build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEDGELORA_BUILD_TESTS=ON -DSANITIZE="$sanitizer" \
+    -DSIMDE=OFF -DEDGELORA_HEADER_CACHE="$PWD/.venv/headers" &&
+  cmake --build "$build" --parallel "$(nproc)" --target "$@"; } >"$log" 2>&1 || { cat "$log"; exit 1; }
+for name in "$@"; do
+  echo "$name, with -fsanitize=$sanitizer: $("$(find "$build" -name "$name" -type f -perm -u+x)" | tail -n 1)"
+done
