@@ -5,6 +5,7 @@ figures.
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 import edgelora
-from benchmarks import bandwidth, contestants, limits, rounds, scaling, table
+from benchmarks import bandwidth, contestants, limits, losses, rounds, scaling, table, targets
+from benchmarks.__main__ import generated
 from benchmarks.contestants import Contestant, Load
-from benchmarks.figures import SPEED, Row, append, latest, read
+from benchmarks.figures import SPEED, Row, append, latest, limit, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
 from benchmarks.prepare import Step
 from benchmarks.random_adapter import write_random_adapter
@@ -60,9 +62,12 @@ def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contesta
 # ---- the CSV and the README ----
 
 
-def test_readme_has_the_medians_of_the_committed_csv() -> None:
-    text = table.README.read_text()
-    assert table.inserted(text, read(SPEED)) == text, "run ./dev bench table"
+def test_readme_and_architecture_say_what_follows_from_the_committed_csvs() -> None:
+    found = list(generated(SPEED))
+    assert len(found) == 3
+    for path, name, tables in found:
+        text = path.read_text()
+        assert table.inserted(text, name, tables) == text, "run ./dev bench table"
 
 
 def test_csv_gives_back_its_rows(tmp_path: Path) -> None:
@@ -94,20 +99,67 @@ def test_table_shows_medians_the_best_and_the_limit() -> None:
         *(a_row(round=i, prefill=5 + i, decode=4 + i, **peer) for i in range(3)),
         *(a_row(round=i, prefill=300, decode=999, **long) for i in range(3)),
     ]
-    assert table.tables(rows) == (
-        "**SmolLM2-135M**, 2 threads of 2 × CPU, avx2, 20.0 GB/s streamed, "
+    rows[1] = replace(rows[1], bandwidth=24.0)
+    lost = [losses.Loss(SMOLLM2, "peer int4", 0.25, 1.5, 0.7, 31.0, 100, "test.txt")]
+    assert table.tables(rows, lost) == (
+        "**SmolLM2-135M**, 2 threads of 2 × CPU, avx2, "
+        "streams of 20.0 to 24.0 GB/s (median 20.0), "
         "medians of 3 interleaved rounds, commit abcdef0 (EdgeLoRA 1.2, peer 3)\n\n"
-        "| tokens/s | MB | prefill 128 | prefill 512 | decode at 128 |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| EdgeLoRA int4 | 80 | 2.0 | **300** | **8.0** |\n"
-        "| peer int4 | 100 | **6.0** |  | 5.0 |\n"
-        "| limit: bandwidth ÷ weights of EdgeLoRA int4 |  |  |  | 250 |\n"
+        "| tokens/s | MB | KL | prefill 128 | prefill 512 | decode at 128 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| EdgeLoRA int4 | 80 |  | 2.0 | **300** | **8.0** |\n"
+        "| peer int4 | 100 | 0.250 | **6.0** |  | 5.0 |\n"
+        "| limit: best stream ÷ weights of EdgeLoRA int4 |  |  |  |  | 300 |\n"
     )
 
 
 def test_a_text_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="mark"):
-        table.inserted("# EdgeLoRA\n", [a_row()])
+        table.inserted("# EdgeLoRA\n", "speed", "")
+
+
+# ---- targets ----
+
+
+def test_the_fastest_bundle_that_loses_no_more_than_q4_0_stands_for_its_model() -> None:
+    rates = {"int4": 100, "nf4": 90, "int4, balanced": 80}
+    rows = [a_row(contestant=f"EdgeLoRA {name}", decode=rate) for name, rate in rates.items()]
+    kl = {"EdgeLoRA int4": 0.4, "EdgeLoRA nf4": 0.3, "EdgeLoRA int4, balanced": 0.1}
+    assert targets.bundle(rows, kl | {"llama.cpp Q4_0": 0.3}) == "EdgeLoRA nf4"
+    assert targets.bundle(rows, kl | {"llama.cpp Q4_0": 0.2}) == "EdgeLoRA int4, balanced"
+    assert targets.bundle(rows, {}) == "EdgeLoRA int4", "nothing is known: the default"
+
+
+def test_targets_are_met_or_missed() -> None:
+    peer = {"contestant": "llama.cpp Q4_0", "decode": 50.0, "prefill": 600.0}
+    rows = [
+        a_row(contestant=name, decode=decode, prefill=prefill)
+        for name, decode, prefill in (
+            ("EdgeLoRA int4", 110.0, 800.0),
+            ("EdgeLoRA nf4", 100.0, 800.0),
+            ("EdgeLoRA int4, rank 16 merged", 100.0, 800.0),
+            ("EdgeLoRA int4 + rank 16", 96.0, 768.0),
+        )
+    ]
+    said = targets.tables([*rows, a_row(**peer), a_row(**peer, threads=1)], [])
+    assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 met |" in said
+    assert "| prefill 128, 2 threads (1) | 1.5 | 1.33 missed |" in said
+    assert "| prefill 512, 2 threads (1) | 1.5 |  |" in said
+    assert "| nf4 beside int4 | ≥ 0.95 | 0.91, 1.00 missed |" in said
+    assert "| rank 16 beside merged | ≥ 0.95 | 0.96, 0.96 met |" in said
+
+
+# ---- losses ----
+
+
+def test_losses_of_others_are_kept(tmp_path: Path) -> None:
+    old = [losses.Loss("m", name, 0.25, 1.5, 0.7, 31.0, 100, "test.txt") for name in "ab"]
+    losses.write(tmp_path / "losses.csv", old)
+    new = replace(old[1], mean_kl=0.125)
+    losses.write(tmp_path / "losses.csv", [new])
+    assert losses.read(tmp_path / "losses.csv") == [old[0], new]
+    assert losses.mean_kl(losses.read(tmp_path / "losses.csv"), "m") == {"a": 0.25, "b": 0.125}
+    assert losses.read(tmp_path / "none.csv") == []
 
 
 # ---- rounds ----
@@ -138,6 +190,18 @@ def test_adapters_are_not_measured_behind_long_prompts(tmp_path: Path) -> None:
     assert [turn.contestant.name[-2:].strip() for turn in found] == [str(rank) for rank in RANKS]
 
 
+def test_each_round_has_an_order_of_its_own_within_a_load(tmp_path: Path) -> None:
+    everyone = [a_contestant(tmp_path, "", name) for name in "abcdef"]
+    turns = [rounds.Turn("m", each, Load(2, p, 4)) for p in (3, 5) for each in everyone]
+    orders = [list(rounds.shuffled(turns, number)) for number in range(3)]
+    for order in orders:
+        assert (
+            sorted(order, key=lambda turn: (turn.load.prompt_tokens, turn.contestant.name)) == turns
+        )
+        assert [turn.load.prompt_tokens for turn in order] == [3] * 6 + [5] * 6
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 def test_rounds_interleave_and_go_on_after_a_failure(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,8 +215,9 @@ def test_rounds_interleave_and_go_on_after_a_failure(
     assert [row.round for row in rows] == [0, 1]
     for row in rows:
         assert (row.prefill, row.decode, row.version) == (300, 5, "7.0")
-        assert row.weight_bytes == 1 << 16 and row.bandwidth and row.limit
-        assert row.limit == pytest.approx(1e9 * row.bandwidth / (1 << 16))
+        assert row.weight_bytes == 1 << 16 and row.bandwidth
+    best = max(row.bandwidth or 0 for row in rows)
+    assert limit(rows, "good", 3) == pytest.approx(1e9 * best / (1 << 16))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -224,7 +289,7 @@ def test_limits_are_appended_below_one_head(tmp_path: Path) -> None:
     for target in (100.0, None):
         limits.append(tmp_path / "limits.csv", [limits.Limit("m", "load", 12.25, "ms", target)])
     head, *lines = (tmp_path / "limits.csv").read_text().splitlines()
-    assert head == "when,machine,commit,model,what,value,unit,target"
+    assert head == "when,machine,commit,versions,model,what,value,unit,target"
     assert [line.partition(",m,")[2] for line in lines] == ["load,12.25,ms,100", "load,12.25,ms,"]
 
 

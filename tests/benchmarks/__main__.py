@@ -1,13 +1,15 @@
 """./dev bench: prepares the peers, measures them beside EdgeLoRA, draws the figures."""
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 import click
 
-from benchmarks import limits, plots, scaling, table
+from benchmarks import bandwidth, limits, losses, plots, scaling, table, targets
 from benchmarks.contestants import Load
-from benchmarks.figures import SPEED, read
+from benchmarks.figures import SPEED, read, read_quality
 from benchmarks.folder import MODELS, SMOLLM2, Peers
 from benchmarks.prepare import PEERS, steps
 from benchmarks.roofline import draw_roofline
@@ -42,9 +44,16 @@ class PromptAndNew(click.ParamType[tuple[int, int]]):
         return int(prompt), int(new)
 
 
-@click.group()
-def main() -> None:
-    """Speed of EdgeLoRA beside llama.cpp, ONNX Runtime GenAI and OpenVINO GenAI."""
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Speed of EdgeLoRA beside llama.cpp, ONNX Runtime GenAI and OpenVINO GenAI.
+
+    Without a command: prepare, run, plot and table, one after the other.
+    """
+    if context.invoked_subcommand is None:
+        for command in (prepare, run, plot, write_table):
+            context.invoke(command)
 
 
 @main.command()
@@ -106,7 +115,11 @@ def measure_scaling(bundle: Path, threads: int, repeats: int) -> None:
     for point in scaling.measure(bundle, threads, repeats):
         click.echo(point, err=True)
         points.append(point)
-    about = f"{bundle.name}, {setting.machine} {setting.isa}, commit {setting.commit}"
+    with tempfile.TemporaryDirectory() as scratch:
+        stream = bandwidth.build(Path(scratch))
+        streamed = bandwidth.streamed(stream, bundle / "model.onnx.data", threads)
+    about = f"{bundle.name}, {setting.machine} {setting.isa}, {streamed:.1f} GB/s"
+    about += f", {setting.run}, commit {setting.commit}"
     scaling.write(points, about)
 
 
@@ -138,21 +151,47 @@ def plot(csv_path: Path, to: Path) -> None:
 @click.option("--to", type=click.Path(path_type=Path), default=SPEED.parent)
 @click.option("--peak", type=float, help="GMAC/s that the cores could do at most.")
 def roofline(output: TextIO, to: Path, peak: float | None) -> None:
-    """Draws what kernels_bench said (a file, or - for stdin)."""
-    click.echo(draw_roofline(output.read(), to / "roofline.svg", peak))
+    """Draws what kernels_bench said (a file, or - for stdin), and keeps it beside the drawing."""
+    said, setting = output.read(), Setting.here(None)
+    about = f"# {setting.machine} {setting.isa}, {setting.run}, commit {setting.commit}\n"
+    click.echo(draw_roofline(said, to / "roofline.svg", peak))
+    (to / "kernels.txt").write_text(said if said.startswith("#") else about + said)
+
+
+@main.command("losses")
+@folder_option
+@model_option
+@click.argument("text", type=click.Path(exists=True, path_type=Path))
+@click.option("--windows", type=click.IntRange(1), default=24, show_default=True)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), default=losses.CSV)
+def measure_losses(
+    folder: Path, models: tuple[str, ...], text: Path, windows: int, csv_path: Path
+) -> None:
+    """KL divergence of every prepared bundle and of llama.cpp's files, on TEXT."""
+    for model in models or MODELS:
+        for loss in losses.measure(Peers(folder.absolute()), model, text, windows):
+            losses.write(csv_path, [loss])
+            click.echo(loss)
 
 
 @main.command("table")
 @csv_option
 @click.option("--check", is_flag=True, help="Write nothing; fail if README and CSV disagree.")
 def write_table(csv_path: Path, *, check: bool) -> None:
-    """Writes the CSV's medians into the README."""
-    wanted = table.inserted(table.README.read_text(), read(csv_path))
-    if table.README.read_text() == wanted:
-        return
-    if check:
-        raise click.ClickException("README.md and the CSV disagree: run ./dev bench table")
-    table.README.write_text(wanted)
+    """Writes the CSV's medians into README.md, what of the targets is met into ARCHITECTURE.md."""
+    for path, name, tables in generated(csv_path):
+        wanted = table.inserted(path.read_text(), name, tables)
+        if check and path.read_text() != wanted:
+            raise click.ClickException(f"{path.name} and the CSV disagree: run ./dev bench table")
+        path.write_text(wanted)
+
+
+def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
+    """(file, name of the marks, what belongs between them)"""
+    rows, lost = read(csv_path), losses.read()
+    yield table.README, "speed", table.tables(rows, lost)
+    yield table.README, "quality", table.quality(read_quality())
+    yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost)
 
 
 if __name__ == "__main__":

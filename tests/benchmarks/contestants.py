@@ -100,6 +100,12 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
     yield openvino(peers, folder / "openvino-int4")
 
 
+def place(name: str) -> int:
+    """In tables and figures; behind all others what is no contestant any more."""
+    names = [each.name for each in contestants(Peers(Path()), "")]
+    return names.index(name) if name in names else len(names)
+
+
 def edgelora(name: str, bundle: Path, *, rank: int | None = None, load: bool = False) -> Contestant:
     """Ours; with `load` the bundle's adapters are loaded and none is active."""
     options: list[object] = ["--adapter", f"rank{rank}"] if rank else []

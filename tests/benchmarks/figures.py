@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.contestants import place
+
 SPEED = Path(__file__).parent / "results" / "speed.csv"
 
 
@@ -32,13 +34,6 @@ class Row:
     isa: str
     commit: str
 
-    @property
-    def limit(self) -> float | None:
-        """Tokens a second at which the weights alone take all of the bandwidth."""
-        if self.bandwidth is None or not self.weight_bytes:
-            return None
-        return 1e9 * self.bandwidth / self.weight_bytes
-
 
 NAMES = [field.name for field in fields(Row)]
 
@@ -63,15 +58,23 @@ def read(path: Path) -> list[Row]:
         return [_row(line) for line in reader]
 
 
+def read_quality() -> list[dict[str, str]]:
+    """quality.csv's, as it has them."""
+    with SPEED.with_name("quality.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """(model, threads) → the rows of the last run in the file that measured them."""
+    """(model, threads) → the rows of the last run in the file that measured them, by contestant."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         group = groups.setdefault((row.model, row.threads), [])
         if group and group[-1].run != row.run:
             group.clear()
         group.append(row)
-    return groups
+    return {
+        key: sorted(group, key=lambda row: place(row.contestant)) for key, group in groups.items()
+    }
 
 
 def median(values: Iterable[float | None]) -> float | None:
@@ -85,6 +88,17 @@ def of(rows: Sequence[Row], contestant: str, prompt_tokens: int) -> list[Row]:
     return [
         row for row in rows if row.contestant == contestant and row.prompt_tokens == prompt_tokens
     ]
+
+
+def limit(rows: Sequence[Row], contestant: str, prompt_tokens: int) -> float | None:
+    """Tokens a second at which its weights alone take all of the bandwidth: the best that any round
+    saw, since on a shared machine one stream says little.
+    """
+    best = max(
+        (row.bandwidth or 0 for row in rows if row.prompt_tokens == prompt_tokens), default=0
+    )
+    size = median(row.weight_bytes for row in of(rows, contestant, prompt_tokens))
+    return 1e9 * best / size if best and size else None
 
 
 def _written(value: object) -> object:

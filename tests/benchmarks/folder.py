@@ -59,6 +59,10 @@ class Peers:
     def checkpoint(self, name: str) -> Path:
         return self.model(name) / "checkpoint"
 
+    def float_gguf(self, name: str) -> Path:
+        """llama.cpp's, of which its others are made."""
+        return self.model(name) / "f32.gguf"
+
     def adapter(self, name: str, rank: int) -> Path:
         return self.model(name) / "adapters" / f"rank{rank}"
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.contestants import output
@@ -54,7 +55,7 @@ class Limit:
 
 
 Measure = Callable[[], Iterable[Limit]]
-COLUMNS = ["when", "machine", "commit", *(field.name for field in fields(Limit))]
+COLUMNS = ["when", "machine", "commit", "versions", *(field.name for field in fields(Limit))]
 
 
 def percentile(values: Iterable[float], percent: int) -> float:
@@ -91,6 +92,7 @@ def append(path: Path, limits: Iterable[Limit]) -> None:
         "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "machine": machine(),
         "commit": commit(),
+        "versions": f"edgelora {version('edgelora')}, onnxruntime {version('onnxruntime')}",
     }
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

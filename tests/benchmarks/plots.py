@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.contestants import OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, latest, median, of
+from benchmarks.figures import Row, latest, limit, median, of
 
 MERGED = f"{OURS_INT4}, rank 16 merged"
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#9aa5b1"
@@ -59,13 +59,13 @@ def _bars(rows: Sequence[Row]) -> Figure:
 
 
 def _mark_limits(axis: Axes, rows: Sequence[Row], names: Sequence[str], prompt: int) -> None:
-    limits = [median(row.limit for row in of(rows, name, prompt)) for name in names]
-    known = [(i, limit) for i, limit in enumerate(limits) if limit]
-    for i, limit in known:
-        axis.plot([limit, limit], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
+    limits = [limit(rows, name, prompt) for name in names]
+    known = [(i, most) for i, most in enumerate(limits) if most]
+    for i, most in known:
+        axis.plot([most, most], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
     if known:
-        axis.set_xlabel("tokens a second; line: weights at the bandwidth streamed")
-        axis.set_xlim(right=1.1 * max(axis.get_xlim()[1], *(limit for _, limit in known)))
+        axis.set_xlabel("tokens a second; line: weights at the best bandwidth of the run")
+        axis.set_xlim(right=1.1 * max(axis.get_xlim()[1], *(most for _, most in known)))
 
 
 def _over_context(rows: Sequence[Row]) -> Figure:

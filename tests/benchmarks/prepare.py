@@ -110,9 +110,9 @@ def ggufs(peers: Peers, model: str) -> Iterator[Step]:
         peers.llama_source / "convert_hf_to_gguf.py",
         checkpoint,
     ]
-    yield _command(folder / "bf16.gguf", [*convert, "--outtype", "bf16", "--outfile"])
+    yield _command(peers.float_gguf(model), [*convert, "--outtype", "f32", "--outfile"])
     for kind in ("Q4_0", "Q4_K_M"):
-        yield Step(folder / f"{kind}.gguf", _quantizing(peers, folder / "bf16.gguf", kind))
+        yield Step(folder / f"{kind}.gguf", _quantizing(peers, peers.float_gguf(model), kind))
     convert = [sys.executable, peers.llama_source / "convert_lora_to_gguf.py", "--outtype", "f16"]
     for rank in GGUF_RANKS:
         source = [peers.adapter(model, rank), "--base", checkpoint, "--outfile"]

@@ -1,10 +1,12 @@
-"""Rounds: every contestant once in each, in turn, so that a machine that slows down slows all of
-them.
+"""Rounds: every contestant once in each, in another order each time, so that a machine that slows
+down slows all of them.
 """
 
 import fnmatch
+import itertools
 import json
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +59,15 @@ def turns(
                     yield Turn(model, contestant, load)
 
 
+def shuffled(round_of_turns: Sequence[Turn], number: int) -> Iterator[Turn]:
+    """The contestants of a load in another order in each round: none always follows another."""
+    order = random.Random(number)
+    for _, group in itertools.groupby(round_of_turns, key=lambda turn: (turn.model, turn.load)):
+        turns_of_load = list(group)
+        order.shuffle(turns_of_load)
+        yield from turns_of_load
+
+
 def fits(contestant: Contestant, patterns: Sequence[str]) -> bool:
     name = contestant.name.lower()
     return not patterns or any(fnmatch.fnmatch(name, f"*{each.lower()}*") for each in patterns)
@@ -70,7 +81,7 @@ def measure(
     versions = {turn.contestant.name: turn.contestant.version() for turn in round_of_turns}
     failures = []
     for number in range(rounds):
-        for turn in round_of_turns:
+        for turn in shuffled(round_of_turns, number):
             contestant, load = turn.contestant, turn.load
             streamed = bandwidth.streamed(program, contestant.weights[0], load.threads)
             about = f"round {number + 1} {turn.model} {contestant.name} {load}"

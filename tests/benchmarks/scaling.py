@@ -122,7 +122,7 @@ class Batch:
 
 
 def write(points: list[Point], about: str, folder: Path = RESULTS) -> None:
-    """scaling.csv and scaling.svg."""
+    """scaling.csv and scaling.svg. about: bundle, machine, moment, bandwidth, commit."""
     with (folder / "scaling.csv").open("w", newline="") as file:
         names = [*(field.name for field in fields(Point)), "about"]
         writer = csv.DictWriter(file, names, lineterminator="\n")

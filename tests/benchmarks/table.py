@@ -1,65 +1,94 @@
-"""The README's tables of speed, generated from the committed CSV."""
+"""The README's tables of speed and quality, generated from the committed CSVs."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.contestants import OURS_INT4
-from benchmarks.figures import Row, latest, median, of
+from benchmarks.figures import Row, latest, limit, median, of
+from benchmarks.losses import Loss, mean_kl
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN = "<!-- ./dev bench table writes from here -->\n"
+BEGIN = "<!-- {}: ./dev bench table writes from here -->\n"
 END = "<!-- to here -->\n"
+# Rows of quality.csv, as the README names them.
+FORMATS = {
+    "float": "float",
+    "int4 block 32": "int4, blocks of 32 (default)",
+    "int4 block 32 zero points": "int4, blocks of 32, zero points",
+    "int4 block 64": "int4, blocks of 64",
+    "int4 block 128": "int4, blocks of 128",
+    "nf4": "nf4, double-quantized",
+    "int4 block 32, int4 head": "int4, blocks of 32, embedding and head in int4 too",
+    "balanced": "**int4, `--quality balanced`**, embedding and head too",
+    "balanced, block 128": "int4, `--quality balanced --block-size 128`: the fastest",
+}
+LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
 MIN_DECODED = 16  # fewer new tokens say nothing of decode
 NAMES = {"smollm2-135m": "SmolLM2-135M", "llama-1.07b": "Llama shape of 1.07B parameters"}
 
 
-def inserted(text: str, rows: Sequence[Row]) -> str:
-    """The text with the tables between the two marks."""
-    head, begin, rest = text.partition(BEGIN)
+def inserted(text: str, name: str, generated: str) -> str:
+    """The text with what was generated between the two marks of this name."""
+    mark = BEGIN.format(name)
+    head, begin, rest = text.partition(mark)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has lost a mark: {BEGIN.strip()} … {END.strip()}")
-    return head + begin + "\n" + tables(rows) + "\n" + end + tail
+        raise ValueError(f"the text has lost a mark: {mark.strip()} … {END.strip()}")
+    return head + begin + "\n" + generated + "\n" + end + tail
 
 
-def tables(rows: Sequence[Row]) -> str:
+def quality(rows: Sequence[dict[str, str]]) -> str:
+    """What each format loses: of the rows of quality.csv those that the README names."""
+    found = {row["format"]: row for row in rows}
+    lines = [[label, *_quality(found[name])] for name, label in FORMATS.items() if name in found]
+    head = ["format", "mean KL", "same top token", "perplexity", "weights"]
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"{_line(cells)}\n" for cells in (head, rule, *lines))
+
+
+def _quality(row: dict[str, str]) -> Iterator[str]:
+    megabytes = float(row["weight_megabytes"])
+    yield f"{float(row['mean_kl']):.3f}"
+    yield f"{100 * float(row['same_top_token']):.1f} %"
+    yield f"{float(row['perplexity']):.2f}"
+    yield f"{megabytes:.1f} MB" if megabytes else "–"
+
+
+def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
     """One table for each model and number of threads."""
-    return "\n".join(_table(group) for group in latest(rows).values())
+    return "\n".join(_table(group, losses) for group in latest(rows).values())
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
     loads = sorted({(row.prompt_tokens, row.new_tokens) for row in rows})
     prompts = [prompt for prompt, _ in loads]
     decoded = sorted({prompt for prompt, new in loads if new >= MIN_DECODED})
     columns = [f"prefill {prompt}" for prompt in dict.fromkeys(prompts)]
     columns += [f"decode at {prompt}" for prompt in decoded]
-    lines = [[name, *_cells(rows, name, prompts, decoded)] for name in _contestants(rows)]
+    kl = mean_kl(losses, rows[0].model)
+    lines = [
+        [name, *_about(rows, name, kl), *_rates(rows, name, prompts, decoded)]
+        for name in dict.fromkeys(row.contestant for row in rows)
+    ]
     lines = _best_in_bold(lines)
-    limits = [_limit(of(rows, OURS_INT4, prompt)) for prompt in decoded]
+    limits = [_number(limit(rows, OURS_INT4, prompt)) for prompt in decoded]
     if any(limits):
-        lines.append(
-            [
-                "limit: bandwidth ÷ weights of EdgeLoRA int4",
-                "",
-                *([""] * len(set(prompts))),
-                *limits,
-            ]
-        )
-    head = ["tokens/s", "MB", *columns]
+        lines.append([LIMIT, "", "", *([""] * len(set(prompts))), *limits])
+    head = ["tokens/s", "MB", "KL", *columns]
     text = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1)), *map(_line, lines)]
     return "\n".join([_caption(rows), "", *text, ""])
 
 
-def _contestants(rows: Sequence[Row]) -> Iterator[str]:
-    yield from dict.fromkeys(row.contestant for row in rows)
+def _about(rows: Sequence[Row], name: str, kl: dict[str, float]) -> Iterator[str]:
+    size = median(row.weight_bytes for row in rows if row.contestant == name)
+    yield "" if size is None else f"{size / 1e6:.0f}"
+    yield f"{kl[name]:.3f}" if name in kl else ""
 
 
-def _cells(
+def _rates(
     rows: Sequence[Row], name: str, prompts: Sequence[int], decoded: Sequence[int]
 ) -> Iterator[str]:
     mine = [row for row in rows if row.contestant == name]
-    size = median(row.weight_bytes for row in mine)
-    yield "" if size is None else f"{size / 1e6:.0f}"
     for prompt in dict.fromkeys(prompts):
         yield _number(median(row.prefill for row in of(mine, name, prompt)))
     for prompt in decoded:
@@ -72,13 +101,9 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _limit(rows: Sequence[Row]) -> str:
-    return _number(median(row.limit for row in rows))
-
-
 def _best_in_bold(lines: list[list[str]]) -> list[list[str]]:
     bold = [list(line) for line in lines]
-    for column in range(2, len(lines[0])):
+    for column in range(3, len(lines[0])):
         best = max((float(line[column]) for line in lines if line[column]), default=None)
         for line in bold:
             if line[column] and float(line[column]) == best:
@@ -97,8 +122,10 @@ def _caption(rows: Sequence[Row]) -> str:
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
     parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {first.machine}"]
     parts += [first.isa] if first.isa else []
-    bandwidth = median(row.bandwidth for row in rows)
-    parts += [f"{bandwidth:.1f} GB/s streamed"] if bandwidth else []
+    streams = sorted(row.bandwidth for row in rows if row.bandwidth)
+    if streams:
+        middle = median(streams)
+        parts += [f"streams of {streams[0]:.1f} to {streams[-1]:.1f} GB/s (median {middle:.1f})"]
     parts += [f"medians of {times} interleaved rounds", f"commit {first.commit}"]
     return ", ".join(parts) + _versions(rows)
 

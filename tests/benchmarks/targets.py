@@ -1,0 +1,126 @@
+"""What of the targets of speed is met: ARCHITECTURE's tables, generated from the committed CSVs.
+
+One bundle stands for a model: of those that lose no more than llama.cpp's Q4_0 the one that
+decodes fastest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.contestants import OURS, OURS_INT4, about_adapters
+from benchmarks.figures import Row, latest, median, of
+from benchmarks.folder import LLAMA_1B, SMOLLM2
+from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
+
+ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
+LOADED = f"{OURS_INT4}, adapters loaded"
+MERGED = f"{OURS_INT4}, rank 16 merged"
+COUNTS = (2, 1)  # threads
+
+
+@dataclass(frozen=True)
+class Target:
+    """A rate at a length of prompt, and how many times the best peer's it must be, by model."""
+
+    what: str
+    prompt_tokens: int
+    least: dict[str, float]
+
+
+TARGETS = (
+    Target("decode", 128, {SMOLLM2: 2.0, LLAMA_1B: 1.3}),
+    Target("decode", 2000, {SMOLLM2: 1.7, LLAMA_1B: 1.7}),
+    Target("prefill", 128, {SMOLLM2: 1.5, LLAMA_1B: 1.5}),
+    Target("prefill", 512, {SMOLLM2: 1.5, LLAMA_1B: 1.5}),
+)
+# Ours beside another of ours: (what, contestant, beside, least share of its rate)
+PAIRS = (
+    ("nf4 beside int4", f"{OURS} nf4", OURS_INT4, 0.95),
+    ("rank 16 beside merged", f"{OURS_INT4} + rank 16", MERGED, 0.95),
+    ("rank 64 beside merged", f"{OURS_INT4} + rank 64", MERGED, 0.88),
+    ("adapters loaded beside none", LOADED, OURS_INT4, None),
+)
+
+
+def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
+    """Beside the peers, then ours beside ours."""
+    groups = latest(rows)
+    models = list(dict.fromkeys(model for model, _ in groups))
+    chosen = {model: bundle(groups[model, COUNTS[0]], mean_kl(losses, model)) for model in models}
+    head = ["× the best peer", "target", *(f"{model}: {chosen[model]}" for model in models)]
+    beside_peers = [[_named(target), _least(target, models), *(
+        _verdict(_ratios(groups, model, chosen[model], target), target.least[model])
+        for model in models)] for target in TARGETS]  # fmt: skip
+    head_of_pairs = ["decode, prefill at 128; at 512", "target", *models]
+    pairs = [[what, "" if least is None else f"≥ {least:.2f}", *(
+        _pair(groups[model, COUNTS[0]], ours, other, least) for model in models)]
+        for what, ours, other, least in PAIRS]  # fmt: skip
+    return _markdown(head, beside_peers) + "\n" + _markdown(head_of_pairs, pairs)
+
+
+def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
+    """The contestant that stands for its model; without losses the default."""
+    allowed = kl.get(NO_WORSE_THAN, 0.0)
+    names = dict.fromkeys(row.contestant for row in rows if row.contestant.startswith(OURS))
+    eligible = [name for name in names if not about_adapters(name) and kl.get(name, 1e9) <= allowed]
+    return max(eligible, key=lambda name: _rate(rows, name, "decode", 128) or 0, default=OURS_INT4)
+
+
+def _rate(rows: Sequence[Row], name: str, what: str, prompt_tokens: int) -> float | None:
+    return median(getattr(row, what) for row in of(rows, name, prompt_tokens))
+
+
+def _ratios(
+    groups: dict[tuple[str, int], list[Row]], model: str, ours: str, target: Target
+) -> Iterator[float]:
+    """For each number of threads, ours ÷ the fastest peer's."""
+    for threads in COUNTS:
+        rows = groups.get((model, threads), [])
+        peers = {row.contestant for row in rows} - {
+            row.contestant for row in rows if row.contestant.startswith(OURS)
+        }
+        best = max(
+            (_rate(rows, name, target.what, target.prompt_tokens) or 0 for name in peers), default=0
+        )
+        mine = _rate(rows, ours, target.what, target.prompt_tokens)
+        if mine and best:
+            yield mine / best
+
+
+def _verdict(ratios: Iterator[float], least: float) -> str:
+    found = list(ratios)
+    if not found:
+        return ""
+    said = f"{found[0]:.2f}" + "".join(f" ({ratio:.2f})" for ratio in found[1:])
+    return f"{said} {'met' if found[0] >= least else 'missed'}"
+
+
+def _pair(rows: Sequence[Row], ours: str, other: str, least: float | None) -> str:
+    ratios = []
+    for prompt in (128, 512):
+        for what in ("decode", "prefill"):
+            mine, beside = (_rate(rows, name, what, prompt) for name in (ours, other))
+            if mine and beside:
+                ratios.append(mine / beside)
+    said = ", ".join(f"{ratio:.2f}" for ratio in ratios[:2])
+    said += f"; {', '.join(f'{ratio:.2f}' for ratio in ratios[2:])}" if ratios[2:] else ""
+    if least is None or not ratios:
+        return said
+    return f"{said} {'met' if min(ratios) >= least else 'missed'}"
+
+
+def _named(target: Target) -> str:
+    threads = f"{COUNTS[0]} threads ({COUNTS[1]})"
+    return (
+        f"{target.what} {'at ' if target.what == 'decode' else ''}{target.prompt_tokens}, {threads}"
+    )
+
+
+def _least(target: Target, models: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(f"{target.least[model]:.1f}" for model in models))
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
