@@ -31,6 +31,10 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
             name: {target: branch.rank for target, branch in adapter.branches.items()}
             for name, adapter in adapters.items()
         },
+        magnitudes={
+            name: frozenset(t for t, b in adapter.branches.items() if b.magnitude is not None)
+            for name, adapter in adapters.items()
+        },
     )
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import edgelora
 import tiny
@@ -123,6 +124,21 @@ def test_failed_export_leaves_the_old_bundle_and_nothing_else(
         edgelora.export(base, tmp_path / "bundle", format="float", force=True)
     assert digests(tmp_path / "bundle") == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(("mode", "use_dora"), [("merge", False), ("merge", True), ("side", True)])
+def test_adapter_that_overflows_with_its_base_is_one_line_and_nothing_is_left(
+    base: Path, tmp_path: Path, mode: str, *, use_dora: bool
+) -> None:
+    targets = {"target_modules": ["up_proj"], "use_dora": use_dora}
+    file = make_adapter(base, tmp_path / "a", **targets) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v * 1e38 if "lora_" in k else v for k, v in tensors.items()}, file)
+    with pytest.raises(EdgeLoraError) as caught:
+        edgelora.export(base, tmp_path / "bundle", adapters={"a": tmp_path / "a"}, mode=mode)
+    assert "up_proj" in str(caught.value) and "not finite" in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "bundle").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

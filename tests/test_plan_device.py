@@ -23,7 +23,6 @@ from edgelora.plan import ExportOptions, Inventory, Plan, make_plan
 from edgelora.plan.memory import (
     OVERHEAD_BYTES,
     Sizes,
-    adapter_bytes,
     kv_bytes_per_position,
     plan_sizes,
 )
@@ -239,18 +238,24 @@ def test_kv_cache_counts_codes_and_scales(head_dim: int, options: dict[str, Any]
     assert predicted == config.num_hidden_layers * config.num_key_value_heads * row
 
 
-@pytest.mark.parametrize("flavor", ["edgelora", "ort"])
+@pytest.mark.parametrize(
+    ("flavor", "use_dora"), [("edgelora", False), ("edgelora", True), ("ort", False)]
+)
 def test_predicted_adapter_bytes_are_the_real_ones(
-    flavor: str, bases: dict[str, Path], tmp_path: Path
+    flavor: str, bases: dict[str, Path], tmp_path: Path, *, use_dora: bool
 ) -> None:
-    """A header of text is what the file has beside the factors."""
-    adapter = make_adapter(bases["llama"], tmp_path / "a", target_modules="all-linear", r=32)
+    """A header is what the file has beside the factors."""
+    settings = {"target_modules": "all-linear", "r": 32, "use_dora": use_dora}
+    adapter = make_adapter(bases["llama"], tmp_path / "a", **settings)
     edgelora.export(bases["llama"], tmp_path / "bundle", adapters={"a": adapter}, flavor=flavor)
     request = prepare(bases["llama"], {"a": adapter}, ExportOptions(flavor=flavor))
-    ranks = {t: branch.rank for t, branch in request.adapters["a"].branches.items()}
-    predicted = adapter_bytes(request.checkpoint.config, request.plan, ranks)
+    base = take_inventory(request.checkpoint, request.adapters)
+    predicted = plan_sizes(request.checkpoint.config, request.plan, base).adapters
     (file,) = (tmp_path / "bundle/adapters/a").iterdir()
-    assert 0 <= file.stat().st_size - predicted <= 8192
+    beside = file.stat().st_size - predicted
+    if flavor == "edgelora":
+        assert beside == 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert 0 <= beside <= 16384
 
 
 def test_embedding_format_is_what_the_bundle_holds(bases: dict[str, Path], tmp_path: Path) -> None:

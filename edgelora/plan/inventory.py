@@ -16,6 +16,8 @@ class Inventory:
     """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
     adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Adapter → target → rank."""
+    magnitudes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Adapter → targets that have a magnitude for each row (DoRA)."""
 
     @property
     def changed(self) -> frozenset[str]:

@@ -39,7 +39,10 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
     shared = shares_head(config, plan, base)
     head_bytes = embedding if shared else _projection_bytes(head, plan, base)
     side = {} if plan.mode == "merge" else base.adapters
-    adapters = [adapter_bytes(config, plan, ranks) for ranks in side.values()]
+    adapters = [
+        adapter_bytes(config, plan, ranks, base.magnitudes.get(name, frozenset()))
+        for name, ranks in side.items()
+    ]
     return Sizes(
         weights=linears + embedding + (0 if shared else head_bytes),
         streamed=linears + head_bytes,
@@ -97,15 +100,19 @@ def _nbits_bytes(kind: Kind, shape: tuple[int, int]) -> int:
     return codes // (1 if kind.format == "int8" else 2) + rows * blocks * (8 if kind.extra else 4)
 
 
-def adapter_bytes(config: ModelConfig, plan: Plan, ranks: Mapping[str, int]) -> int:
-    """Both factors of every target: float16, or float32 in a float bundle and flavor ort."""
+def adapter_bytes(
+    config: ModelConfig, plan: Plan, ranks: Mapping[str, int], scaled: Iterable[str] = ()
+) -> int:
+    """Both factors of every target: float16, or float32 in a float bundle and flavor ort. Those
+    that are scaled (DoRA) have a float32 factor for each row.
+    """
     shapes = targets(config)
     is_half = plan.flavor == "edgelora" and plan.format != "float"
     numbers = 0
     for target, rank in ranks.items():
         rows, columns = shapes[target]
         numbers += rank * (columns + (rows if plan.flavor == "ort" else _round_up(rows, 16)))
-    return numbers * (2 if is_half else 4)
+    return numbers * (2 if is_half else 4) + sum(4 * shapes[target][0] for target in scaled)
 
 
 def kv_bytes_per_position(config: ModelConfig, plan: Plan) -> int:

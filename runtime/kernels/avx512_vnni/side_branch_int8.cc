@@ -20,7 +20,7 @@ void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t pairs, __m
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;
       std::memcpy(&pair, packed_codes(t, m + r) + 2 * q, sizeof pair);
-      sums[r] = _mm512_add_epi32(sums[r], _mm512_madd_epi16(column, _mm512_set1_epi32(pair)));
+      sums[r] = _mm512_dpwssd_epi32(sums[r], column, _mm512_set1_epi32(pair));
     }
   }
 }
