@@ -18,6 +18,13 @@ inline const int16_t* packed_codes(const PackedT& t, int64_t row) {
   return reinterpret_cast<const int16_t*>(t.data + row * t.stride + 1);
 }
 
+// b is wanted so many bytes before it is read: caches stop at the end of a page.
+constexpr int64_t kFetchAhead = 4096;
+
+inline void fetch_ahead(const uint8_t* panel, int64_t pairs) {
+  for (int64_t i = 0; i < 32 * (1 + pairs); i += 64) __builtin_prefetch(panel + kFetchAhead + i);
+}
+
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
 //   Isa::add_rows<kRows>(panel, pairs, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 += b·t
 template <class Isa>
@@ -26,6 +33,7 @@ void drive_packed_factors(const PackedFactors& factors, int64_t out_features, co
   const int64_t pairs = ceil_div(factors.rank, 2);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const uint8_t* panel = packed_panel(factors, p);
+    fetch_ahead(panel, pairs);
     const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
     float* to = y + p * kPanelRows;
     int64_t m = 0;
