@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import benchmarks.__main__ as main_module
 import edgelora
 from benchmarks import bandwidth, contestants, limits, losses, rounds, scaling, table, targets
-from benchmarks.__main__ import generated
 from benchmarks.contestants import Contestant, Load
 from benchmarks.figures import SPEED, Row, append, latest, limit, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
@@ -63,7 +64,7 @@ def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contesta
 
 
 def test_readme_and_architecture_say_what_follows_from_the_committed_csvs() -> None:
-    found = list(generated(SPEED))
+    found = list(main_module.generated(SPEED))
     assert len(found) == 3
     for path, name, tables in found:
         text = path.read_text()
@@ -143,6 +144,7 @@ def test_targets_are_met_or_missed() -> None:
     ]
     said = targets.tables([*rows, a_row(**peer), a_row(**peer, threads=1)], [])
     assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 met |" in said
+    assert "| the same, of the stream just before | or 0.95 | 0.44 |" in said
     assert "| prefill 128, 2 threads (1) | 1.5 | 1.33 missed |" in said
     assert "| prefill 512, 2 threads (1) | 1.5 |  |" in said
     assert "| nf4 beside int4 | ≥ 0.95 | 0.91, 1.00 missed |" in said
@@ -365,3 +367,20 @@ def test_plots_are_drawn_and_are_the_same_each_time(
     once = {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
     assert set(once) == {f"{kind}-{SMOLLM2}-2t.svg" for kind in ("bars", "context", "rank")}
     assert once == {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
+
+
+# ---- the command ----
+
+
+def test_without_a_command_all_is_done_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    for name in ("steps", "turns", "measure", "plots.draw", "read", "generated"):
+        place: Any = main_module
+        *outer, last = name.split(".")
+        for part in outer:
+            place = getattr(place, part)
+        monkeypatch.setattr(place, last, lambda *_, name=name: done.append(name) or [])
+    monkeypatch.setattr(main_module, "turns", lambda *_: done.append("turns") or ["a turn"])
+    found = CliRunner().invoke(main_module.main, [])
+    assert found.exit_code == 0, found.output
+    assert done == ["steps", "turns", "measure", "read", "plots.draw", "generated"]
