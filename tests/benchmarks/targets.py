@@ -18,7 +18,7 @@ ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 LOADED = f"{OURS_INT4}, adapters loaded"
 MERGED = f"{OURS_INT4}, rank 16 merged"
 COUNTS = (2, 1)  # threads
-# Where the stream of weights leaves no room for a ratio: this share of it, with at most these bytes.
+# Where the stream leaves no room for a ratio: this share of it, and at most so many bytes.
 SHARE_OF_STREAM = {LLAMA_1B: (0.95, 4.5 / 8 * 1.0737e9)}
 
 
