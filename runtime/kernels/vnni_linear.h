@@ -38,6 +38,7 @@ struct VnniIsa {
 
   static constexpr int kGroupRows = V::kGroupRows;
   static constexpr int kFewRows = V::kFewRows;
+  static constexpr int kPairRows = 0;
   // Emerald Rapids from memory, two threads: none 22 GB/s, 2 KB 25, 4 KB 30, 8 KB 31.
   static constexpr int64_t kPrefetchBytes = 6144;
 
@@ -116,9 +117,6 @@ struct VnniIsa {
 
   template <Format kFormat, int kRows>
   static void few_rows(const PanelView& panel, const RowTile& x, float* acc) {
-    if constexpr (kRows > 1 && !has_extras(kFormat)) {
-      if (panel.shift > 0) return shared_scales<kFormat, kRows>(panel, x, acc);
-    }
     Floats sums[V::kParts][kRows];
     for (auto& part : sums) {
       for (Floats& sum : part) sum = V::zero_floats();
@@ -141,37 +139,6 @@ struct VnniIsa {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         V::store(acc + r * kPanelRows + 16 / V::kParts * part, sums[part][r]);
-      }
-    }
-  }
-
-  // As few_rows, where a scale of W holds for several blocks of x: a block costs one multiplication less.
-  template <Format kFormat, int kRows>
-  static void shared_scales(const PanelView& panel, const RowTile& x, float* acc) {
-    const int64_t step = int64_t{1} << panel.shift;
-    std::memset(acc, 0, kRows * kPanelRows * sizeof(float));
-    for (int64_t first = 0; first < panel.blocks; first += step) {
-      const int64_t end = min_of(first + step, panel.blocks);
-      for (int part = 0; part < V::kParts; ++part) {
-        Floats sums[kRows];
-        for (Floats& sum : sums) sum = V::zero_floats();
-        for (int64_t b = first; b < end; ++b) {
-          if (part == 0) prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);
-          Ints w[8];
-          unpack_part<kFormat>(panel.codes, b, part, w);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            const int64_t i = b * kRows + r;
-            const Ints dots = row_dots(w, x.codes + i * kActivationBlock, start<kFormat>(x, i));
-            sums[r] = V::fmadd(V::to_float(dots), V::broadcast(x.scales[i]), sums[r]);
-          }
-        }
-        const Floats scale = V::template scales<kFormat>(panel, first, part).scale;
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          float* out = acc + r * kPanelRows + 16 / V::kParts * part;
-          V::store(out, V::fmadd(sums[r], scale, V::load(out)));
-        }
       }
     }
   }

@@ -6,6 +6,8 @@
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
 //                      for each group        Isa::add_chunk: acc [rows, 16] +=
 //       acc → y
+//     or two panels together, of ISAs with kPairRows, where scales hold for more than one block of x
+//       for each group                       Isa::panel_pair: acc [rows, 16] of both
 #pragma once
 
 #include "kernels/avx2/registers.h"
@@ -115,6 +117,13 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
   tile->shifts = sums;
 }
 
+// Whether several rows of x meet two panels at a time, in groups of at most Isa::kPairRows.
+template <class Isa>
+bool pairs_panels(const Weights& weights, int64_t rows) {
+  return Isa::kPairRows > 0 && rows > 1 && !has_extras(weights.format) &&
+         weights.block_size > kActivationBlock;
+}
+
 // One group; `slot` rows of the tile lie before it in the scratch.
 template <class Isa>
 RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_row, int64_t rows,
@@ -148,7 +157,8 @@ template <class Isa>
 void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, RowGroups* groups,
                void* scratch) {
   groups->rows = min_of(kRowTile, x.rows - first_row);
-  groups->count = ceil_div(groups->rows, Isa::kGroupRows);
+  const bool pairs = pairs_panels<Isa>(weights, groups->rows);
+  groups->count = ceil_div(groups->rows, pairs ? Isa::kPairRows : Isa::kGroupRows);
   int64_t slot = 0;
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
@@ -198,12 +208,43 @@ void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory
   }
 }
 
+// The same for Isa::panel_pair.
+template <class Isa, Format kFormat, int kRows>
+void panel_pair(const PanelView panels[2], const RowTile& group, float* acc[2]) {
+  if constexpr (kRows > 1) {
+    if (group.rows < kRows) return panel_pair<Isa, kFormat, kRows - 1>(panels, group, acc);
+  }
+  Isa::template panel_pair<kFormat, kRows>(panels, group, acc);
+}
+
+// Panels p and p + 1.
+template <class Isa, Format kFormat>
+void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, float* y,
+                   int64_t y_stride) {
+  alignas(64) float acc[2][kRowTile * kPanelRows];
+  const PanelView panels[2] = {panel_view(weights, p), panel_view(weights, p + 1)};
+  float* to[2] = {acc[0], acc[1]};
+  for (int64_t g = 0; g < groups.count; ++g) {
+    panel_pair<Isa, kFormat, Isa::kPairRows>(panels, groups.of[g], to);
+    for (float*& each : to) each += groups.of[g].rows * kPanelRows;
+  }
+  for (int64_t i = 0; i < 2; ++i) {
+    if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc[i]);
+    store_tile(acc[i], groups.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows, y_stride);
+  }
+}
+
 template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                      int64_t panel_end, float* y, int64_t y_stride) {
   alignas(64) float acc[kRowTile * kPanelRows];
   ChunkMemory memory;
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
+  int64_t p = panel_begin;
+  if constexpr (Isa::kPairRows > 0 && !has_extras(kFormat)) {
+    const int64_t end = pairs_panels<Isa>(weights, groups.rows) ? panel_end - 1 : p;
+    for (; p < end; p += 2) multiply_pair<Isa, kFormat>(weights, groups, p, y, y_stride);
+  }
+  for (; p < panel_end; ++p) {
     multiply_panel<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
     if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc);
     store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);

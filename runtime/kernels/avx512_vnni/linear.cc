@@ -1,15 +1,15 @@
-// `linear` in 512-bit registers: a register is the 16 rows of a panel. vnni_linear.h has the rest.
-// 12 rows of x at a time: 12 chains of vpdpbusd, each with its broadcast of x from memory, as many
+// `linear` in 512-bit registers: a register is the 16 rows of a panel. vnni_linear.h has the rest, and
+// panel_pairs.h several rows where scales of W hold for more than one block of x. Elsewhere 12 rows of x at a time: 12 chains of vpdpbusd, each with its broadcast of x from memory, as many
 // loads a cycle as the CPUs do.
 #include "kernels/avx512_vnni/avx512_vnni.h"
-#include "kernels/avx512_vnni/registers.h"
+#include "kernels/avx512_vnni/panel_pairs.h"
 #include "kernels/nf4_scales.h"
 
 namespace edgelora::kernels::avx512_vnni {
 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch) {
-  drive_row_groups<VnniIsa<Registers>>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
+  drive_row_groups<PanelPairs>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
