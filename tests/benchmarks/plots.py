@@ -64,7 +64,7 @@ def _mark_limits(axis: Axes, rows: Sequence[Row], names: Sequence[str], prompt: 
     for i, most in known:
         axis.plot([most, most], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
     if known:
-        axis.set_xlabel("tokens a second; line: weights at the best bandwidth of the run")
+        axis.set_xlabel("tokens a second; line: best stream ÷ weights")
         axis.set_xlim(right=1.1 * max(axis.get_xlim()[1], *(most for _, most in known)))
 
 
