@@ -77,7 +77,8 @@ inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32
 
 // The functions of one ISA.
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512_vnni"…
+  const char* isa;     // "scalar", "avx2", "avx512_vnni"…
+  int64_t strip_rows;  // of x: what linear rearranges of W it rearranges once for so many
 
   // x [K] → codes [Kp], scales [Kp/32], sums [Kp/32]. amax/127, round half to even.
   void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,

@@ -15,9 +15,6 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 constexpr int64_t kWorkPerThread = 32 * 1024;
 // Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or slow.
 constexpr int64_t kGroupsPerThread = 4;
-// Rows of a strip: what the kernels rearrange at once; and fewer, if only so a thread has one of its own.
-constexpr int64_t kStripRows = 32;
-constexpr int64_t kFewestStripRows = 24;
 // Values of y of a tile with SwiGLU: its gate and up are read from the cache.
 constexpr int64_t kTileValues = 64 * 1024;
 // The smallest piece is this share of a thread's panels, of many rows.
@@ -48,8 +45,9 @@ void LinearJob::plan() {
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
   workers_ = std::min(workers_, target_panels_);
-  strips_ = std::clamp<int64_t>(call_.rows / kFewestStripRows, 1,
-                                ceil_div(ceil_div(call_.rows, kStripRows), workers_) * workers_);
+  const int64_t most = call_.kernels->strip_rows, fewest = most * 3 / 4;  // so each thread has some
+  strips_ = std::clamp<int64_t>(call_.rows / fewest, 1,
+                                ceil_div(ceil_div(call_.rows, most), workers_) * workers_);
   shares_.deal(strips_ * target_panels_, workers_, piece_panels());
   row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kGroupsPerThread : 1);
   groups_.deal(call_.rows == 1 ? 0 : row_groups_, workers_, {1, 1});

@@ -16,10 +16,11 @@ namespace edgelora::kernels::amx_bf16 {
 namespace {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kRows = kWideRows;     // of x, converted at a time
+constexpr int64_t kRows = kWideRows;     // of x, converted at a time; half as many where
+constexpr int64_t kMostABytes = 1 << 20; // they would fill the second cache
 constexpr int64_t kFewRows = 16;         // avx512_vnni is as fast up to here
 constexpr int64_t kPanels = 2;           // of W, multiplied at a time
-constexpr int64_t kChunk = 18;           // blocks of K: 36 KB of B
+constexpr int64_t kChunk = 8;            // blocks of K: 16 KB of B, beside as much of A
 constexpr int64_t kRowBytes = 64;        // of 32 K, of a row of C
 constexpr int64_t kTileBytes = kTileRows * kRowBytes;
 
@@ -38,8 +39,12 @@ struct RowTiles {
   char* tiles;
 };
 
+int64_t rows_at_once(int64_t blocks) {
+  return kRows * blocks * kRowBytes > kMostABytes ? kRows / 2 : kRows;
+}
+
 RowTiles convert_rows(const Activations& x, int64_t first, int64_t blocks, char* tiles) {
-  const int64_t rows = min_of(kRows, x.rows - first);
+  const int64_t rows = min_of(rows_at_once(blocks), x.rows - first);
   const RowTiles out{rows, ceil_div(rows, kTileRows), tiles};
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = (first + m) * blocks;
@@ -198,7 +203,7 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
   const ScratchLayout layout = scratch_layout(weights);
   const int64_t blocks = activation_blocks(weights.in_features);
   _tile_loadconfig(&kShapes);
-  for (int64_t m = 0; m < x.rows; m += kRows) {
+  for (int64_t m = 0; m < x.rows; m += rows_at_once(blocks)) {
     const RowTiles tiles = convert_rows(x, m, blocks, at(scratch, layout.wide_rows));
     multiply_rows(weights, tiles, panel_begin, panel_end, y + m * y_stride, y_stride);
   }

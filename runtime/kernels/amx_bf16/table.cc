@@ -2,12 +2,14 @@
 #include "kernels/amx_bf16/amx_bf16.h"
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::amx_bf16 {
 
 extern const KernelTable kTable = {
     "amx_bf16",
+    kWideRows,
     avx512_vnni::quantize_activations,
     linear,
     avx512_vnni::unpack_absmax,

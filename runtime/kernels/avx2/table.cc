@@ -1,11 +1,13 @@
 // The avx2 table: AVX2, FMA and F16C.
 #include "kernels/avx2/avx2.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::avx2 {
 
 const KernelTable kTable = {
     "avx2",
+    kRowTile,
     quantize_activations,
     linear,
     unpack_absmax,

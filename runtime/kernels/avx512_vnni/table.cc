@@ -1,13 +1,15 @@
 // The avx512_vnni table: its own integer linear and what a prefill spends time on. All else is avx2's,
 // whose features it includes.
-#include "kernels/avx2/avx2.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
+#include "kernels/avx2/avx2.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::avx512_vnni {
 
 extern const KernelTable kTable = {
     "avx512_vnni",
+    kRowTile,
     quantize_activations,
     linear,
     unpack_absmax,

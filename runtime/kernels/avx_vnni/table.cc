@@ -1,13 +1,15 @@
 // The avx_vnni table: its own integer linear. All else is avx2's, whose features it includes:
 // those functions read every value once, so wider registers would not make them faster.
-#include "kernels/avx2/avx2.h"
 #include "kernels/avx_vnni/avx_vnni.h"
+#include "kernels/avx2/avx2.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::avx_vnni {
 
 extern const KernelTable kTable = {
     "avx_vnni",
+    kRowTile,
     avx2::quantize_activations,
     linear,
     unpack_absmax,

@@ -1,11 +1,13 @@
 // The neon table: what every 64-bit ARM has, Cortex-A53 and A72 among them.
 #include "kernels/neon/neon.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::neon {
 
 const KernelTable kTable = {
     "neon",
+    kRowTile,
     quantize_activations,
     linear,
     unpack_absmax,

@@ -1,13 +1,15 @@
 // The neon_dotprod table: its own integer linear. All else is neon's: those functions have no
 // integer dot products.
-#include "kernels/neon/neon.h"
 #include "kernels/neon_dotprod/neon_dotprod.h"
+#include "kernels/neon/neon.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::neon_dotprod {
 
 extern const KernelTable kTable = {
     "neon_dotprod",
+    kRowTile,
     neon::quantize_activations,
     linear,
     neon::unpack_absmax,

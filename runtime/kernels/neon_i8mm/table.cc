@@ -1,13 +1,15 @@
 // The neon_i8mm table: its own integer linear. All else is neon's: those functions have no
 // integer dot products.
-#include "kernels/neon/neon.h"
 #include "kernels/neon_i8mm/neon_i8mm.h"
+#include "kernels/neon/neon.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::neon_i8mm {
 
 extern const KernelTable kTable = {
     "neon_i8mm",
+    kRowTile,
     neon::quantize_activations,
     linear,
     neon::unpack_absmax,

@@ -1,11 +1,13 @@
 // The scalar table: plain C++ on any machine.
 #include "kernels/scalar/scalar.h"
+#include "kernels/panels.h"
 #include "kernels/tables.h"
 
 namespace edgelora::kernels::scalar {
 
 const KernelTable kTable = {
     "scalar",
+    kRowTile,
     quantize_activations,
     linear,
     unpack_absmax,
