@@ -26,7 +26,7 @@ Dtype = Literal["float16", "float32"]
 def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: Dtype) -> bytes:
     """The file's bytes; the same adapter, name and fingerprint always give the same bytes.
 
-    Its magnitudes, if any, must be row factors of the base already.
+    It must be bound to its base (binding.py): row factors for magnitudes, changes for biases.
 
     Raises EdgeLoraError for a bad name or fingerprint, and for values that float16 cannot hold.
     """
@@ -35,10 +35,7 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
         raise EdgeLoraError(f"adapter {name}: has no targets")
     tensors: dict[str, Factor] = {}
     for target, branch in adapter.branches.items():
-        lora_a, lora_b = _as_dtype(branch, dtype, f"adapter {name}: {target}")
-        tensors |= {f"{target}.lora_a": lora_a, f"{target}.lora_b": pack_panels(lora_b)}
-        if branch.row_factor is not None:
-            tensors[f"{target}.row_factor"] = branch.row_factor
+        tensors |= _tensors(target, branch, dtype, f"adapter {name}: {target}")
     scaling = {target: branch.scaling for target, branch in sorted(adapter.branches.items())}
     metadata = {
         "base_fingerprint": base_fingerprint,
@@ -48,6 +45,19 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
         "scaling": json.dumps(scaling),
     }
     return _serialize(tensors, metadata)
+
+
+def _tensors(target: str, branch: Branch, dtype: Dtype, source: str) -> dict[str, Factor]:
+    """Of one target, by name."""
+    tensors: dict[str, Factor] = {}
+    if branch.rank:
+        lora_a, lora_b = _as_dtype(branch, dtype, source)
+        tensors |= {f"{target}.lora_a": lora_a, f"{target}.lora_b": pack_panels(lora_b)}
+    if branch.row_factor is not None:
+        tensors[f"{target}.row_factor"] = branch.row_factor
+    if branch.bias is not None:
+        tensors[f"{target}.bias"] = branch.bias
+    return tensors
 
 
 def _check_fingerprint(fingerprint: str, source: str) -> None:
@@ -139,9 +149,13 @@ def read_adapter_file(
         branches = {
             target: _fit(target, branch, targets, str(path)) for target, branch in branches.items()
         }
-    dtypes: dict[str, Dtype] = {"F16": "float16", "F32": "float32"}
-    dtype = dtypes[tensors[f"{next(iter(scaling))}.lora_a"].dtype]
-    return StoredAdapter(metadata["name"], metadata["base_fingerprint"], dtype, branches)
+    is_half = any(tensor.dtype == "F16" for tensor in tensors.values())
+    return StoredAdapter(
+        metadata["name"],
+        metadata["base_fingerprint"],
+        "float16" if is_half else "float32",
+        branches,
+    )
 
 
 def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float]:
@@ -174,8 +188,10 @@ def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float
 def _check_names(
     tensors: Mapping[str, StoredTensor], scaling: Mapping[str, float], source: str
 ) -> None:
-    expected = {f"{target}.{factor}" for target in scaling for factor in ("lora_a", "lora_b")}
-    optional = {f"{target}.row_factor" for target in scaling}
+    factored = [target for target in scaling if not _has_bias_alone(tensors, target)]
+    expected = {f"{target}.{factor}" for target in factored for factor in ("lora_a", "lora_b")}
+    optional = {f"{target}.row_factor" for target in factored}
+    optional |= {f"{target}.bias" for target in scaling}
     if wrong := sorted(expected ^ (tensors.keys() - optional)):
         raise EdgeLoraError(f"{source}: missing or unexpected tensors: {', '.join(wrong)}")
     dtypes = {tensors[name].dtype for name in expected}
@@ -185,9 +201,17 @@ def _check_names(
         )
 
 
+def _has_bias_alone(tensors: Mapping[str, StoredTensor], target: str) -> bool:
+    has_factor = any(f"{target}.{factor}" in tensors for factor in ("lora_a", "lora_b"))
+    return f"{target}.bias" in tensors and not has_factor
+
+
 def _stored_branch(
     tensors: Mapping[str, StoredTensor], target: str, scaling: float, source: str
 ) -> Branch:
+    bias = _stored_rows(tensors, f"{target}.bias", source)
+    if bias is not None and _has_bias_alone(tensors, target):
+        return _bias_alone(bias, 0)
     a, b = tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"]
     if (
         len(a.shape) != 2
@@ -198,25 +222,32 @@ def _stored_branch(
         raise EdgeLoraError(
             f"{source}: {target} has lora_a {list(a.shape)} and lora_b {list(b.shape)}"
         )
-    row_factor = _stored_row_factor(tensors.get(f"{target}.row_factor"), target, source)
-    branch = Branch(a.values(), unpack_panels(b.values()), scaling, row_factor=row_factor)
+    row_factor = _stored_rows(tensors, f"{target}.row_factor", source)
+    branch = Branch(
+        a.values(), unpack_panels(b.values()), scaling, row_factor=row_factor, bias=bias
+    )
     if not np.isfinite(branch.lora_a).all() or not np.isfinite(branch.lora_b).all():
         raise EdgeLoraError(f"{source}: {target} holds NaN or infinity")
     return branch
 
 
-def _stored_row_factor(
-    tensor: StoredTensor | None, target: str, source: str
+def _bias_alone(bias: NDArray[np.float32], columns: int) -> Branch:
+    lora_a, lora_b = np.zeros((0, columns), np.float32), np.zeros((len(bias), 0), np.float32)
+    return Branch(lora_a, lora_b, 1.0, bias=bias)
+
+
+def _stored_rows(
+    tensors: Mapping[str, StoredTensor], name: str, source: str
 ) -> NDArray[np.float32] | None:
-    if tensor is None:
+    """A float32 for each row; None if there is no such tensor."""
+    if name not in tensors:
         return None
+    tensor = tensors[name]
     if tensor.dtype != "F32" or len(tensor.shape) != 1:
-        raise EdgeLoraError(
-            f"{source}: {target}.row_factor is {tensor.dtype} {list(tensor.shape)}, not F32 [N]"
-        )
+        raise EdgeLoraError(f"{source}: {name} is {tensor.dtype} {list(tensor.shape)}, not F32 [N]")
     values = np.asarray(tensor.values(), np.float32)
     if not np.isfinite(values).all():
-        raise EdgeLoraError(f"{source}: {target}.row_factor holds NaN or infinity")
+        raise EdgeLoraError(f"{source}: {name} holds NaN or infinity")
     return values
 
 
@@ -227,13 +258,16 @@ def _fit(
     if target not in targets:
         raise EdgeLoraError(f"{source}: the base has no linear {target}")
     rows, columns = targets[target]
+    for name, values in (("row_factor", branch.row_factor), ("bias", branch.bias)):
+        if values is not None and len(values) != rows:
+            raise EdgeLoraError(
+                f"{source}: {target}.{name} has {len(values)} values, the base {rows}"
+            )
+    if branch.bias is not None and branch.rank == 0:
+        return _bias_alone(branch.bias, columns)
     if branch.lora_a.shape[1] != columns or len(branch.lora_b) != math.ceil(rows / PANEL) * PANEL:
         found = f"[{len(branch.lora_b)}, {branch.lora_a.shape[1]}]"
         raise EdgeLoraError(f"{source}: {target} is for {found}, the base has [{rows}, {columns}]")
     if branch.lora_b[rows:].any():
         raise EdgeLoraError(f"{source}: {target}.lora_b has values in its padding rows")
-    if branch.row_factor is not None and len(branch.row_factor) != rows:
-        raise EdgeLoraError(
-            f"{source}: {target}.row_factor has {len(branch.row_factor)} values, the base {rows}"
-        )
     return replace(branch, lora_b=branch.lora_b[:rows])

@@ -1,16 +1,18 @@
-"""An adapter meets its base's weights: merged into them, or given the factors of their rows."""
+"""An adapter meets its base's tensors: merged into them, or bound to what it takes of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch
 from edgelora.checkpoint import Checkpoint
+from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
-from edgelora.layout import weight_name
+from edgelora.layout import expected_tensors, weight_name
 from edgelora.merge import merge, row_factors
 
 Float32 = NDArray[np.float32]
@@ -18,31 +20,71 @@ Float32 = NDArray[np.float32]
 
 def merged(target: str, weight: Float32, branch: Branch) -> Float32:
     """The weight [out_features, in_features] with the branch in it. Raises EdgeLoraError."""
+    if branch.rank == 0:
+        return weight
     with _naming(target):
         return merge(weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
 
 
+def merged_bias(target: str, bias: Float32, branch: Branch) -> Float32:
+    """The bias, [out_features] or [0] for none, with the branch's in it. Raises EdgeLoraError."""
+    if branch.trained_bias is not None:
+        bias = branch.trained_bias.astype(np.float32)
+    if branch.bias is None:
+        return bias
+    with _naming(target), np.errstate(over="ignore"):
+        return _finite(bias + branch.bias if bias.size else branch.bias)
+
+
+def check_biases(adapter: Adapter, path: Path, config: ModelConfig) -> None:
+    """Raises EdgeLoraError if the base lacks a bias that the adapter replaces."""
+    ours = expected_tensors(config)
+    names = [f"{each}.bias" for each, b in adapter.branches.items() if b.trained_bias is not None]
+    if missing := [name for name in names if name not in ours]:
+        raise EdgeLoraError(
+            f"{path}: trained biases that the base does not have: {', '.join(missing)}: "
+            "use the base it was trained on"
+        )
+
+
 def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """Its magnitudes (DoRA) as factors of this base's rows, which are read for them.
+    """Its magnitudes (DoRA) as factors of this base's rows, its trained biases as changes of this
+    base's, which are read for them.
 
     Raises EdgeLoraError.
     """
     branches = {
-        target: branch if branch.magnitude is None else _bound(target, branch, checkpoint)
+        target: _with_row_factors(target, _with_bias(target, branch, checkpoint), checkpoint)
         for target, branch in adapter.branches.items()
     }
     return replace(adapter, branches=branches)
 
 
-def _bound(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
-    assert branch.magnitude is not None
+def _with_bias(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
+    if branch.trained_bias is None:
+        return branch
+    base = checkpoint.read(f"{target}.bias")
+    with _naming(target), np.errstate(over="ignore"):
+        change = _finite(merged_bias(target, base, branch) - base)
+    return replace(branch, bias=change, trained_bias=None)
+
+
+def _finite(bias: Float32) -> Float32:
+    if not np.isfinite(bias).all():
+        raise ValueError("the bias is not finite")
+    return bias
+
+
+def _with_row_factors(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
+    if branch.magnitude is None:
+        return branch
     weight = checkpoint.read(weight_name(checkpoint.config, target))
     with _naming(target):
         factors = row_factors(
             weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude
         )
     lora_b = factors[:, None] * branch.lora_b.astype(np.float32)
-    return Branch(branch.lora_a, lora_b, branch.scaling, row_factor=factors)
+    return replace(branch, lora_b=lora_b, magnitude=None, row_factor=factors)
 
 
 @contextmanager

@@ -127,8 +127,8 @@ def adapter_entry(
         "path": path,
         "source": source,
         "base_model_name_or_path": None if base is None else model_name(base),
-        "ranks": sorted({branch.rank for branch in branches.values()}),
-        "scalings": sorted({branch.scaling for branch in branches.values()}),
+        "ranks": sorted({branch.rank for branch in branches.values() if branch.rank}),
+        "scalings": sorted({branch.scaling for branch in branches.values() if branch.rank}),
         "targets": len(branches),
     }
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.adapter import (
+    PARTS,
     Adapter,
     compare_base_name,
     read_adapter,
-    refuse_row_factors,
+    refuse_parts,
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, write_adapter
-from edgelora.binding import bound
+from edgelora.binding import bound, check_biases
 from edgelora.bundle import (
     WeightFile,
     adapter_entry,
@@ -81,7 +82,9 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     if options.mode != "merge" and options.flavor == "ort":
         why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
         for name, adapter in read.items():
-            refuse_row_factors(adapter, adapters[name], why)
+            refuse_parts(adapter, adapters[name], PARTS, why)
+    for name, adapter in read.items():
+        check_biases(adapter, adapters[name], checkpoint.config)
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     tokenizer = read_tokenizer(base)
     _check_end_tokens(tokenizer, checkpoint)
@@ -224,7 +227,8 @@ def _write_weights(folder: Path, request: Request, progress: Progress) -> tuple[
         (adapter,) = request.adapters.values()
         branches = dict(adapter.branches)
     windows = request.calibration.windows if request.calibration else None
-    rounding = Rounding(checkpoint, request.plan, branches, windows)
+    changed = {target for target, branch in branches.items() if branch.rank}
+    rounding = Rounding(checkpoint, request.plan, changed, windows)
     file, fingerprint = WeightFile(folder), FingerprintBuilder()
     writer = WeightWriter(checkpoint, request.plan, branches, rounding, file, fingerprint, advance)
     try:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from edgelora.adapter import Adapter
+from edgelora.adapter import Adapter, Branch
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
 from edgelora.checkpoint.gguf import GgufCheckpoint
@@ -28,14 +28,22 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
         rounded_to=tuple(sorted(rounded)),
         foreign=dict(foreign),
         adapters={
-            name: {target: branch.rank for target, branch in adapter.branches.items()}
+            name: {t: branch.rank for t, branch in adapter.branches.items() if branch.rank}
             for name, adapter in adapters.items()
         },
         magnitudes={
             name: frozenset(t for t, b in adapter.branches.items() if b.magnitude is not None)
             for name, adapter in adapters.items()
         },
+        biases={
+            name: frozenset(t for t, b in adapter.branches.items() if _has_bias(b))
+            for name, adapter in adapters.items()
+        },
     )
+
+
+def _has_bias(branch: Branch) -> bool:
+    return branch.bias is not None or branch.trained_bias is not None
 
 
 def _with_offsets(checkpoint: Checkpoint) -> frozenset[str]:

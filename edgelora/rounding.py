@@ -1,12 +1,11 @@
 """How a weight becomes codes: the base's own, or rounded, with or without calibration text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapter import Branch
 from edgelora.calibration import Arithmetic, Stream
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
@@ -34,7 +33,7 @@ class Rounding:
 
     checkpoint: Checkpoint
     plan: Plan
-    branches: Mapping[str, Branch]  # to be merged, by target
+    changed: Collection[str]  # targets whose weights an adapter is merged into
     windows: NDArray[np.int64] | None = None  # calibration text: token ids [windows, positions]
     stream: Stream | None = None
 
@@ -85,7 +84,7 @@ class Rounding:
 
     def _carries(self, target: str) -> bool:
         name = f"{target}.weight"
-        if target in self.branches or name not in self.checkpoint.names():  # a tied lm_head
+        if target in self.changed or name not in self.checkpoint.names():  # a tied lm_head
             return False
         return self.plan.carries(self.checkpoint.stored_as(name), target)
 

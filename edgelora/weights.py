@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Branch
-from edgelora.binding import merged
+from edgelora.binding import merged, merged_bias
 from edgelora.bundle import WeightFile
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.fingerprint import FingerprintBuilder
@@ -101,7 +101,7 @@ class WeightWriter:
         values = self.checkpoint.read(name) if tied else self._read(name)
         curvature = self.rounding.inputs_of(projection.name, [linear.target])
         matrix = self.rounding.matrix(linear.target, self._merged(linear, values), curvature)
-        self._store(projection.name, self._laid_out([matrix]))
+        self._store(projection.name, self._laid_out([matrix]), self._bias(linear))
 
     def _write_shared_head(self, projection: Projection) -> None:
         assert self.embedding is not None
@@ -123,7 +123,7 @@ class WeightWriter:
         biases = [self._bias(linear) for linear in projection.linears]
         self.rounding.pass_on(parts, biases)
         if len(parts) > 1 and self._own and projection.packable and same_kind(parts):
-            self._store(projection.name, self._laid_out(parts), np.concatenate(biases))
+            self._store(projection.name, self._laid_out(parts), _joined(biases, projection.linears))
             return
         for linear, part, bias in zip(projection.linears, parts, biases, strict=True):
             self._store(linear.target, self._laid_out([part]), bias)
@@ -138,7 +138,9 @@ class WeightWriter:
 
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""
-        return self._read(f"{linear.target}.bias") if linear.bias else np.zeros(0, np.float32)
+        values = self._read(f"{linear.target}.bias") if linear.bias else np.zeros(0, np.float32)
+        branch = self.branches.get(linear.target)
+        return values if branch is None else merged_bias(linear.target, values, branch)
 
     @property
     def _own(self) -> bool:
@@ -165,3 +167,14 @@ class WeightWriter:
             {role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()},
         )
         self.progress(packed.in_features * packed.out_features)
+
+
+def _joined(
+    biases: Sequence[NDArray[np.float32]], linears: Sequence[Linear]
+) -> NDArray[np.float32]:
+    """One bias for all, zero where one has none; [0] if none has one."""
+    if not any(bias.size for bias in biases):
+        return biases[0]
+    rows = [linear.out_features for linear in linears]
+    pairs = zip(biases, rows, strict=True)
+    return np.concatenate([bias if bias.size else np.zeros(n, np.float32) for bias, n in pairs])

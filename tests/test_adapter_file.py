@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,50 @@ def test_bad_row_factors_are_refused(tmp_path: Path, row_factor: Any, culprit: s
     with pytest.raises(EdgeLoraError, match=culprit) as caught:
         read_adapter_file(path, TARGETS)
     assert f"{path}: {UP}" in str(caught.value)
+
+
+def with_biases() -> Adapter:
+    bias = np.linspace(-1, 2, 37, dtype=np.float32)
+    alone = Branch(np.zeros((0, 64), np.float32), np.zeros((64, 0), np.float32), 1.0)
+    return adapter_of(
+        up=Branch(*factors(37, 3), 0.75, bias=bias),
+        q=replace(alone, bias=np.arange(64, dtype=np.float32)),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_biases_are_float32_with_or_without_factors(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(write(with_biases(), dtype=dtype))
+    tensors = load(path.read_bytes())
+    assert sorted(tensors) == [f"{UP}.bias", f"{UP}.lora_a", f"{UP}.lora_b", f"{Q}.bias"]
+    for stored in (read_adapter_file(path, TARGETS), read_adapter_file(path)):
+        assert stored.dtype == dtype
+        for target, branch in with_biases().branches.items():
+            assert np.array_equal(tensors[f"{target}.bias"], branch.bias)
+            assert np.array_equal(stored.branches[target].bias, branch.bias)
+    q = read_adapter_file(path, TARGETS).branches[Q]
+    assert (q.rank, q.lora_a.shape, q.lora_b.shape) == (0, (0, 64), (64, 0))
+
+
+@pytest.mark.parametrize(
+    ("target", "bias", "culprit"),
+    [
+        (UP, np.ones(36, np.float32), "36 values, the base 37"),
+        (UP, np.ones((37, 1), np.float32), r"\[37, 1\]"),
+        (UP, np.ones(37, np.float16), "F16"),
+        (Q, np.full(64, np.inf, np.float32), "infinity"),
+        (Q, np.ones(16, np.float32), "16 values, the base 64"),
+    ],
+)
+def test_bad_biases_are_refused(tmp_path: Path, target: str, bias: Any, culprit: str) -> None:
+    branches = dict(with_biases().branches)
+    branches[target] = replace(branches[target], bias=bias)
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(write(replace(with_biases(), branches=branches)))
+    with pytest.raises(EdgeLoraError, match=culprit) as caught:
+        read_adapter_file(path, TARGETS)
+    assert f"{path}: {target}.bias" in str(caught.value)
 
 
 def test_nan_and_values_in_padding_are_refused(tmp_path: Path) -> None:

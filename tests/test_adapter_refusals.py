@@ -78,7 +78,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"layers_pattern": "layers"}, "layers_pattern"),
     ({"exclude_modules": ["v_proj"]}, V0),
     ({"exclude_modules": "("}, "exclude_modules"),
-    ({"bias": "lora_only"}, "bias"),
+    ({"bias": "boft_only"}, 'bias = "boft_only": must be none, all or lora_only'),
+    ({"bias": True}, "bias = true"),
+    ({"lora_bias": True}, f"{V0}: has no lora_B.bias"),
+    ({"lora_bias": 1}, "lora_bias = 1"),
+    ({"lora_bias": True, "use_dora": True}, "lora_bias: PEFT allows it only without use_dora"),
     ({"init_lora_weights": "something_new"}, "something_new"),
     ({"future_field": None}, "future_field"),
     ({"future_field": {"a": 1}}, "future_field"),
@@ -91,8 +95,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"megatron_config": {"a": 1}}, "megatron_config"),
 ]
 BAD_FIELDS += [
-    ({name: True}, name)
-    for name in ("use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+    ({name: True}, name) for name in ("use_qalora", "fan_in_fan_out", "ensure_weight_tying")
 ]
 BAD_FIELDS += [
     ({name: {}}, name)
@@ -148,8 +151,11 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], object], list[str]]] = [
     (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), ["magnitude_vector", "use_dora"]),
     (extra(f"{PREFIX}{Q0}.lora_magnitude_vector.b"), ["magnitude_vector.b", "no name that PEFT"]),
     (extra(f"{PREFIX}model.embed_tokens.lora_embedding_A"), ["lora_embedding_A", "embedding"]),
-    (extra(f"{PREFIX}{Q0}.lora_B.bias"), ["lora_B.bias", "lora_bias"]),
-    (extra(f"{PREFIX}{Q0}.bias"), [f"{Q0}.bias", "trained bias"]),
+    (extra(f"{PREFIX}{Q0}.lora_B.bias"), ["lora_B.bias", "lora_bias is not set"]),
+    (extra(f"{PREFIX}{Q0}.lora_A.bias"), ["lora_A.bias", "no name that PEFT gives it"]),
+    (extra(f"{Q0}.bias"), [f"{Q0}.bias", "no name that PEFT gives it"]),
+    (extra(f"{PREFIX}{Q0}.base_layer.bias"), [f"{Q0}.base_layer.bias", "bias = none"]),
+    (extra(f"{PREFIX}{Q0}.bias"), [f"{Q0}.bias", "bias = none"]),
     (extra(f"{PREFIX}{Q0}.lora_diag"), ["lora_diag", "KaSA"]),
     (extra(f"{PREFIX}lm_head.base_layer.weight"), ["lm_head.base_layer", "copy of base weights"]),
     (extra(f"{PREFIX}model.norm.weight"), ["model.norm.weight", "not a LoRA factor"]),
@@ -193,11 +199,63 @@ def test_bad_magnitude_is_refused_by_name(folder: Path, change: Change, culprit:
     assert culprit in text
 
 
+K0 = "model.layers.0.self_attn.k_proj"
+BAD_BIASES: list[tuple[str, str, Any, str]] = [
+    ("all", f"{Q0}.bias", np.ones(64), "PEFT loads base_layer.bias of a linear with lora_A"),
+    ("all", f"{K0}.base_layer.bias", np.ones(32), "bias of any other"),
+    ("lora_only", f"{K0}.bias", np.ones(32), "bias = lora_only"),
+    ("all", "model.norm.bias", np.ones(64), "no linear of this name"),
+    ("all", f"{K0}.bias", np.ones(64), "shape [64], but config and base need [32]"),
+    ("all", f"{K0}.bias", np.full(32, np.inf), "infinity"),
+    ("lora_only", f"{Q0}.base_layer.bias", np.ones((64, 1)), "[64, 1]"),
+]
+
+
+@pytest.mark.parametrize(("setting", "name", "values", "culprit"), BAD_BIASES)
+def test_bad_trained_bias_is_refused_by_name(
+    folder: Path, setting: str, name: str, values: Any, culprit: str
+) -> None:
+    change_config(folder, bias=setting)
+    tensors = good_tensors() | {f"{PREFIX}{name}": values.astype(np.float32)}
+    save_file(tensors, folder / WEIGHTS)
+    text = refusal(folder)
+    assert f"{PREFIX}{name}: " in text
+    assert culprit in text
+
+
+def test_a_bias_that_scaling_makes_infinite_is_refused(folder: Path) -> None:
+    change_config(folder, lora_bias=True, lora_alpha=1000)
+    biases = {
+        f"{PREFIX}{target}.lora_B.bias": np.full(TARGETS[target][0], 3e37, np.float32)
+        for target in (Q0, V0)
+    }
+    save_file(good_tensors() | biases, folder / WEIGHTS)
+    assert f"{PREFIX}{Q0}.lora_B.bias" in refusal(folder)
+    assert "times scaling 125 is not finite" in refusal(folder)
+
+
+def test_ledger_says_what_becomes_of_biases(folder: Path) -> None:
+    change_config(folder, bias="all", lora_bias=True)
+    biases = {f"{PREFIX}{t}.lora_B.bias": np.ones(TARGETS[t][0], np.float32) for t in (Q0, V0)}
+    biases |= {f"{PREFIX}{Q0}.base_layer.bias": np.ones(64, np.float32)}
+    biases |= {f"{PREFIX}{K0}.bias": np.ones(32, np.float32)}
+    save_file(good_tensors() | biases, folder / WEIGHTS)
+    for targets in (TARGETS, None):
+        ledger = {each.item: each for each in adapter_ledger(folder, targets)}
+        assert not [each for each in ledger.values() if each.verdict == "refused"]
+        assert "a bias of its own" in ledger[f"{PREFIX}{V0}.lora_B.bias"].reason
+        for name in (f"{Q0}.base_layer.bias", f"{K0}.bias"):
+            assert ledger[f"{PREFIX}{name}"].reason == "replaces the base's bias"
+    branches = read_adapter(folder, TARGETS).branches
+    assert list(branches) == sorted([Q0, K0, V0])
+    assert branches[K0].rank == 0
+
+
 def test_all_problems_are_raised_at_once(folder: Path) -> None:
-    change_config(folder, use_qalora=True, bias="all")
+    change_config(folder, use_qalora=True, layer_replication=[[0, 1]])
     save_file(good_tensors() | {QA: np.full((8, 64), np.nan, np.float32)}, folder / WEIGHTS)
     text = refusal(folder)
-    assert all(each in text for each in ("use_qalora", 'bias = "all"', QA))
+    assert all(each in text for each in ("use_qalora", "layer_replication", QA))
 
 
 def test_names_with_an_adapter_name_are_read(folder: Path) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import edgelora
+import oracle
 import tiny
 from edgelora import EdgeLoraError
 from edgelora.adapter import model_name
 from edgelora.adding import add_adapter
 from edgelora.manifest import read_manifest, sha256_file
 from killing import kill_at_every_step
-from test_float_oracle import make_adapter
+from test_float_oracle import TOKENS, make_adapter, with_adapter
 
 PLAIN = "adapters/a/adapter.safetensors"
 DISK_STEPS = [(os, "fsync"), (Path, "mkdir"), (Path, "rename"), (Path, "unlink")]
@@ -221,3 +222,51 @@ def test_dora_needs_the_base(bundle: Path, base: Path, tmp_path: Path) -> None:
         logits = ours.logits([1, 2, 3], adapter="d")
         assert np.array_equal(logits, theirs.logits([1, 2, 3], adapter="d"))
         assert not np.allclose(logits, ours.logits([1, 2, 3]))
+
+
+def test_biases_are_bound_as_dora_is(bundle: Path, tmp_path: Path) -> None:
+    """The base's own need the base, lora_B's do not; neither is in flavor ort."""
+    base = tiny.tiny_qwen2(tmp_path / "base")
+    trained = make_adapter(base, tmp_path / "t", target_modules=["q_proj"], bias="all")
+    own = make_adapter(base, tmp_path / "o", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(EdgeLoraError, match=r"6 biases take the place.*--mode merge"):
+        edgelora.export(base, tmp_path / "ort", adapters={"t": trained}, flavor="ort")
+    with pytest.raises(EdgeLoraError, match=r"lora_B has a bias in 2 targets.*--mode merge"):
+        edgelora.export(base, tmp_path / "ort", adapters={"o": own}, flavor="ort")
+    edgelora.export(base, tmp_path / "qwen", adapters={"t": trained})
+    edgelora.export(base, tmp_path / "plain")
+    with pytest.raises(EdgeLoraError, match=r"6 biases take the place.*export the bundle again"):
+        add_adapter(tmp_path / "plain", "t", trained)
+    add_adapter(tmp_path / "plain", "t", tmp_path / "qwen/adapters/t/adapter.safetensors")
+    add_adapter(tmp_path / "plain", "o", own)
+    edgelora.export(base, tmp_path / "both", adapters={"t": trained, "o": own})
+    with edgelora.load(tmp_path / "plain") as ours, edgelora.load(tmp_path / "both") as theirs:
+        plain = ours.logits([1, 2, 3])
+        for name in ("t", "o"):
+            logits = ours.logits([1, 2, 3], adapter=name)
+            assert np.array_equal(logits, theirs.logits([1, 2, 3], adapter=name))
+            assert not np.allclose(logits, plain)
+        assert np.array_equal(ours.logits([1, 2, 3]), plain)
+    entry = read_manifest(tmp_path / "plain")["adapters"]["t"]
+    assert (entry["ranks"], entry["targets"]) == ([4], 6)
+
+
+def test_trained_biases_of_a_base_without_them_are_refused(base: Path, tmp_path: Path) -> None:
+    qwen = tiny.tiny_qwen2(tmp_path / "qwen")
+    trained = make_adapter(qwen, tmp_path / "t", target_modules=["q_proj"], bias="lora_only")
+    for mode in ("side", "merge"):
+        with pytest.raises(EdgeLoraError, match=r"/t: .*base does not have.*0\.self_attn\.q_proj"):
+            edgelora.export(base, tmp_path / "bundle", adapters={"t": trained}, mode=mode)
+
+
+def test_merge_in_flavor_ort_takes_biases(tmp_path: Path) -> None:
+    """Of a base without any: lora_B's become the linears' own."""
+    base = tiny.tiny_qwen3(tmp_path / "base")
+    own = make_adapter(base, tmp_path / "o", target_modules="all-linear", lora_bias=True)
+    options = {"mode": "merge", "flavor": "ort", "format": "float"}
+    edgelora.export(base, tmp_path / "bundle", adapters={"o": own}, **options)
+    with edgelora.load(tmp_path / "bundle") as model:
+        ours = model.logits(TOKENS)
+    oracle.assert_close(
+        ours, oracle.logits(with_adapter(oracle.float_model(base), own), TOKENS), 1e-4
+    )

@@ -4,6 +4,7 @@ compute.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ ARCHITECTURES: dict[str, Callable[..., Path]] = {
     "mistral": tiny.tiny_mistral,
     "qwen2": tiny.tiny_qwen2,
     "qwen3": tiny.tiny_qwen3,
+    "biased": partial(tiny.tiny_llama, attention_bias=True, mlp_bias=True),
 }
 ADAPTERS = {
     "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
@@ -39,6 +41,12 @@ ADAPTERS = {
     "lm_head": {"target_modules": ["lm_head", "q_proj"]},
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "dora_lm_head": {"target_modules": ["lm_head", "v_proj"], "use_dora": True},
+    "lora_bias": {"target_modules": "all-linear", "lora_bias": True},
+    "lora_bias_lm_head": {"target_modules": ["lm_head", "v_proj", "down_proj"], "lora_bias": True},
+    "bias_of_all": {"target_modules": ["o_proj", "down_proj"], "bias": "all"},
+    "bias_of_targets": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "bias_of_all_and_its_own": {"target_modules": ["v_proj"], "bias": "all", "lora_bias": True},
+    "dora_and_bias": {"target_modules": ["q_proj", "up_proj"], "bias": "all", "use_dora": True},
 }
 
 
@@ -50,9 +58,10 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(7)
     for name, values in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or (values.requires_grad and name.endswith(".bias")):
             values.data = (0.2 * torch.randn_like(values)).half().float()
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on lora_bias
+        adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
@@ -132,6 +141,26 @@ def test_weighted_sum_with_dora_adds_each_one_s_change(base: Path, tmp_path: Pat
     oracle.assert_close(ours, oracle.logits(summed, TOKENS), SHARE)
 
 
+def test_weighted_sum_with_biases_adds_each_one_s_change(base: Path, tmp_path: Path) -> None:
+    """Two that train the base's biases, which PEFT itself cannot hold at once."""
+    settings = {
+        "a": {"target_modules": ["o_proj", "up_proj"], "bias": "all", "use_dora": True},
+        "b": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
+    }
+    weights = {"a": 0.7, "b": -0.4}
+    folders = {name: make_adapter(base, tmp_path / name, **settings[name]) for name in weights}
+    edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
+    with edgelora.load(tmp_path / "bundle", threads=2) as model:
+        ours = model.logits(TOKENS, adapter=weights)
+    summed = oracle.float_model(base)
+    plain = {name: values.clone() for name, values in summed.state_dict().items()}
+    for name, folder in folders.items():
+        merged = with_adapter(oracle.float_model(base), folder).merge_and_unload().state_dict()
+        for key, values in summed.state_dict().items():
+            values += weights[name] * (merged[key] - plain[key])
+    oracle.assert_close(ours, oracle.logits(summed, TOKENS), SHARE)
+
+
 def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
     """W0 += Σ weight·delta, by PEFT's own get_delta_weight."""
     with torch.no_grad():
@@ -141,9 +170,10 @@ def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
                     module.get_base_layer().weight += weight * module.get_delta_weight(name)
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_merged_equals_peft_merge(base: Path, tmp_path: Path, *, use_dora: bool) -> None:
-    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear", use_dora=use_dora)
+@pytest.mark.parametrize("kind", ["all_linear", "dora", *(k for k in ADAPTERS if "bias" in k)])
+def test_merged_equals_peft_merge(base: Path, kind: str, tmp_path: Path) -> None:
+    """PEFT merges no bias of lora_B into a base that has none: there its forward alone is asked."""
+    adapter = make_adapter(base, tmp_path / "a", **ADAPTERS[kind])
     edgelora.export(
         base, tmp_path / "bundle", adapters={"a": adapter}, format="float", mode="merge"
     )
@@ -151,4 +181,5 @@ def test_merged_equals_peft_merge(base: Path, tmp_path: Path, *, use_dora: bool)
         ours = model.logits(TOKENS)
     theirs = with_adapter(oracle.float_model(base), adapter)
     oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
-    oracle.assert_close(ours, oracle.logits(theirs.merge_and_unload(), TOKENS), SHARE)
+    if "lora_bias" not in ADAPTERS[kind]:
+        oracle.assert_close(ours, oracle.logits(theirs.merge_and_unload(), TOKENS), SHARE)

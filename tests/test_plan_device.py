@@ -239,18 +239,26 @@ def test_kv_cache_counts_codes_and_scales(head_dim: int, options: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("flavor", "use_dora"), [("edgelora", False), ("edgelora", True), ("ort", False)]
+    ("flavor", "more"),
+    [
+        ("edgelora", {}),
+        ("edgelora", {"use_dora": True}),
+        ("edgelora", {"lora_bias": True}),
+        ("edgelora", {"target_modules": ["o_proj"], "bias": "all"}),
+        ("ort", {}),
+    ],
 )
 def test_predicted_adapter_bytes_are_the_real_ones(
-    flavor: str, bases: dict[str, Path], tmp_path: Path, *, use_dora: bool
+    flavor: str, more: dict[str, Any], tmp_path: Path
 ) -> None:
     """A header is what the file has beside the factors."""
-    settings = {"target_modules": "all-linear", "r": 32, "use_dora": use_dora}
-    adapter = make_adapter(bases["llama"], tmp_path / "a", **settings)
-    edgelora.export(bases["llama"], tmp_path / "bundle", adapters={"a": adapter}, flavor=flavor)
-    request = prepare(bases["llama"], {"a": adapter}, ExportOptions(flavor=flavor))
-    base = take_inventory(request.checkpoint, request.adapters)
-    predicted = plan_sizes(request.checkpoint.config, request.plan, base).adapters
+    base = tiny.tiny_qwen2(tmp_path / "base")
+    settings = {"target_modules": "all-linear", "r": 32, **more}
+    adapter = make_adapter(base, tmp_path / "a", **settings)
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, flavor=flavor)
+    request = prepare(base, {"a": adapter}, ExportOptions(flavor=flavor))
+    inventory = take_inventory(request.checkpoint, request.adapters)
+    predicted = plan_sizes(request.checkpoint.config, request.plan, inventory).adapters
     (file,) = (tmp_path / "bundle/adapters/a").iterdir()
     beside = file.stat().st_size - predicted
     if flavor == "edgelora":

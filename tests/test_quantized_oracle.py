@@ -131,6 +131,16 @@ def test_dora_on_quantized_base_keeps_the_rows_lengths(
     check(tmp_path / "bundle", oracle.float_model(base), adapter)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_biases_on_quantized_base_equal_peft_s(kind: str, tmp_path: Path) -> None:
+    """Of lora_B, of the base's own linears, and of linears without factors."""
+    base = tiny.tiny_qwen2(tmp_path / "base")
+    settings = {"target_modules": ["q_proj", "gate_proj", "lm_head"], "lora_bias": True}
+    adapter = make_adapter(base, tmp_path / "a", bias="all", **settings)
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, **FORMATS[kind])
+    check(tmp_path / "bundle", oracle.float_model(base), adapter)
+
+
 @pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_every_architecture_runs_in_int4(make: Callable[..., Path], tmp_path: Path) -> None:
     base = make(tmp_path / "base")

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from edgelora.adapter.biases import bias_targets, is_trained_bias, read_biases
 from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
 from edgelora.adapter.ledger import LedgerEntry, refusals
 from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
 from edgelora.adapter.settings import read_settings
 from edgelora.adapter.targets import check_patterns
-from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
+from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
 
 __all__ = [
@@ -23,7 +26,7 @@ __all__ = [
     "compare_base_name",
     "model_name",
     "read_adapter",
-    "refuse_row_factors",
+    "refuse_parts",
     "valid_adapter_name",
     "valid_adapter_names",
 ]
@@ -70,11 +73,19 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
     return Adapter(path.resolve().name, base, branches, folder.fingerprint, tuple(ledger))
 
 
-def refuse_row_factors(adapter: Adapter, path: Path, why: str) -> None:
-    """Raises EdgeLoraError if the adapter scales rows of the base (DoRA), which cannot be here."""
-    scaled = sum(branch.magnitude is not None for branch in adapter.branches.values())
-    if scaled:
-        raise EdgeLoraError(f"{path}: DoRA scales the rows of {scaled} base weights: {why}")
+PARTS = {
+    "magnitude": "DoRA scales the rows of {} base weights",
+    "trained_bias": "{} biases take the place of the base's",
+    "bias": "lora_B has a bias in {} targets",
+}
+
+
+def refuse_parts(adapter: Adapter, path: Path, parts: Iterable[str], why: str) -> None:
+    """Raises EdgeLoraError if the adapter has any of these PARTS, which cannot be here."""
+    for part in parts:
+        count = sum(getattr(branch, part) is not None for branch in adapter.branches.values())
+        if count:
+            raise EdgeLoraError(f"{path}: {PARTS[part].format(count)}: {why}")
 
 
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:
@@ -102,12 +113,18 @@ def _last_component(name: str) -> str:
 
 def _own_targets(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
     """The targets that the file itself names, with the sizes of its own factors."""
-    pairs, _ = pair_factors(tensors)
-    return {
+    pairs, _ = pair_factors(_factors(tensors))
+    biases = {target: tensors[name] for target, name in bias_targets(tensors).items()}
+    alone = {target: (bias.shape[0], 0) for target, bias in biases.items() if bias.shape}
+    return alone | {
         target: (tensors[pair["B"]].shape[0], tensors[pair["A"]].shape[-1])
         for target, pair in pairs.items()
         if pair.keys() >= {"A", "B"} and tensors[pair["A"]].shape and tensors[pair["B"]].shape
     }
+
+
+def _factors(tensors: Iterable[str]) -> list[str]:
+    return [name for name in tensors if not is_trained_bias(name)]
 
 
 def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
@@ -115,7 +132,7 @@ def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[L
     settings, ledger = read_settings(folder.config)
     if folder.config.get("peft_type") != "LORA":
         return {}, ledger
-    pairs, refused_tensors = pair_factors(folder.tensors)
+    pairs, refused_tensors = pair_factors(_factors(folder.tensors))
     ledger += refused_tensors
     if settings is None:
         return {}, ledger
@@ -131,7 +148,20 @@ def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[L
         ledger += entries
         if branch is not None:
             branches[target] = branch
-    return branches, ledger
+    biases, entries = read_biases(folder.tensors, settings, pairs, targets)
+    return _with_biases(branches, biases, targets), ledger + entries
+
+
+def _with_biases(
+    branches: Mapping[str, Branch], biases: Mapping[str, Factor], targets: Targets
+) -> dict[str, Branch]:
+    """Sorted; a target that has a bias alone gets a branch of rank 0."""
+    result = dict(branches)
+    for target, bias in biases.items():
+        rows, columns = targets[target]
+        nothing = Branch(np.zeros((0, columns), np.float32), np.zeros((rows, 0), np.float32), 1.0)
+        result[target] = replace(result.get(target, nothing), trained_bias=bias)
+    return dict(sorted(result.items()))
 
 
 def _read_folder(path: Path) -> _Folder:

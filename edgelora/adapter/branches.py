@@ -24,6 +24,7 @@ class Branch:
 
     With a magnitude (DoRA, Liu et al. 2024) each row of W is then brought to that length. Bound
     to a base that is row_factor ⊙ W0 + scaling · lora_b · lora_a, its lora_b scaled already.
+    Outputs may get a bias. A target that has nothing but a bias is of rank 0.
     """
 
     lora_a: Factor  # [rank, in_features]
@@ -31,6 +32,8 @@ class Branch:
     scaling: float
     magnitude: Factor | None = None  # [out_features]
     row_factor: NDArray[np.float32] | None = None  # [out_features]
+    bias: NDArray[np.float32] | None = None  # [out_features], added to the base's, if it has one
+    trained_bias: Factor | None = None  # [out_features], takes the place of the base's
 
     @property
     def rank(self) -> int:
@@ -41,6 +44,7 @@ class Branch:
 FACTOR_NAME = re.compile(
     r"base_model\.model\.(?P<target>.+)\.lora_"
     r"(?:(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|(?P<bias>B)(?:\.(?P<bias_adapter>[^.]+))?\.bias"
     r"|magnitude_vector(?:\.(?P<magnitude_adapter>[^.]+)\.weight)?)"
 )
 
@@ -48,7 +52,6 @@ FACTOR_NAME = re.compile(
 OTHER_TENSORS = [
     (r"\.lora_embedding_[AB]\b", "an adapter of the token embedding is not supported"),
     (r"\.lora_magnitude_vector\b", "a magnitude vector by no name that PEFT gives it"),
-    (r"\.lora_B(\.[^.]+)?\.bias$", "a bias in lora_B (lora_bias) is not supported"),
     (r"\.lora_diag\b", "a KaSA diagonal; KaSA is not supported"),
     (r"trainable_tokens|token_adapter", "trained tokens are not supported"),
     (r"modules_to_save", "a whole trained module (modules_to_save) is not supported"),
@@ -56,7 +59,7 @@ OTHER_TENSORS = [
         r"\.base_layer\.|(embed_tokens|lm_head)\.weight$",
         "a copy of base weights; save with save_embedding_layers=False",
     ),
-    (r"\.bias$", "a trained bias is not supported"),
+    (r"\.bias$", "a bias by no name that PEFT gives it"),
     (r"", "not a LoRA factor of PEFT (base_model.model.<module>.lora_A.weight or lora_B.weight)"),
 ]
 
@@ -67,11 +70,16 @@ EMBEDDINGS = (
 NOT_IN_FILE = "named by target_modules, but the file has no lora_A and lora_B for it"
 NOT_IN_CONFIG = "in the file, but the config's target_modules do not name it"
 
+SWITCHED_OFF = {
+    "magnitude_vector": "belongs to DoRA, but use_dora is not set",
+    "B.bias": "a bias in lora_B, but lora_bias is not set",
+}
 MAGNITUDE = "magnitude_vector"
-Pairs = dict[str, dict[str, str]]  # target → "A", "B", MAGNITUDE → tensor name
+BIAS = "B.bias"
+Pairs = dict[str, dict[str, str]]  # target → "A", "B", MAGNITUDE, BIAS → tensor name
 
 
-def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[LedgerEntry]]:
+def pair_factors(tensors: Iterable[str]) -> tuple[Pairs, list[LedgerEntry]]:
     """Tensor names by target and factor; a refusal for every tensor that is none or comes twice."""
     pairs: Pairs = {}
     ledger = []
@@ -82,7 +90,7 @@ def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[Ledge
                 reason for expression, reason in OTHER_TENSORS if re.search(expression, name)
             )
             ledger.append(refused(name, reason))
-        elif (factor := found["factor"] or MAGNITUDE) in pairs.setdefault(found["target"], {}):
+        elif (factor := _factor(found)) in pairs.setdefault(found["target"], {}):
             reason = f"a second lora_{factor} for the target {found['target']}"
             ledger.append(refused(name, reason))
         else:
@@ -90,11 +98,14 @@ def pair_factors(tensors: Mapping[str, StoredTensor]) -> tuple[Pairs, list[Ledge
     return pairs, ledger + _adapter_names(tensors)
 
 
-def _adapter_names(tensors: Mapping[str, StoredTensor]) -> list[LedgerEntry]:
+def _factor(found: re.Match[str]) -> str:
+    return found["factor"] or (BIAS if found["bias"] else MAGNITUDE)
+
+
+def _adapter_names(tensors: Iterable[str]) -> list[LedgerEntry]:
     found = (FACTOR_NAME.fullmatch(name) for name in sorted(tensors))
-    names = sorted(
-        {match["adapter"] or match["magnitude_adapter"] or "(none)" for match in found if match}
-    )
+    groups = ("adapter", "magnitude_adapter", "bias_adapter")
+    names = sorted({next(filter(None, match.group(*groups)), "(none)") for match in found if match})
     return (
         [refused(", ".join(names), "adapter names; a file must hold one adapter")]
         if len(names) > 1
@@ -108,7 +119,7 @@ def check_targets(
     """The targets that config, file and base agree on, and refusals for all others."""
     known = set(targets)
     implied = set(implied_targets(settings, sorted(known | set(EMBEDDINGS))))
-    wanted = ("A", "B", MAGNITUDE) if settings.use_dora else ("A", "B")
+    wanted = _wanted(settings)
     complete = {target for target, pair in pairs.items() if pair.keys() >= set(wanted)}
     agreed = sorted(complete & implied & known)
     ledger = _foreign_modules(pairs.keys() | implied, pairs, known)
@@ -116,12 +127,16 @@ def check_targets(
     ledger += [refused(each, NOT_IN_CONFIG) for each in sorted(pairs.keys() & known - implied)]
     for target, pair in sorted(pairs.items()):
         ledger += [refused(target, f"has no lora_{each}") for each in wanted if each not in pair]
-        if MAGNITUDE in pair and not settings.use_dora:
-            ledger.append(refused(pair[MAGNITUDE], "belongs to DoRA, but use_dora is not set"))
+        ledger += [refused(pair[each], SWITCHED_OFF[each]) for each in pair if each not in wanted]
     if not pairs:
         ledger.append(refused("adapter_model.safetensors", "holds no lora_A and lora_B"))
     ledger += unmatched_patterns(settings, implied)
     return agreed, ledger + unmatched_names(settings, known | set(EMBEDDINGS))
+
+
+def _wanted(settings: Settings) -> tuple[str, ...]:
+    optional = {MAGNITUDE: settings.use_dora, BIAS: settings.lora_bias}
+    return ("A", "B", *(factor for factor, is_used in optional.items() if is_used))
 
 
 def _foreign_modules(named: set[str], pairs: Pairs, known: set[str]) -> list[LedgerEntry]:
@@ -142,22 +157,39 @@ def read_branch(
 ) -> tuple[Branch | None, list[LedgerEntry]]:
     """One target's branch (None if a tensor is bad) and its tensors' ledger; size: (out, in)."""
     rank, scaling = rank_and_scaling(settings, target)
-    shapes = {"A": (rank, size[1]), "B": (size[0], rank), MAGNITUDE: (size[0],)}
+    rows, columns = size
+    shapes = {"A": (rank, columns), "B": (rows, rank), MAGNITUDE: (rows,), BIAS: (rows,)}
     names = {factor: pair[factor] for factor in shapes if factor in pair}
-    bad = [_check_factor(name, tensors[name], shapes[factor]) for factor, name in names.items()]
+    bad = [check_tensor(name, tensors[name], shapes[factor]) for factor, name in names.items()]
     if any(bad):
         return None, [entry for entries in bad for entry in entries]
     values = {factor: tensors[name].values() for factor, name in names.items()}
-    branch = Branch(values["A"], values["B"], scaling, values.get(MAGNITUDE))
-    reason = f"rank {rank}, scaling {scaling:g}"
-    if branch.magnitude is not None:
-        reason += ", then rows of the magnitude's length (DoRA)"
-    elif not branch.lora_a.any() or not branch.lora_b.any():
-        reason += "; all zero, so it changes nothing"
+    bias = _scaled(values.get(BIAS), scaling)
+    if bias is not None and not np.isfinite(bias).all():
+        return None, [refused(pair[BIAS], f"times scaling {scaling:g} is not finite")]
+    branch = Branch(values["A"], values["B"], scaling, values.get(MAGNITUDE), bias=bias)
+    reason = f"rank {rank}, scaling {scaling:g}{_what_else(branch)}"
     return branch, [exported(name, reason) for name in names.values()]
 
 
-def _check_factor(name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> list[LedgerEntry]:
+def _scaled(bias: Factor | None, scaling: float) -> NDArray[np.float32] | None:
+    """As PEFT: lora_B, its bias too, times scaling."""
+    if bias is None:
+        return None
+    with np.errstate(over="ignore"):
+        return bias.astype(np.float32) * np.float32(scaling)
+
+
+def _what_else(branch: Branch) -> str:
+    if branch.magnitude is not None:
+        return ", then rows of the magnitude's length (DoRA)"
+    if branch.bias is None and not (branch.lora_a.any() and branch.lora_b.any()):
+        return "; all zero, so it changes nothing"
+    return "" if branch.bias is None else ", with a bias of its own"
+
+
+def check_tensor(name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> list[LedgerEntry]:
+    """A refusal if it is not finite floats of that shape."""
     if not tensor.is_float:
         return [refused(name, f"dtype {tensor.dtype}; must be float32, float16 or bfloat16")]
     if tensor.shape != expected:

@@ -20,6 +20,8 @@ class Settings:
     alpha: float
     use_rslora: bool
     use_dora: bool
+    bias: str  # "none", "all" or "lora_only": whose biases were trained
+    lora_bias: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     target_modules: str | tuple[str, ...]  # a string is a regex or "all-linear"
@@ -59,13 +61,11 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
         "activated LoRA is not supported: its branch must start at the invocation",
     ),
     "arrow_config": ((None,), "Arrow routing is not supported"),
-    "bias": (("none", None), "trained biases are not supported; train with bias = none"),
     "enable_lora": ((None,), "PEFT's old merged linear is not supported"),
     "ensure_weight_tying": ((False, None), "tied embedding adapters are not supported"),
     "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
     "kasa_config": ((None,), "KaSA changes the base weights; not supported"),
     "layer_replication": ((None, []), "repeated layers are not supported"),
-    "lora_bias": ((False, None), "a bias in lora_B is not supported"),
     "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
     "merge_weights": ((False, None), "PEFT's old merging during training is not supported"),
     "modules_to_save": (
@@ -123,6 +123,12 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
     "lora_alpha": (8, _is_alpha, "must be a positive finite number"),
     "use_rslora": (False, _is_flag, "must be true or false"),
     "use_dora": (False, _is_flag, "must be true or false"),
+    "bias": (
+        "none",
+        lambda value: value in ("none", "all", "lora_only"),
+        "must be none, all or lora_only",
+    ),
+    "lora_bias": (False, _is_flag, "must be true or false"),
     "rank_pattern": ({}, _is_map_of(_is_rank), "must map patterns to positive integers"),
     "alpha_pattern": ({}, _is_map_of(_is_alpha), "must map patterns to positive finite numbers"),
     "target_modules": (
@@ -182,8 +188,10 @@ def _check_init(item: str, value: Any) -> LedgerEntry:
 
 
 def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> list[LedgerEntry]:
-    """PEFT's own rules for fields that exclude each other (LoraConfig.__post_init__)."""
+    """PEFT's own rules for fields that exclude each other."""
     entries = []
+    if values["use_dora"] is True and values["lora_bias"] is True:
+        entries.append(refused("lora_bias", "PEFT allows it only without use_dora"))
     is_regex = isinstance(values["target_modules"], str)
     for name in ("layers_to_transform", "layers_pattern"):
         if is_regex and config.get(name) is not None:
@@ -201,6 +209,8 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         alpha=float(values["lora_alpha"]),
         use_rslora=values["use_rslora"],
         use_dora=values["use_dora"],
+        bias=values["bias"],
+        lora_bias=values["lora_bias"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
         target_modules=_frozen(values["target_modules"]),

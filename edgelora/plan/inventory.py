@@ -15,9 +15,11 @@ class Inventory:
     foreign: Mapping[str, int] = field(default_factory=dict)
     """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
     adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Adapter → target → rank."""
+    """Adapter → target → rank, of those whose weights it changes."""
     magnitudes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Adapter → targets that have a magnitude for each row (DoRA)."""
+    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Adapter → targets that get a bias."""
 
     @property
     def changed(self) -> frozenset[str]:

@@ -40,8 +40,7 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
     head_bytes = embedding if shared else _projection_bytes(head, plan, base)
     side = {} if plan.mode == "merge" else base.adapters
     adapters = [
-        adapter_bytes(config, plan, ranks, base.magnitudes.get(name, frozenset()))
-        for name, ranks in side.items()
+        adapter_bytes(config, plan, ranks, _vectors(base, name)) for name, ranks in side.items()
     ]
     return Sizes(
         weights=linears + embedding + (0 if shared else head_bytes),
@@ -49,6 +48,11 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
         adapters=sum(adapters),
         largest_adapter=max(adapters, default=0),
     )
+
+
+def _vectors(base: Inventory, adapter: str) -> list[str]:
+    """The targets that have row factors (DoRA), and those that have a bias."""
+    return [*base.magnitudes.get(adapter, ()), *base.biases.get(adapter, ())]
 
 
 def embedding_bytes(config: ModelConfig, plan: Plan, base: Inventory) -> int:
@@ -101,10 +105,10 @@ def _nbits_bytes(kind: Kind, shape: tuple[int, int]) -> int:
 
 
 def adapter_bytes(
-    config: ModelConfig, plan: Plan, ranks: Mapping[str, int], scaled: Iterable[str] = ()
+    config: ModelConfig, plan: Plan, ranks: Mapping[str, int], vectors: Iterable[str] = ()
 ) -> int:
-    """Both factors of every target: float16, or float32 in a float bundle and flavor ort. Those
-    that are scaled (DoRA) have a float32 factor for each row.
+    """Both factors of every target: float16, or float32 in a float bundle and flavor ort; and a
+    float32 for each row of the targets of `vectors`.
     """
     shapes = targets(config)
     is_half = plan.flavor == "edgelora" and plan.format != "float"
@@ -112,7 +116,7 @@ def adapter_bytes(
     for target, rank in ranks.items():
         rows, columns = shapes[target]
         numbers += rank * (columns + (rows if plan.flavor == "ort" else _round_up(rows, 16)))
-    return numbers * (2 if is_half else 4) + sum(4 * shapes[target][0] for target in scaled)
+    return numbers * (2 if is_half else 4) + sum(4 * shapes[target][0] for target in vectors)
 
 
 def kv_bytes_per_position(config: ModelConfig, plan: Plan) -> int:

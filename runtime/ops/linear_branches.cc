@@ -1,4 +1,4 @@
-// The side branches of a LinearJob: t = weight · A·x, and y = row factors ⊙ y + B·t.
+// The side branches of a LinearJob: t = weight · A·x, and y = row factors ⊙ y + B·t + bias.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -118,22 +118,26 @@ void LinearJob::up_slice(int64_t slice, int64_t slice_row, const Tile& tile,
                                                      int64_t end) {
     const Target to{target.y + (begin - tile.row_begin) * target.stride + slice_row, target.stride};
     const Tile of_slice{begin, end, tile.panel_begin - first, tile.panel_end - first};
-    const std::vector<float>& factors = adapter.row_factors[static_cast<size_t>(slice)];
-    if (!factors.empty()) scale_rows(factors.data(), weights_.slices[slice], of_slice, to);
+    const RowChange* rows = adapter.rows[static_cast<size_t>(slice)];
+    if (rows != nullptr) change_rows(*rows, weights_.slices[slice], of_slice, to);
     for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
       up_branch(branch, weights_.slices[slice], of_slice, to);
     }
   });
 }
 
-// y, which is W·x so far, times a factor for each of its columns.
-void LinearJob::scale_rows(const float* factors, int64_t out_features, const Tile& tile,
-                           const Target& target) const {
+// y, which is W·x so far, times a factor for each of its columns, plus the adapter's bias.
+void LinearJob::change_rows(const RowChange& rows, int64_t out_features, const Tile& tile,
+                            const Target& target) const {
   const int64_t from = tile.panel_begin * kPanelRows;
   const int64_t to = std::min(tile.panel_end * kPanelRows, out_features);
   for (int64_t m = 0; m < tile.row_end - tile.row_begin; ++m) {
     float* y = target.y + m * target.stride;
-    for (int64_t i = from; i < to; ++i) y[i] *= factors[i];
+    if (!rows.factors.empty()) {
+      for (int64_t i = from; i < to; ++i) y[i] *= rows.factors[static_cast<size_t>(i)];
+    }
+    if (rows.bias.empty()) continue;
+    for (int64_t i = from; i < to; ++i) y[i] += rows.bias[static_cast<size_t>(i)];
   }
 }
 

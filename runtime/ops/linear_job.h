@@ -109,8 +109,8 @@ class LinearJob {
   void product(const Worker& worker, const Tile& tile, const Target& target) const;
   void up(const Tile& tile, const Target& target) const;
   void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target) const;
-  void scale_rows(const float* factors, int64_t out_features, const Tile& tile,
-                  const Target& target) const;
+  void change_rows(const RowChange& rows, int64_t out_features, const Tile& tile,
+                   const Target& target) const;
   void up_branch(const Branch& branch, int64_t out_features, const Tile& tile,
                  const Target& target) const;
   void add_bias(const Tile& tile, const Target& target) const;

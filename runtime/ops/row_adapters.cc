@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "kernels/half.h"
 #include "src/error.h"
 
 namespace edgelora::ops {
@@ -22,15 +21,22 @@ void check_fit(const SideBranch& branch, const std::string& target, int64_t in_f
                   std::to_string(out_features) + ", " + std::to_string(in_features) + "]");
 }
 
-// factors [N] += share · (the term's − 1): of a weighted sum, each term is a change of the base.
-void add_row_factors(const WeightedBranch& term, int64_t rows, std::vector<float>* factors) {
-  if (term.branch->row_factors == nullptr) return;
-  if (factors->empty()) factors->assign(static_cast<size_t>(rows), 1.0f);
-  for (int64_t n = 0; n < rows; ++n) {
-    const float factor = kernels::load_f32(term.branch->row_factors, n);
-    (*factors)[static_cast<size_t>(n)] += term.share * (factor - 1.0f);
+void check_rows(const RowChange& rows, const std::string& target, int64_t out_features) {
+  for (const std::vector<float>* values : {&rows.factors, &rows.bias}) {
+    if (values->empty() || static_cast<int64_t>(values->size()) == out_features) continue;
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                target + ": the adapter is for " + std::to_string(values->size()) +
+                    " rows, the model has " + std::to_string(out_features));
   }
 }
+
+// Null if there is none.
+const RowChange* rows_of(const ActiveAdapter& adapter, const std::string& target) {
+  const auto found = adapter.rows.find(target);
+  return found == adapter.rows.end() ? nullptr : &found->second;
+}
+
+constexpr int64_t kBesideT = 2;  // floats: a scale, and an odd rank's surplus
 
 }  // namespace
 
@@ -70,14 +76,17 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
     terms.clear();
     AdapterStore::branches(*source, targets_[i], &terms);
     auto& slice = node->slices.emplace_back();
-    auto& row_factors = node->row_factors.emplace_back();
+    node->rows.push_back(rows_of(*source, targets_[i]));
+    if (node->rows.back() != nullptr) {
+      check_rows(*node->rows.back(), targets_[i], slices_[i]);
+      node->t_size = std::max(node->t_size, kBesideT);  // a bias may be all there is
+    }
     for (const WeightedBranch& term : terms) {
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
       const PackedFactors* packed = term.branch->packed.get();
       slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
                        term.weight, node->t_size});
-      add_row_factors(term, slices_[i], &row_factors);
-      node->t_size += term.branch->factors.rank + 2;  // a scale, and an odd rank's surplus
+      node->t_size += term.branch->factors.rank + kBesideT;
     }
   }
   return node;

@@ -25,7 +25,7 @@ struct NodeAdapter {
   int64_t handle = 0;
   std::weak_ptr<const ActiveAdapter> source;  // weak: an unloaded adapter's memory must go
   std::vector<std::vector<Branch>> slices;    // of each slice, its terms
-  std::vector<std::vector<float>> row_factors;  // of each slice, [N], times W·x; empty: all 1
+  std::vector<const RowChange*> rows;         // of each slice, or null; `source` owns it
   int64_t t_size = 0;                         // floats of a row's t; 0: this Linear is left alone
 };
 

@@ -149,9 +149,9 @@ void check_padding(const std::string& path, const std::string& name, const SafeT
   if (!zero) refuse(path, name + " has values in its padding rows");
 }
 
-// Null if the target has none.
-const void* read_row_factors(const std::string& path, const SafeTensors& file,
-                             const std::string& name, int64_t out_features) {
+// A float32 for each row; null if the target has none.
+const void* read_rows(const std::string& path, const SafeTensors& file, const std::string& name,
+                      int64_t out_features) {
   const auto found = file.tensors.find(name);
   if (found == file.tensors.end()) return nullptr;
   const SafeTensor& tensor = found->second;
@@ -163,24 +163,40 @@ const void* read_row_factors(const std::string& path, const SafeTensors& file,
   return tensor.data;
 }
 
-SideBranch make_branch(const std::string& path, const SafeTensors& file, const std::string& target,
-                       float scaling, const std::pair<int64_t, int64_t>& size) {
+void read_factors(const std::string& path, const SafeTensors& file, const std::string& target,
+                  SideBranch* branch) {
   const SafeTensor& a = factor(path, file, target + ".lora_a");
   const SafeTensor& b = factor(path, file, target + ".lora_b");
+  check_shapes(path, target, a, b, *branch);
+  check_finite(path, target + ".lora_a", a);
+  check_finite(path, target + ".lora_b", b);
+  branch->factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
+  check_padding(path, target + ".lora_b", b, *branch);
+  if (branch->factors.half && branch->factors.rank <= kernels::kMostPackedRank) {
+    branch->packed = std::make_shared<const PackedFactors>(branch->factors, branch->in_features,
+                                                           branch->out_features);
+  }
+}
+
+// A target needs both factors, unless it has a bias and neither.
+bool has_bias_alone(const SafeTensors& file, const std::string& target) {
+  return file.tensors.count(target + ".bias") != 0 && file.tensors.count(target + ".lora_a") == 0 &&
+         file.tensors.count(target + ".lora_b") == 0;
+}
+
+SideBranch make_branch(const std::string& path, const SafeTensors& file, const std::string& target,
+                       float scaling, const std::pair<int64_t, int64_t>& size) {
   SideBranch branch{};
   branch.in_features = size.first;
   branch.out_features = size.second;
   branch.scaling = scaling;
-  check_shapes(path, target, a, b, branch);
-  check_finite(path, target + ".lora_a", a);
-  check_finite(path, target + ".lora_b", b);
-  branch.factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
-  check_padding(path, target + ".lora_b", b, branch);
-  branch.row_factors = read_row_factors(path, file, target + ".row_factor", size.second);
-  if (branch.factors.half && branch.factors.rank <= kernels::kMostPackedRank) {
-    branch.packed =
-        std::make_shared<const PackedFactors>(branch.factors, size.first, size.second);
+  branch.bias = read_rows(path, file, target + ".bias", size.second);
+  if (has_bias_alone(file, target)) {
+    if (file.tensors.count(target + ".row_factor") != 0) refuse(path, target + " has no factors");
+    return branch;
   }
+  read_factors(path, file, target, &branch);
+  branch.row_factors = read_rows(path, file, target + ".row_factor", size.second);
   return branch;
 }
 
@@ -189,7 +205,8 @@ void check_no_others(const std::string& path, const SafeTensors& file, const Sca
   for (const auto& [name, tensor] : file.tensors) {
     const size_t dot = name.rfind('.');
     const std::string suffix = dot == std::string::npos ? "" : name.substr(dot);
-    const bool known = suffix == ".lora_a" || suffix == ".lora_b" || suffix == ".row_factor";
+    const bool known = suffix == ".lora_a" || suffix == ".lora_b" || suffix == ".row_factor" ||
+                       suffix == ".bias";
     if (!known || scalings.count(name.substr(0, dot)) == 0) {
       refuse(path, name + " is a factor of no target that has a scaling");
     }

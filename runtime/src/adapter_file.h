@@ -19,6 +19,8 @@ class AdapterFile {
   // Null if the adapter leaves the target alone.
   const SideBranch* branch(const std::string& target) const;
 
+  const std::unordered_map<std::string, SideBranch>& branches() const { return branches_; }
+
   const std::string& base_fingerprint() const { return base_fingerprint_; }
 
  private:

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "kernels/half.h"
 #include "src/adapter_file.h"
 #include "src/error.h"
 #include "src/onnx_adapter.h"
@@ -38,11 +39,45 @@ Adapter sole(const Adapter& part, float weight, int64_t count) {
   throw Error(EDGELORA_INVALID_ARGUMENT, "flavor ort takes one adapter at a time with weight 1");
 }
 
-void check_weights(const ActiveAdapter& adapter) {
-  for (const ActiveAdapter::Term& term : adapter.terms) {
-    if (std::isfinite(term.weight)) continue;
-    throw Error(EDGELORA_INVALID_ARGUMENT, "the weight of an adapter is not a finite number");
+void check_finite(float value, const std::string& what) {
+  if (std::isfinite(value)) return;
+  throw Error(EDGELORA_INVALID_ARGUMENT, what + " is not a finite number: choose smaller weights");
+}
+
+// to [N] += weight · (values − neutral), each value of which changes nothing where it is neutral.
+void add_rows(const void* values, float neutral, float weight, int64_t count,
+              std::vector<float>* to) {
+  if (values == nullptr) return;
+  if (to->empty()) to->assign(static_cast<size_t>(count), neutral);
+  for (int64_t n = 0; n < count; ++n) {
+    float& sum = (*to)[static_cast<size_t>(n)];
+    const float value = kernels::load_f32(values, n);
+    sum = weight == 1.0F && sum == neutral ? value : sum + weight * (value - neutral);
   }
+}
+
+void add_branch(const std::string& target, const SideBranch& branch, float weight,
+                ActiveAdapter* sum) {
+  check_finite(weight * branch.scaling, target + ": the weight of an adapter times its scaling");
+  if (branch.row_factors == nullptr && branch.bias == nullptr) return;
+  RowChange& rows = sum->rows[target];
+  add_rows(branch.row_factors, 1.0F, weight, branch.out_features, &rows.factors);
+  add_rows(branch.bias, 0.0F, weight, branch.out_features, &rows.bias);
+}
+
+// Its terms are complete.
+Adapter finished(std::shared_ptr<ActiveAdapter> sum) {
+  for (const ActiveAdapter::Term& term : sum->terms) {
+    check_finite(term.weight, "the weight of an adapter");
+    for (const auto& [target, branch] : term.file->branches()) {
+      add_branch(target, branch, term.weight, sum.get());
+    }
+  }
+  for (const auto& [target, rows] : sum->rows) {
+    for (const float factor : rows.factors) check_finite(factor, target + ": a row factor");
+    for (const float bias : rows.bias) check_finite(bias, target + ": a bias");
+  }
+  return sum;
 }
 
 }  // namespace
@@ -95,11 +130,12 @@ int64_t AdapterStore::load(const std::string& path, const std::string& base_fing
   auto adapter = std::make_shared<ActiveAdapter>();
   adapter->terms.push_back(
       {std::make_shared<const AdapterFile>(path, base_fingerprint, targets), 1.0F});
-  return impl_->add(std::move(adapter));
+  return impl_->add(finished(std::move(adapter)));
 }
 
 int64_t AdapterStore::add(std::shared_ptr<const OnnxAdapter> adapter) {
-  return impl_->add(std::make_shared<const ActiveAdapter>(ActiveAdapter{{}, std::move(adapter)}));
+  return impl_->add(
+      std::make_shared<const ActiveAdapter>(ActiveAdapter{{}, {}, std::move(adapter)}));
 }
 
 int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int64_t count) {
@@ -115,8 +151,7 @@ int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int6
   if (sum->terms.empty()) {
     throw Error(EDGELORA_INVALID_ARGUMENT, "there are no adapters to compose");
   }
-  check_weights(*sum);
-  return impl_->add(std::move(sum));
+  return impl_->add(finished(std::move(sum)));
 }
 
 void AdapterStore::unload(int64_t handle) {
@@ -143,7 +178,8 @@ void AdapterStore::branches(const ActiveAdapter& adapter, const std::string& tar
                             std::vector<WeightedBranch>* out) {
   for (const ActiveAdapter::Term& term : adapter.terms) {
     const SideBranch* branch = term.file->branch(target);
-    if (branch != nullptr) out->push_back({branch, term.weight * branch->scaling, term.weight});
+    if (branch == nullptr || branch->factors.rank == 0) continue;
+    out->push_back({branch, term.weight * branch->scaling});
   }
 }
 

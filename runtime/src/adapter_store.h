@@ -18,12 +18,19 @@ using Targets = std::unordered_map<std::string, std::pair<int64_t, int64_t>>;
 
 // One side branch on one target, ready for the kernels.
 struct SideBranch {
-  kernels::Factors factors;  // in the adapter's mapped file
-  std::shared_ptr<const PackedFactors> packed;  // the same in int8; null where the file is float32
+  kernels::Factors factors;  // in the adapter's mapped file; rank 0: it has a bias alone
+  std::shared_ptr<const PackedFactors> packed;  // the same in int8; null where they are not used
   int64_t in_features;   // K
   int64_t out_features;  // N
-  float scaling;
+  float scaling;            // of the factors
   const void* row_factors;  // DoRA: float32 [N], unaligned, of each row of W·x; null: all 1
+  const void* bias;         // float32 [N], unaligned; null: none
+};
+
+// What an adapter does to the outputs of one target beside its branches: y = factors ⊙ W·x + bias.
+struct RowChange {
+  std::vector<float> factors;  // [N], times W·x; empty: all 1
+  std::vector<float> bias;     // [N]; empty: none
 };
 
 // A file's worth of side branches, immutable once loaded.
@@ -38,6 +45,7 @@ struct ActiveAdapter {
     float weight;
   };
   std::vector<Term> terms;  // at least one, each file once, all of one base; none of flavor ort
+  std::unordered_map<std::string, RowChange> rows;  // by target, of the whole sum
   std::shared_ptr<const OnnxAdapter> onnx_adapter;  // flavor ort, else null
 
   // Of the base that it was made for.
@@ -47,12 +55,10 @@ struct ActiveAdapter {
 // The first digits of a fingerprint, for messages.
 std::string shortened(const std::string& fingerprint);
 
-// The side branches that act on one target, weight · scaling folded. Empty when the adapter leaves
-// the target alone.
+// A side branch of a sum.
 struct WeightedBranch {
   const SideBranch* branch;
-  float weight;
-  float share;  // the weight alone
+  float weight;  // its adapter's, times scaling
 };
 
 class AdapterStore {
@@ -83,7 +89,7 @@ class AdapterStore {
   // go on with.
   std::shared_ptr<const ActiveAdapter> resolve(int64_t handle) const;
 
-  // Appends the branches of `adapter` on `target`.
+  // Appends the branches of `adapter` on `target`, none of rank 0.
   static void branches(const ActiveAdapter& adapter, const std::string& target,
                        std::vector<WeightedBranch>* out);
 

@@ -51,8 +51,12 @@ struct AdapterBytes {
     }
     tensor(name + ".lora_a", {rank, k}, a);
     tensor(name + ".lora_b", {panels, rank, 16}, packed);
+    this->scaling(name, scaling);
+  }
+
+  void scaling(const std::string& target, double value) {
     Json scalings = Json::parse(metadata()["scaling"].get<std::string>());
-    scalings[name] = scaling;
+    scalings[target] = value;
     metadata()["scaling"] = scalings.dump();
   }
 

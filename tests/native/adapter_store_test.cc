@@ -107,6 +107,27 @@ const Wrong kWrong[] = {
      [](auto& f) {
        f.tensor("up.row_factor", {20}, std::vector<float>(20, NAN));
      }},
+    {"factor of no target", [](auto& f) { f.tensor("down.bias", {3}, {1, 2, 3}); }},
+    {"up.bias is F32 [3], expected F32 [20]",
+     [](auto& f) {
+       f.tensor("up.bias", {3}, {1, 2, 3});
+     }},
+    {"up.bias holds NaN",
+     [](auto& f) {
+       f.tensor("up.bias", {20}, std::vector<float>(20, INFINITY));
+     }},
+    {"down.lora_b is missing",
+     [](auto& f) {
+       f.tensor("down.bias", {3}, {1, 2, 3});
+       f.tensor("down.lora_a", {1, 20}, counting(20));
+       f.scaling("down", 1);
+     }},
+    {"down has no factors",
+     [](auto& f) {
+       f.tensor("down.bias", {3}, {1, 2, 3});
+       f.tensor("down.row_factor", {3}, {1, 2, 3});
+       f.scaling("down", 1);
+     }},
     {"factor of no target",
      [](auto& f) {
        f.tensor("down.lora_a", {1, 20}, counting(20));
@@ -243,6 +264,52 @@ void test_compose_sums_weights(const TemporaryFolder& folder) {
   CHECK(branches.size() == 2 && branches[0].weight == 1.0F && branches[1].weight == -0.75F);
 }
 
+void test_compose_sums_rows(const TemporaryFolder& folder) {
+  AdapterBytes file = good();
+  file.tensor("up.row_factor", {20}, counting(20));
+  file.tensor("up.bias", {20}, counting(20));
+  file.tensor("down.bias", {3}, {1, 2, 3});
+  file.scaling("down", 1);
+  write_file(folder.file("a"), file.bytes());
+  write_file(folder.file("b"), good().bytes());
+  AdapterStore& store = AdapterStore::instance();
+  const int64_t parts[] = {load(folder.file("a")), load(folder.file("b"))};
+  CHECK(store.find(parts[0])->rows.at("up").factors == counting(20));
+  CHECK(store.find(parts[0])->rows.at("up").bias == counting(20));
+  CHECK(branches_of(parts[0], "down").empty());
+  CHECK(store.find(parts[1])->rows.empty());
+  const float weights[] = {0.5, 4};
+  const auto sum = store.find(store.compose(parts, weights, 2));
+  CHECK(sum->rows.at("up").factors[2] == 2.0F && sum->rows.at("up").bias[2] == 1.5F);
+  CHECK(sum->rows.at("down").factors.empty());
+  CHECK(sum->rows.at("down").bias == (std::vector<float>{0.5, 1, 1.5}));
+}
+
+void test_compose_refuses_weights_that_overflow(const TemporaryFolder& folder) {
+  AdapterStore& store = AdapterStore::instance();
+  AdapterBytes file = good();
+  file.scaling("up", 1e10);
+  write_file(folder.file("scaled"), file.bytes());
+  file = good();
+  file.tensor("up.bias", {20}, std::vector<float>(20, 1e10F));
+  write_file(folder.file("biased"), file.bytes());
+  write_file(folder.file("plain"), good().bytes());
+  const auto message = [&](const char* name, float weight) {
+    const int64_t handle = load(folder.file(name));
+    return message_of([&] { store.compose(&handle, &weight, 1); });
+  };
+  CHECK(message("scaled", 1e30F).find("up: the weight of an adapter times its scaling") == 0);
+  CHECK(message("biased", 1e30F).find("up: a bias is not a finite number") == 0);
+  CHECK(message("plain", NAN).find("the weight of an adapter is not a finite number") == 0);
+  CHECK(message("plain", 1e30F).empty());
+  const int64_t twice[] = {load(folder.file("plain")), 0};
+  const float large[] = {3e38F};
+  const int64_t half[] = {store.compose(twice, large, 1), twice[0]};
+  const float more[] = {1, 3e38F};
+  CHECK(message_of([&] { store.compose(half, more, 2); }).find("not a finite number") !=
+        std::string::npos);
+}
+
 void test_compose_refuses_what_it_cannot_sum(const TemporaryFolder& folder) {
   AdapterStore& store = AdapterStore::instance();
   write_file(folder.file("a"), good().bytes());
@@ -314,6 +381,8 @@ int main() {
   test_values_in_padding_rows_are_refused(folder);
   test_bytes_that_are_no_safetensors_are_refused(folder);
   test_compose_sums_weights(folder);
+  test_compose_sums_rows(folder);
+  test_compose_refuses_weights_that_overflow(folder);
   test_compose_refuses_what_it_cannot_sum(folder);
   test_an_unloaded_adapter_lives_only_as_long_as_it_is_held(folder);
   test_threads_find_and_unload_at_once(folder);

@@ -29,12 +29,13 @@ inline std::vector<float> random_values(size_t count, unsigned seed) {
   return values;
 }
 
-// The factors of one slice.
+// What an adapter has for one slice.
 struct Lora {
   size_t slice;  // index
-  int64_t rank;
+  int64_t rank;  // 0: no factors
   double scaling;
-  std::vector<float> a, b;  // [rank, K], [rows of the slice, rank]
+  std::vector<float> a, b;         // [rank, K], [rows of the slice, rank]
+  std::vector<float> rows, bias;  // [rows of the slice] or empty: row factors, bias
 };
 
 // What an adapter id stands for, with weights.
@@ -127,14 +128,27 @@ struct TestedLinear {
 
   Lora lora(size_t slice, int64_t rank, unsigned seed) const {
     return {slice, rank, 0.25 * seed, random_values(static_cast<size_t>(rank * k), seed),
-            random_values(static_cast<size_t>(rank * slices[slice]), seed + 100)};
+            random_values(static_cast<size_t>(rank * slices[slice]), seed + 100), {}, {}};
+  }
+
+  // With row factors and a bias, or without factors with a bias alone.
+  Lora lora_with_rows(size_t slice, int64_t rank, unsigned seed) const {
+    Lora lora = this->lora(slice, rank, seed);
+    const auto rows = static_cast<size_t>(slices[slice]);
+    if (rank > 0) lora.rows = random_values(rows, seed + 200);
+    lora.bias = random_values(rows, seed + 300);
+    return lora;
   }
 
   // Writes an adapter of these factors and loads it; the handle.
   int64_t load(const TemporaryFolder& folder, const std::vector<const Lora*>& loras) const {
     AdapterBytes file;
     for (const Lora* lora : loras) {
-      file.target(names[lora->slice], lora->rank, lora->a, lora->b, lora->scaling);
+      const std::string& name = names[lora->slice];
+      if (lora->rank > 0) file.target(name, lora->rank, lora->a, lora->b, lora->scaling);
+      if (lora->rank == 0) file.scaling(name, 1);
+      if (!lora->rows.empty()) file.tensor(name + ".row_factor", {slices[lora->slice]}, lora->rows);
+      if (!lora->bias.empty()) file.tensor(name + ".bias", {slices[lora->slice]}, lora->bias);
     }
     static std::atomic<int> count{0};  // a file that is mapped must not be written again
     const std::string path = folder.file(std::to_string(++count));
@@ -183,16 +197,29 @@ inline Rounded rounded_row(const TestedLinear& linear, const std::vector<double>
   return rounded;
 }
 
-// W·n + adapters + bias.
+// Of each row of W·n, by all terms together.
+inline std::vector<double> row_factors(const TestedLinear& linear, const Terms& terms) {
+  std::vector<double> factors(static_cast<size_t>(linear.n), 1.0);
+  for (const auto& [lora, weight] : terms) {
+    const auto first = static_cast<size_t>(linear.first_row(lora->slice));
+    for (size_t i = 0; i < lora->rows.size(); ++i) {
+      factors[first + i] += weight * (double{lora->rows[i]} - 1);
+    }
+  }
+  return factors;
+}
+
+// Row factors ⊙ W·n + adapters + bias.
 inline std::vector<Expected> product_row(const TestedLinear& linear, const Terms& terms,
                                          const std::vector<double>& row) {
   const Rounded rounded = rounded_row(linear, row);
   std::vector<Expected> z(static_cast<size_t>(linear.n));
   std::vector<double> sizes(z.size());
+  const std::vector<double> factors = row_factors(linear, terms);
   for (int64_t i = 0; i < linear.n; ++i) {
     const auto at = static_cast<size_t>(i);
     for (size_t j = 0; j < row.size(); ++j) {
-      const double weight = linear.at(i, static_cast<int64_t>(j));
+      const double weight = factors[at] * linear.at(i, static_cast<int64_t>(j));
       z[at].value += weight * rounded.values[j];
       z[at].tolerance += std::abs(weight) * rounded.steps[j];
       sizes[at] += std::abs(weight * row[j]);
@@ -204,6 +231,10 @@ inline std::vector<Expected> product_row(const TestedLinear& linear, const Terms
   for (const auto& [lora, weight] : terms) {
     const auto first = static_cast<size_t>(linear.first_row(lora->slice));
     const auto rank = static_cast<size_t>(lora->rank);
+    for (size_t i = 0; i < lora->bias.size(); ++i) {
+      z[first + i].value += weight * double{lora->bias[i]};
+      sizes[first + i] += std::abs(weight * double{lora->bias[i]});
+    }
     for (size_t r = 0; r < rank; ++r) {
       double t = 0, size = 0;
       for (size_t j = 0; j < row.size(); ++j) {

@@ -44,6 +44,30 @@ void test_linear_adds_each_sequence_its_own_adapter(const TemporaryFolder& folde
   }
 }
 
+void test_linear_scales_rows_and_adds_biases_of_each_sequence_s_own(const TemporaryFolder& folder,
+                                                                   bool exact) {
+  TestedLinear linear({256, 16, 64}, 96, exact);
+  linear.bias = random_values(static_cast<size_t>(linear.n), 2);
+  ops::AdapterCache cache = linear.cache();
+  const Lora q = linear.lora_with_rows(0, 8, 3), k = linear.lora_with_rows(1, 0, 4);
+  const Lora v = linear.lora(2, 5, 5);
+  const int64_t parts[] = {linear.load(folder, {&q, &v}), linear.load(folder, {&k}),
+                           linear.load(folder, {&q, &k})};
+  const float weights[] = {0.5F, -2.0F, 0.25F};
+  const int64_t sum = AdapterStore::instance().compose(parts, weights, 3);
+  const Terms first{{&q, 1}, {&v, 1}}, alone{{&k, 1}};
+  const Terms all{{&q, 0.5}, {&v, 0.5}, {&k, -2}, {&q, 0.25}, {&k, 0.25}};
+  for (const int64_t sequence : {1, 2, 9, 40}) {
+    const LinearInputs mixed = inputs(linear, {0, parts[0], sum, parts[1], parts[0]},
+                                      {{}, first, all, alone, first}, sequence);
+    const LinearInputs bias_alone = inputs(linear, {parts[1]}, {alone}, sequence);
+    for (const LinearInputs& in : {mixed, bias_alone}) {
+      check_rows(expected_rows(linear, in), run_linear(linear, cache, in, &crews()),
+                 "rows, sequence " + std::to_string(sequence));
+    }
+  }
+}
+
 void test_linear_leaves_the_base_alone_without_adapters() {
   const TestedLinear linear = qkv();
   ops::AdapterCache cache = linear.cache();
@@ -63,13 +87,14 @@ std::string message_of(ops::AdapterCache& cache, int64_t handle) {
 void test_a_cached_adapter_is_gone_once_it_is_unloaded(const TemporaryFolder& folder) {
   const TestedLinear linear = qkv();
   ops::AdapterCache cache = linear.cache();
-  const Lora q = linear.lora(0, 2, 3);
+  const Lora q = linear.lora_with_rows(0, 2, 3);
   const int64_t handle = linear.load(folder, {&q});
   CHECK(cache.find(handle).node == cache.find(handle).node);
-  const std::weak_ptr<const AdapterFile> file =
-      AdapterStore::instance().find(handle)->terms[0].file;
+  CHECK(!cache.find(handle).node->rows[0]->bias.empty());
+  const std::weak_ptr<const ActiveAdapter> adapter = AdapterStore::instance().find(handle);
+  const std::weak_ptr<const AdapterFile> file = adapter.lock()->terms[0].file;
   AdapterStore::instance().unload(handle);
-  CHECK(file.expired());  // the cache keeps no memory
+  CHECK(adapter.expired() && file.expired());  // the cache keeps no memory
   CHECK(message_of(cache, handle) == "adapter handle " + std::to_string(handle) + " is not loaded");
 }
 
@@ -118,6 +143,9 @@ int main() {
   using namespace edgelora::test;
   const TemporaryFolder folder;
   test_linear_adds_each_sequence_its_own_adapter(folder);
+  for (const bool exact : {true, false}) {
+    test_linear_scales_rows_and_adds_biases_of_each_sequence_s_own(folder, exact);
+  }
   test_linear_leaves_the_base_alone_without_adapters();
   test_a_cached_adapter_is_gone_once_it_is_unloaded(folder);
   test_an_adapter_of_another_shape_is_refused(folder);
