@@ -147,7 +147,8 @@ class Session:
         """New tokens, and why they end: "length", "stop", "callback" or "context".
 
         on_token gets each new token, maybe on another thread; False ends after it. What it
-        raises ends the generation and is raised here.
+        raises ends the generation and is raised here. It may use other sessions; of this one
+        only `position`, `last_logits`, `timings`, `cancel` and `close`.
         """
         count_asked = self._room(_count(max_new_tokens))
         tokens = (ctypes.c_int32 * count_asked)()

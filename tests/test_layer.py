@@ -145,7 +145,7 @@ def test_layer_keeps_the_cache_of_an_empty_sequence(library: str, kv_format: str
 def check_refusal(library: str, models: dict[str, bytes], message: str, **changes: Any) -> None:
     with pytest.raises(Exception, match=r"edgelora\.Layer the_node: ") as error:
         open_session(library, layer_model(models, **changes))
-    assert str(error.value).endswith(message)
+    assert str(error.value).endswith(f"{message} [EDGELORA_BAD_FILE]")
     assert str(error.value).count("the_node") == 1
 
 
@@ -164,7 +164,7 @@ def test_layer_names_a_missing_attribute_with_its_part(library: str) -> None:
         ("o_", 64, 96, "o has 96 features where 128 are expected"),
         ("o_", 80, 128, "o has 80 features where 64 are expected"),
         ("gate_up_", 192, 80, "gate_up has 80 features where 64 are expected"),
-        ("gate_up_", 80, 64, "down has 96 features where 80 are expected"),
+        ("gate_up_", 160, 64, "down has 96 features where 80 are expected"),
         ("down_", 64, 128, "down has 128 features where 96 are expected"),
         ("down_", 80, 96, "down has 80 features where 64 are expected"),
     ],
@@ -172,7 +172,9 @@ def test_layer_names_a_missing_attribute_with_its_part(library: str) -> None:
 def test_layer_refuses_widths_that_do_not_fit(
     library: str, prefix: str, rows: int, columns: int, message: str
 ) -> None:
-    changed = {prefix: linear_model(weights("int4", (rows,), columns))}
+    gated = prefix == "gate_up_"
+    slices, activation = ((rows // 2,) * 2, "swiglu") if gated else ((rows,), "none")
+    changed = {prefix: linear_model(weights("int4", slices, columns), activation=activation)}
     check_refusal(library, part_models(REFUSED, SMALL) | changed, message)
 
 
@@ -181,8 +183,10 @@ def test_layer_refuses_widths_that_do_not_fit(
     [
         ({"num_heads": 2}, "qkv has 256 features where 192 are expected"),
         ({"kv_num_heads": 4}, "qkv has 256 features where 384 are expected"),
-        ({"gate_up_activation": "none"}, "down has 96 features where 192 are expected"),
-        ({"down_activation": "swiglu"}, "down: swiglu needs two slices of one size: gate and up"),
+        ({"gate_up_activation": "none"}, 'gate_up: activation is "none", expected swiglu'),
+        ({"down_activation": "swiglu"}, 'down: activation is "swiglu", expected none'),
+        ({"qkv_activation": "swiglu"}, 'qkv: activation is "swiglu", expected none'),
+        ({"o_activation": "swiglu"}, 'o: activation is "swiglu", expected none'),
         ({"down_targets": "a,b"}, "down: targets has 2 names, slices has 1"),
         ({"qkv_format": 4}, "qkv: attribute qkv_format is missing or has the wrong type"),
         ({"gate_up_epsilon": 1},

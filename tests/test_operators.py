@@ -270,6 +270,21 @@ def test_linear_refuses_wrong_nf4(library: str, change: dict[str, object], messa
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "float"])
+@pytest.mark.parametrize("name", ["absmax_offset", "absmax_table"])
+def test_linear_refuses_what_only_nf4_has(library: str, kind: str, name: str) -> None:
+    size = 1 if name == "absmax_offset" else 256
+    model = linear_model(packed_of(kind, 48, 64), **{name: np.zeros(size, np.float32)})
+    with pytest.raises(Exception, match=f"the_node: {name} is given, which {kind} does not have"):
+        open_session(library, model)
+
+
+def test_linear_refuses_scales_of_floats(library: str) -> None:
+    model = linear_model(packed_of("float", 48, 64), scales=np.zeros(3, np.float16))
+    with pytest.raises(Exception, match="the_node: scales is given, which float does not have"):
+        open_session(library, model)
+
+
 @pytest.mark.parametrize(
     "x, ids, message",
     [

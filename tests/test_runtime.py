@@ -499,6 +499,23 @@ def test_option_struct_of_another_size_is_refused(library, bundle):
         assert f"size is {size}".encode() in library.edgelora_last_error()
 
 
+@pytest.mark.parametrize("path", [b"\x80" * 5000, "ä".encode() * 2500, b"a" + "ä".encode() * 2500])
+def test_long_message_is_cut_between_characters(library, path):
+    """Also one that has none: bytes that only go on a character."""
+    pointer = native.ModelPointer()
+    assert library.edgelora_model_load(path, None, ctypes.byref(pointer)) == 2
+    kept = len(library.edgelora_last_error())
+    assert library.edgelora_last_error() == path[:kept]
+    assert kept == (4095 if path[0] != 0xC3 else 4094)
+
+
+def test_isa_is_the_one_chosen_when_the_model_was_loaded(library, model, monkeypatch):
+    info = native.ModelInfo(size=ctypes.sizeof(native.ModelInfo))
+    monkeypatch.setenv("EDGELORA_FORCE_ISA", "abacus")
+    native.check(library, library.edgelora_model_info(model.pointer, ctypes.byref(info)))
+    assert info.isa.decode() == model.info.isa
+
+
 def test_messages_belong_to_their_thread(library):
     assert library.edgelora_adapter_unload(0) == 3
     seen = []

@@ -1,13 +1,16 @@
 """What loading refuses: damaged and foreign files, a wrong onnxruntime, too many threads."""
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 import edgelora
@@ -42,6 +45,22 @@ def test_every_flipped_byte_of_the_manifest_is_refused(copy):
     for i in range(0, len(raw), 97):
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :])
         refuse(copy, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ('{"format": 1e999}', "not valid JSON"),
+        ('{"format": "\xff"}', "not valid JSON"),
+        ('{"format": 1, "format": 2}', 'the key "format" twice'),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"plan": ' + "[" * 40 + "]" * 40 + "}", "nested too deeply"),
+        ("[]", "no object"),
+    ],
+)
+def test_manifest_that_is_no_json_of_ours_is_refused(copy, text, pattern):
+    (copy / "manifest.json").write_bytes(text.encode("latin1"))
+    refuse(copy, f"^{copy}/manifest.json: .*{pattern}")
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
@@ -156,6 +175,62 @@ def test_malformed_index_is_refused_by_name(copy, changes, pattern):
 def test_graph_that_does_not_fit_the_manifest_is_refused(copy, changes, pattern):
     write_manifest(copy, model=toy_bundle.model_fields(**changes))
     refuse(copy, f"model.onnx does not fit the manifest.*{pattern}")
+
+
+def test_long_list_of_what_does_not_fit_is_cut(copy):
+    write_manifest(copy, model=toy_bundle.model_fields(num_hidden_layers=1000))
+    refuse(copy, r"(input past_key_values.\d+.\w+ is missing; ){8}and 3988 more; export")
+
+
+def status_of_loading(folder: Path) -> int:
+    library = native.open_library(native.library_path())
+    path = str(native.onnxruntime_path()).encode()
+    options = native.options(
+        native.ModelOptions, library.edgelora_model_options_init, onnxruntime_path=path
+    )
+    pointer = native.ModelPointer()
+    return library.edgelora_model_load(
+        str(folder).encode(), ctypes.byref(options), ctypes.byref(pointer)
+    )
+
+
+def change_graph(folder: Path, change: Callable[[onnx.GraphProto], None]) -> None:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    graph.opset_import.append(onnx.helper.make_opsetid("edgelora", 1))
+    change(graph.graph)
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    write_manifest(folder)
+
+
+def test_operator_that_refuses_its_weights_is_a_bad_file(copy):
+    def change(graph):
+        graph.node[0].CopyFrom(
+            onnx.helper.make_node(
+                "Embedding", ["input_ids", "embedding"], ["embedded"], "e", domain="edgelora",
+                format="int5", out_features=VOCAB_SIZE,
+            )
+        )  # fmt: skip
+
+    change_graph(copy, change)
+    refuse(copy, 'edgelora.Embedding e: format is "int5".*; copy or export the bundle again$')
+    assert status_of_loading(copy) == 2
+
+
+def test_what_an_operator_refuses_keeps_its_status(copy):
+    """SwiGlu wants an even width; the logits have 61."""
+
+    def change(graph):
+        graph.node[-1].output[0] = "odd"
+        swiglu = onnx.helper.make_node("SwiGlu", ["odd"], ["logits"], "s", domain="edgelora")
+        graph.node.append(swiglu)
+
+    change_graph(copy, change)
+    with edgelora.load(copy) as model, model.session() as session:
+        tokens = (ctypes.c_int32 * 1)(5)
+        assert model.library.edgelora_session_prefill(session._pointer, tokens, 1) == 1
+        message = model.library.edgelora_last_error().decode()
+    assert "edgelora.SwiGlu s: x is [1, 1, 61], expected an even last dimension" in message
+    assert "EDGELORA_" not in message
 
 
 def test_damaged_graph_is_refused_with_onnxruntimes_reason(copy):

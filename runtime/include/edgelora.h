@@ -16,6 +16,10 @@
  * session is used by one thread at a time; only edgelora_session_cancel may be called beside it.
  * Several sessions of one model may run at once.
  *
+ * Processes: after a fork the child lacks the threads of models loaded before it. Their prefill,
+ * logits and generate are refused there with EDGELORA_INVALID_ARGUMENT; the child loads the model
+ * itself. No call into this library may run while another thread forks.
+ *
  * Versioning: structs begin with their size, set by their `_init` function or by the caller to
  * sizeof; a size that the library does not know is refused.
  */
@@ -26,11 +30,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define EDGELORA_API __declspec(dllexport)
-#else
 #define EDGELORA_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -41,11 +41,13 @@ typedef struct EdgeLoraSession EdgeLoraSession;
 
 typedef enum EdgeLoraStatus {
   EDGELORA_OK = 0,
-  EDGELORA_INVALID_ARGUMENT = 1, /* null pointer, token id or option out of range, empty prompt */
+  EDGELORA_INVALID_ARGUMENT = 1, /* null pointer, token id or option out of range, empty prompt,
+                                    session in a call */
   EDGELORA_BAD_FILE = 2,         /* missing, damaged, of a newer format, or for another base */
   EDGELORA_NOT_FOUND = 3,        /* unknown adapter name or handle */
   EDGELORA_CONTEXT_FULL = 4,     /* the kv_cache holds no more positions */
-  EDGELORA_RUNTIME = 5,          /* onnxruntime is missing, too old, or reported an error */
+  EDGELORA_RUNTIME = 5,          /* onnxruntime is missing, too old, or reported an error; the
+                                    system gave no threads */
   EDGELORA_CANCELLED = 6,        /* edgelora_session_cancel was called */
   EDGELORA_OUT_OF_MEMORY = 7,
   EDGELORA_INTERNAL = 8
@@ -123,8 +125,8 @@ EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adap
                                                      const float* weights, size_t count,
                                                      EdgeLoraAdapter* adapter);
 
-/* Drops the reference. A running computation finishes with it; later runs of sessions that still
- * name it fail with EDGELORA_NOT_FOUND. */
+/* Drops the reference. A running prefill, logits or generate finishes with it; later calls of
+ * sessions that still name it fail with EDGELORA_NOT_FOUND. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_unload(EdgeLoraAdapter adapter);
 
 /* ---- session ---- */
@@ -178,7 +180,7 @@ typedef struct EdgeLoraSampling {
   int32_t top_k;     /* 0: off */
   float top_p;       /* 1: off */
   float min_p;       /* 0: off */
-  /* 1: off; over all tokens of the session (Keskar et al. 2019, as in transformers). */
+  /* 1e-6 to 1e6, 1: off; over all tokens of the session (Keskar et al. 2019, as transformers) */
   float repetition_penalty;
   uint64_t seed;              /* same seed, same tokens */
   const int32_t* stop_tokens; /* besides the model's eos_token_ids */
@@ -188,7 +190,13 @@ typedef struct EdgeLoraSampling {
 
 EDGELORA_API void edgelora_sampling_init(EdgeLoraSampling* sampling);
 
-/* One new token: true goes on, false stops after it. Called on the generating thread. */
+/* One new token: true goes on, false stops after it. Called on the generating thread.
+ *
+ * It may call whatever takes another session, a model or an adapter. Of its own session it may ask
+ * position, last_logits (NULL) and timings, call cancel, and call free, which takes effect when the
+ * generate returns; all else is refused with EDGELORA_INVALID_ARGUMENT.
+ * It must return: neither a C++ exception nor longjmp may leave it, since nothing can catch them
+ * on the way through this library. */
 typedef bool (*EdgeLoraTokenCallback)(int32_t token, void* user_data);
 
 typedef enum EdgeLoraFinish {

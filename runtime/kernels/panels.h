@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/ceil_div.h"
 #include "kernels/kernels.h"
 
 namespace edgelora::kernels {
@@ -18,7 +19,6 @@ constexpr int64_t kRowTile = 32;      // rows of activations that share one unpa
 constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t activation_blocks(int64_t in_features) {

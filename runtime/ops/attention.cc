@@ -21,7 +21,7 @@ constexpr Input kInputs[] = {
     {kFloat, INPUT_OUTPUT_OPTIONAL},                               // k_norm
 };
 
-class Attention : public Kernel {
+class Attention : public NodeKernel {
  public:
   Attention(const Shared& shared, const NodeInfo& node)
       : api_(*shared.api), part_(shared, node, kPart), packed_(!node.has_input(kKey)) {
@@ -63,7 +63,7 @@ class Attention : public Kernel {
   const bool packed_;
 };
 
-std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
+std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {
   return std::make_unique<Attention>(shared, node);
 }
 

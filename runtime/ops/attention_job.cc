@@ -5,10 +5,13 @@
 #include <cstring>
 #include <new>
 
+#include "kernels/ceil_div.h"
 #include "ops/scratch.h"
 
 namespace edgelora::ops {
 namespace {
+
+using kernels::ceil_div;
 
 constexpr int64_t kBlock = kernels::kActivationBlock;
 constexpr int64_t kPanel = kernels::kPanelRows;
@@ -16,8 +19,6 @@ constexpr int64_t kTileRows = 48;              // query rows of a ticket: the ke
 constexpr int64_t kWorkPerThread = 32 * 1024;  // as Linear's
 constexpr int64_t kTicketsPerThread = 4;
 constexpr int64_t kAppendRows = 32;  // positions of an append ticket
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A row of −Inf only: nothing seen yet.
 constexpr float kNothing = -HUGE_VALF;
@@ -82,6 +83,7 @@ void AttentionJob::plan_tickets() {
     splits_ = std::min(ceil_div(longest, kAttentionChunk),
                        ceil_div(workers_ * kTicketsPerThread, tickets));
   }
+  split_step_ = KvLayout::capacity_for(ceil_div(longest, splits_));
   if (call_.sequence > 1) {
     append_tickets_ = call_.batch * node_.kv_heads * ceil_div(call_.sequence, kAppendRows);
   }
@@ -143,12 +145,6 @@ void AttentionJob::prepare_head(const float* from, const float* norm, int64_t po
   call_.kernels->rotate(to, node_.cos + position * d / 2, node_.sin + position * d / 2, d / 2);
 }
 
-// Positions of a split, but for the last.
-int64_t AttentionJob::split_step() const {
-  const int64_t longest = *std::max_element(call_.past, call_.past + call_.batch) + call_.sequence;
-  return KvLayout::capacity_for(ceil_div(longest, splits_));
-}
-
 AttentionJob::Part AttentionJob::part_of(int64_t ticket) const {
   const int64_t split = ticket % splits_, tile = ticket / splits_ % tiles_;
   const int64_t head = ticket / splits_ / tiles_;
@@ -161,8 +157,8 @@ AttentionJob::Part AttentionJob::part_of(int64_t ticket) const {
   const int64_t seen = past + part.query_end;  // by the last row
   const int64_t oldest =  // seen by the first row
       node_.window < 0 ? 0 : std::max<int64_t>(0, past + part.query_begin + 1 - node_.window);
-  part.begin = std::max(split * split_step(), oldest / kCapacityStep * kCapacityStep);
-  part.end = split + 1 == splits_ ? seen : std::min(seen, (split + 1) * split_step());
+  part.begin = std::max(split * split_step_, oldest / kCapacityStep * kCapacityStep);
+  part.end = split + 1 == splits_ ? seen : std::min(seen, (split + 1) * split_step_);
   return part;
 }
 

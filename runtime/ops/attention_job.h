@@ -78,7 +78,6 @@ class AttentionJob {
   struct Buffers;  // a ticket's own
 
   void plan_tickets();
-  int64_t split_step() const;
   Part part_of(int64_t ticket) const;
   Softmax partial(int64_t ticket) const;
   void append(int64_t ticket);
@@ -110,6 +109,7 @@ class AttentionJob {
   int64_t tile_queries_ = 1;
   int64_t tiles_ = 1;        // of a sequence and key head
   int64_t splits_ = 1;       // of a tile
+  int64_t split_step_ = 0;   // positions of a split, but for the last
   float* partials_ = nullptr;  // [tickets, rows of a tile, D + 2] when split
   Stage appended_;
   std::atomic<bool> out_of_memory_{false};

@@ -1,7 +1,11 @@
 #include "ops/crew.h"
 
 #include <algorithm>
+#include <string>
+#include <system_error>
 #include <utility>
+
+#include "src/error.h"
 
 namespace edgelora::ops {
 namespace {
@@ -35,7 +39,11 @@ void spin_until(Condition condition) {
 Crew::Crew(int64_t helpers, bool spinning) : spinning_(spinning) {
   try {
     for (int64_t i = 0; i < helpers; ++i) threads_.emplace_back([this, i] { help(i); });
-  } catch (...) {  // the system has no more threads: those that run must end before this does
+  } catch (const std::system_error& error) {
+    stop();  // those that run must end before this does
+    throw Error(EDGELORA_RUNTIME, "cannot start " + std::to_string(helpers) + " threads (" +
+                                      error.what() + "): ask for fewer, or give this process more");
+  } catch (...) {
     stop();
     throw;
   }

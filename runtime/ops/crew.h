@@ -27,6 +27,7 @@ struct Work {
 class Crew {
  public:
   // spinning: helpers wait awhile for the next call before they sleep.
+  // Throws Error if the system gives no threads.
   Crew(int64_t helpers, bool spinning);
   ~Crew();
   Crew(const Crew&) = delete;

@@ -23,7 +23,7 @@ int64_t vocab_size(const NodeInfo& node) {
   return node.integer("out_features");
 }
 
-class Embedding : public Kernel {
+class Embedding : public NodeKernel {
  public:
   Embedding(const Shared& shared, const NodeInfo& node)
       : shared_(shared), packed_(node, kCodes, {vocab_size(node)}) {}
@@ -70,7 +70,7 @@ class Embedding : public Kernel {
   const PackedWeights packed_;
 };
 
-std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
+std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {
   return std::make_unique<Embedding>(shared, node);
 }
 

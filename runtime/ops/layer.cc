@@ -48,15 +48,15 @@ constexpr Input kInputs[] = {
 };
 #undef EDGELORA_LINEAR_INPUTS
 
-class Layer : public Kernel {
+class Layer : public NodeKernel {
  public:
   Layer(const Shared& shared, const NodeInfo& node)
       : api_(*shared.api),
         attention_(shared, node, kAttention),
-        qkv_(linear(shared, node, "qkv", kQkv)),
-        output_(linear(shared, node, "o", kOutput)),
-        gate_up_(linear(shared, node, "gate_up", kGateUp)),
-        down_(linear(shared, node, "down", kDown)) {
+        qkv_(linear(shared, node, {"qkv", kQkv, "none"})),
+        output_(linear(shared, node, {"o", kOutput, "none"})),
+        gate_up_(linear(shared, node, {"gate_up", kGateUp, "swiglu"})),
+        down_(linear(shared, node, {"down", kDown, "none"})) {
     check_width("qkv", attention_.q_width() + 2 * attention_.kv_width(), qkv_.columns());
     check_width("o", attention_.q_width(), output_.in_features());
     check_width("o", qkv_.in_features(), output_.columns());
@@ -97,14 +97,26 @@ class Layer : public Kernel {
     for (const LinearPart* part : {&qkv_, &output_, &gate_up_, &down_}) part->prefetch();
   }
 
+  struct Role {  // of a linear in the layer
+    std::string name;
+    size_t first;  // input
+    std::string activation;
+  };
+
   // Whatever is wrong is told with the part's name.
-  static LinearPart linear(const Shared& shared, const NodeInfo& node, const std::string& name,
-                           size_t first) {
+  static LinearPart linear(const Shared& shared, const NodeInfo& node, const Role& role) {
+    const NodeInfo part = node.part(role.name + "_", role.first);
     try {
-      return LinearPart(shared, node.part(name + "_", first));
+      check_activation(part.text("activation"), role.activation);
+      return LinearPart(shared, part);
     } catch (const Error& error) {
-      throw Error(error.status(), name + ": " + error.what());
+      throw Error(error.status(), role.name + ": " + error.what());
     }
+  }
+
+  static void check_activation(const std::string& found, const std::string& expected) {
+    if (found == expected) return;
+    throw Error(EDGELORA_BAD_FILE, "activation is \"" + found + "\", expected " + expected);
   }
 
   static void check_width(const char* what, int64_t expected, int64_t found) {
@@ -138,7 +150,7 @@ class Layer : public Kernel {
   const LinearPart down_;
 };
 
-std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
+std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {
   return std::make_unique<Layer>(shared, node);
 }
 

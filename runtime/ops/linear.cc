@@ -22,7 +22,7 @@ constexpr Input kInputs[] = {
     {kFloat, INPUT_OUTPUT_OPTIONAL},                               // residual
 };
 
-class Linear : public Kernel {
+class Linear : public NodeKernel {
  public:
   Linear(const Shared& shared, const NodeInfo& node)
       : api_(*shared.api),
@@ -55,7 +55,7 @@ class Linear : public Kernel {
   const bool has_residual_;
 };
 
-std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo& node) {
+std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {
   return std::make_unique<Linear>(shared, node);
 }
 

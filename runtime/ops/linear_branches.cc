@@ -4,14 +4,15 @@
 #include <limits>
 
 #include "kernels/activation_block.h"
+#include "kernels/ceil_div.h"
 #include "ops/linear_job.h"
 
 namespace edgelora::ops {
 namespace {
 
-constexpr int64_t kPanelRows = kernels::kPanelRows;
+using kernels::ceil_div;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kPanelRows = kernels::kPanelRows;
 
 // The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every number's.
 float most_of(const float* t, int64_t rank) {

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <new>
 
+#include "kernels/ceil_div.h"
 #include "ops/scratch.h"
 
 namespace edgelora::ops {
 namespace {
+
+using kernels::ceil_div;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
 constexpr int64_t kBlock = kernels::kActivationBlock;
@@ -21,8 +24,6 @@ constexpr int64_t kTileValues = 64 * 1024;
 constexpr int64_t kSmallestShare = 8;
 // Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
 constexpr int64_t kWorkPerPiece = 32 * 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

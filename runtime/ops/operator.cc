@@ -9,19 +9,17 @@ const Operator& self(const OrtCustomOp* op) { return *static_cast<const Operator
 struct Node {
   const OrtApi* api;
   std::string label;  // "edgelora.Linear /model/layers.0/q_proj"
-  std::unique_ptr<Kernel> kernel;
+  std::unique_ptr<NodeKernel> kernel;
 };
 
 // Runs `body`; whatever is wrong is told with the node's label.
 template <typename Body>
-OrtStatus* guarded_node(const OrtApi& api, const std::string& label, Body&& body) noexcept {
-  return guarded(api, [&] {
-    try {
-      body();
-    } catch (const Error& error) {
-      throw Error(error.status(), label + ": " + error.what());
-    }
-  });
+void labelled(const std::string& label, Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    throw Error(error.status(), label + ": " + error.what());
+  }
 }
 
 OrtStatus* create_kernel(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
@@ -31,18 +29,19 @@ OrtStatus* create_kernel(const OrtCustomOp* op, const OrtApi* api, const OrtKern
     auto node = std::make_unique<Node>();
     node->api = api;
     node->label = std::string("edgelora.") + self(op).schema->name + " " + node_info.name();
-    check(*api, guarded_node(*api, node->label, [&] {
+    labelled(node->label, [&] {
       Shared shared = self(op).shared;
       shared.api = api;
       node->kernel = self(op).schema->create(shared, node_info);
-    }));
+    });
     *kernel = node.release();
   });
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Node& node = *static_cast<const Node*>(kernel);
-  return guarded_node(*node.api, node.label, [&] { node.kernel->compute(context); });
+  return guarded(*node.api,
+                 [&] { labelled(node.label, [&] { node.kernel->compute(context); }); });
 }
 
 void set_types(OrtCustomOp* op) {

@@ -21,9 +21,9 @@ struct Shared {
 };
 
 // One node. compute is called by several threads at once.
-class Kernel {
+class NodeKernel {
  public:
-  virtual ~Kernel() = default;
+  virtual ~NodeKernel() = default;
   virtual void compute(OrtKernelContext* context) const = 0;
 };
 
@@ -38,7 +38,7 @@ struct Schema {
   size_t input_count;
   const ONNXTensorElementDataType* outputs;
   size_t output_count;
-  std::unique_ptr<Kernel> (*create)(const Shared& shared, const NodeInfo& node);
+  std::unique_ptr<NodeKernel> (*create)(const Shared& shared, const NodeInfo& node);
 };
 
 inline constexpr ONNXTensorElementDataType kFloatOutput[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};

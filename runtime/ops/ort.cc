@@ -16,13 +16,6 @@ void check_attribute(const OrtApi& api, OrtStatus* status, const std::string& at
 
 }  // namespace
 
-void check(const OrtApi& api, OrtStatus* status) {
-  if (status == nullptr) return;
-  const std::string message = api.GetErrorMessage(status);
-  api.ReleaseStatus(status);
-  throw Error(EDGELORA_RUNTIME, message);
-}
-
 int64_t Shape::elements() const {
   int64_t product = 1;
   for (size_t i = 0; i < rank; ++i) {
@@ -47,18 +40,18 @@ std::string to_string(const Shape& shape) {
 
 Tensor view(const OrtApi& api, const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* raw = nullptr;
-  check(api, api.GetTensorTypeAndShape(value, &raw));
+  check_ort(api, api.GetTensorTypeAndShape(value, &raw));
   const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)>
       info(raw, api.ReleaseTensorTypeAndShapeInfo);
   Tensor tensor{};
-  check(api, api.GetTensorElementType(raw, &tensor.type));
-  check(api, api.GetDimensionsCount(raw, &tensor.shape.rank));
+  check_ort(api, api.GetTensorElementType(raw, &tensor.type));
+  check_ort(api, api.GetDimensionsCount(raw, &tensor.shape.rank));
   if (tensor.shape.rank > Shape::kMaxRank) {
     throw Error(EDGELORA_BAD_FILE, "a tensor has more than 8 dimensions");
   }
-  check(api, api.GetDimensions(raw, tensor.shape.dims, tensor.shape.rank));
+  check_ort(api, api.GetDimensions(raw, tensor.shape.dims, tensor.shape.rank));
   void* data = nullptr;  // the C API has no const accessor; we only read
-  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  check_ort(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
   tensor.data = data;
   return tensor;
 }
@@ -66,7 +59,7 @@ Tensor view(const OrtApi& api, const OrtValue* value) {
 std::optional<Tensor> optional_input(const OrtApi& api, const OrtKernelContext* context,
                                      size_t index) {
   const OrtValue* value = nullptr;
-  check(api, api.KernelContext_GetInput(context, index, &value));
+  check_ort(api, api.KernelContext_GetInput(context, index, &value));
   if (value == nullptr) return std::nullopt;
   return view(api, value);
 }
@@ -79,9 +72,9 @@ Tensor input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
 
 void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Shape& shape) {
   OrtValue* value = nullptr;
-  check(api, api.KernelContext_GetOutput(context, index, shape.dims, shape.rank, &value));
+  check_ort(api, api.KernelContext_GetOutput(context, index, shape.dims, shape.rank, &value));
   void* data = nullptr;
-  check(api, api.GetTensorMutableData(value, &data));
+  check_ort(api, api.GetTensorMutableData(value, &data));
   return data;
 }
 
@@ -108,9 +101,9 @@ Tensor read_adapter_ids(const OrtApi& api, const OrtKernelContext* context, size
 
 std::string NodeInfo::name() const {
   size_t size = 0;
-  check(api_, api_.KernelInfo_GetNodeName(info_, nullptr, &size));
+  check_ort(api_, api_.KernelInfo_GetNodeName(info_, nullptr, &size));
   std::string name(size, '\0');
-  check(api_, api_.KernelInfo_GetNodeName(info_, name.data(), &size));
+  check_ort(api_, api_.KernelInfo_GetNodeName(info_, name.data(), &size));
   name.resize(size > 0 ? size - 1 : 0);  // the terminating zero
   return name;
 }
@@ -167,10 +160,10 @@ std::string NodeInfo::text(const char* attribute) const {
 bool NodeInfo::has_input(size_t relative) const {
   const size_t index = first_ + relative;
   size_t count = 0;
-  check(api_, api_.KernelInfo_GetInputCount(info_, &count));
+  check_ort(api_, api_.KernelInfo_GetInputCount(info_, &count));
   if (index >= count) return false;
   size_t size = 0;
-  check(api_, api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
+  check_ort(api_, api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
   return size > 1;  // an omitted optional input has the empty name
 }
 
@@ -178,7 +171,7 @@ std::optional<Tensor> NodeInfo::constant(size_t index, const char* what) const {
   if (!has_input(index)) return std::nullopt;
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  check(api_, api_.KernelInfoGetConstantInput_tensor(info_, first_ + index, &is_constant, &value));
+  check_ort(api_, api_.KernelInfoGetConstantInput_tensor(info_, first_ + index, &is_constant, &value));
   if (is_constant == 0 || value == nullptr) {
     throw Error(EDGELORA_BAD_FILE, std::string(what) + " must be a constant initializer");
   }

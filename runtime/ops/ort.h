@@ -11,12 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "src/error.h"
+#include "src/ort_error.h"
 
 namespace edgelora::ops {
-
-// Throws Error(EDGELORA_RUNTIME) with the status' message and releases it; null passes.
-void check(const OrtApi& api, OrtStatus* status);
 
 // Runs `body` and turns whatever it throws into a status: nothing may cross into ONNX Runtime.
 template <typename Body>
@@ -25,9 +22,9 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
     body();
     return nullptr;
   } catch (const Error& error) {
-    return api.CreateStatus(ORT_INVALID_ARGUMENT, error.what());
+    return to_ort(api, error);
   } catch (const std::bad_alloc&) {
-    return api.CreateStatus(ORT_FAIL, "edgelora: out of memory");
+    return api.CreateStatus(ORT_FAIL, kOutOfMemory);
   } catch (const std::exception& error) {
     return api.CreateStatus(ORT_FAIL, error.what());
   } catch (...) {

@@ -4,11 +4,14 @@
 #include <new>
 #include <utility>
 
+#include "kernels/ceil_div.h"
 #include "ops/scratch.h"
+#include "src/element_type.h"
 
 namespace edgelora::ops {
 namespace {
 
+using kernels::ceil_div;
 using kernels::Format;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
@@ -22,23 +25,6 @@ constexpr ONNXTensorElementDataType kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT1
 constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(EDGELORA_BAD_FILE, message); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const char* name_of(ONNXTensorElementDataType type) {
-  switch (type) {
-    case kUint8:
-      return "uint8";
-    case kInt8:
-      return "int8";
-    case kHalf:
-      return "float16";
-    case kFloat:
-      return "float32";
-    default:
-      return "another type";
-  }
-}
 
 Shape shape_of(std::initializer_list<int64_t> dims) {
   Shape shape;
@@ -104,13 +90,26 @@ PackedWeights::PackedWeights(const NodeInfo& node, size_t codes_index, std::vect
   weights_.slice_count = static_cast<int64_t>(slices_.size());
   panels_ = ceil_div(weights_.out_features, kPanelRows);
   read_codes(node, codes_index);
-  if (weights_.format == Format::kFloat) return;
   if (weights_.format == Format::kNf4) {
     read_nf4(node, codes_index + 1);
-  } else {
-    blocks_ = ceil_div(weights_.in_features, weights_.block_size);
-    read_scales(node, codes_index + 1);
-    read_zero_points(node, codes_index + 2);
+    return;
+  }
+  refuse_surplus(node, codes_index + 3, {"absmax_offset", "absmax_table"});
+  if (weights_.format == Format::kFloat) {
+    refuse_surplus(node, codes_index + 1, {"scales", "zero_points"});
+    return;
+  }
+  blocks_ = ceil_div(weights_.in_features, weights_.block_size);
+  read_scales(node, codes_index + 1);
+  read_zero_points(node, codes_index + 2);
+}
+
+// Inputs from `index` on that this format does not have.
+void PackedWeights::refuse_surplus(const NodeInfo& node, size_t index,
+                                   std::initializer_list<const char*> names) const {
+  for (const char* name : names) {
+    if (!node.has_input(index++)) continue;
+    refuse(std::string(name) + " is given, which " + node.text("format") + " does not have");
   }
 }
 

@@ -1,6 +1,7 @@
 // The constant inputs of Linear and Embedding as the kernels' Weights, every size checked.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -31,6 +32,8 @@ class PackedWeights {
   void read_zero_points(const NodeInfo& node, size_t index);
   void read_nf4(const NodeInfo& node, size_t index);
   void check_slices() const;
+  void refuse_surplus(const NodeInfo& node, size_t index,
+                      std::initializer_list<const char*> names) const;
 
   std::vector<int64_t> slices_;
   std::vector<uint16_t> nf4_scales_;

@@ -1,5 +1,7 @@
 #include "ops/registration.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -15,16 +17,16 @@ namespace {
 constexpr const char* kDomain = "edgelora";
 
 // What registrations differ in.
-using Key = std::tuple<const OrtApi*, const kernels::KernelTable*, bool, int64_t, bool>;
+using Key = std::tuple<const OrtApi*, const kernels::KernelTable*, bool, int64_t, bool, pid_t>;
 
 // A domain, the operators it points to, and the threads that they share.
 struct Registration {
   Registration(const Key& key)
       : crews(std::get<3>(key), std::get<4>(key)),
         shared{std::get<0>(key), std::get<1>(key), std::get<2>(key), &crews} {
-    ops::check(*shared.api, shared.api->CreateCustomOpDomain(kDomain, &domain));
+    check_ort(*shared.api, shared.api->CreateCustomOpDomain(kDomain, &domain));
     for (const ops::Operator& op : operators) {
-      ops::check(*shared.api, shared.api->CustomOpDomain_Add(domain, &op));
+      check_ort(*shared.api, shared.api->CustomOpDomain_Add(domain, &op));
     }
   }
 
@@ -81,8 +83,9 @@ const kernels::KernelTable& selected_kernels() {
 
 OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops) {
   return ops::guarded(*api, [&] {
-    const Key key(api, &selected_kernels(), ops.exact, threads_or_all(ops.threads), ops.spinning);
-    ops::check(*api, api->AddCustomOpDomain(options, domain_for(key)));
+    const kernels::KernelTable* table = ops.kernels != nullptr ? ops.kernels : &selected_kernels();
+    const Key key(api, table, ops.exact, threads_or_all(ops.threads), ops.spinning, getpid());
+    check_ort(*api, api->AddCustomOpDomain(options, domain_for(key)));
   });
 }
 

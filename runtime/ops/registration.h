@@ -16,6 +16,7 @@ struct OpsOptions {
   bool exact = false;   // accuracy="float": float32 activations, no int8 rounding
   int32_t threads = 0;  // that a call shares its work among; 0: as many as the machine has
   bool spinning = true;  // they wait awhile for the next call before they sleep
+  const kernels::KernelTable* kernels = nullptr;  // null: selected_kernels()
 };
 
 // The kernels of this process: the best for this machine, or those that EDGELORA_FORCE_ISA names
@@ -24,7 +25,7 @@ struct OpsOptions {
 const kernels::KernelTable& selected_kernels();
 
 // Adds the custom-op domain "edgelora" to `options`. The domain lives as long as the process (one
-// for each OrtApi and options). Returns null on success, else a status owned by the caller.
+// for each OrtApi, options and process: its threads do not outlive a fork). Returns null on success, else a status owned by the caller.
 // Thread-safe.
 OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops);
 

@@ -8,7 +8,7 @@ constexpr Input kInputs[] = {{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, INPUT_OUTPUT_
 
 constexpr int64_t kValuesPerTicket = 8 * 1024;
 
-class SwiGlu : public Kernel {
+class SwiGlu : public NodeKernel {
  public:
   explicit SwiGlu(const Shared& shared) : shared_(shared) {}
 
@@ -41,7 +41,7 @@ class SwiGlu : public Kernel {
   const Shared shared_;
 };
 
-std::unique_ptr<Kernel> create(const Shared& shared, const NodeInfo&) {
+std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo&) {
   return std::make_unique<SwiGlu>(shared);
 }
 

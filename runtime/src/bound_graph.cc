@@ -13,7 +13,6 @@ BoundGraph::BoundGraph(std::shared_ptr<const Model> model, int64_t context_lengt
       cache_(model_->manifest().model, model_->kv_format(), context_length),
       input_ids_(static_cast<size_t>(kMostTokens)),
       logits_to_keep_(static_cast<size_t>(kMostTokens)),
-      attention_mask_(static_cast<size_t>(context_length), 1),
       run_(ort_) {
   bind_cache();
 }
@@ -38,8 +37,11 @@ void BoundGraph::activate(const RunAdapter& adapter) {
 void BoundGraph::run(const Chunk& chunk, int64_t rows, float* logits) {
   std::copy_n(chunk.tokens, chunk.count, input_ids_.begin());
   run_.set_input("input_ids", ort_.tensor(input_ids_.data(), {1, chunk.count}));
-  run_.set_input("attention_mask",
-                 ort_.tensor(attention_mask_.data(), {1, chunk.position + chunk.count}));
+  const int64_t positions = chunk.position + chunk.count;
+  if (static_cast<int64_t>(attention_mask_.size()) < positions) {
+    attention_mask_.resize(static_cast<size_t>(positions), 1);
+  }
+  run_.set_input("attention_mask", ort_.tensor(attention_mask_.data(), {1, positions}));
   run_.set_input("logits_to_keep", ort_.tensor(logits_to_keep_.data(), {rows}));
   run_.set_output("logits", ort_.tensor(logits, {1, rows, model_->manifest().model.vocab_size}));
   run_.run(model_->ort_session());

@@ -33,7 +33,7 @@ class BoundGraph {
   void run_last(const Chunk& chunk, float* logits);  // logits of the last token [vocab_size]
   void run_all(const Chunk& chunk, float* logits);   // logits of every token [count, vocab_size]
 
-  // Makes the runs until the next `activate` fail. From any thread.
+  // Makes the runs until the next `activate` fail. From any thread, but not beside `activate`.
   void terminate() { run_.terminate(); }
 
  private:
@@ -45,7 +45,7 @@ class BoundGraph {
   KvCache cache_;
   std::vector<int64_t> input_ids_;       // [kMostTokens]
   std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
-  std::vector<int64_t> attention_mask_;  // [context_length], all 1
+  std::vector<int64_t> attention_mask_;  // all 1, as long as the longest run needed
   RunAdapter adapter_;
   GraphRun run_;
 };

@@ -17,8 +17,9 @@ struct EdgeLoraModel {
   std::shared_ptr<const edgelora::Model> model;
 };
 
+// Shared with a running generate, whose callback may free it.
 struct EdgeLoraSession {
-  edgelora::Session session;
+  std::shared_ptr<edgelora::Session> session;
 };
 
 namespace {
@@ -29,12 +30,22 @@ using edgelora::Error;
 // An array, so that keeping a message never allocates.
 thread_local char last_message[4096] = "";
 
-// The one place where a status leaves: its message is set with it, on one line, cut between
-// characters if it is too long.
+bool continues_character(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
+
+// Bytes of `message` that there is room for: whole characters, if it is UTF-8.
+size_t size_kept(const char* message) {
+  constexpr size_t kRoom = sizeof last_message - 1, kLongestCharacter = 4;  // bytes
+  const size_t size = std::strlen(message);
+  if (size <= kRoom) return size;
+  for (size_t cut = kRoom; cut > kRoom - kLongestCharacter; --cut) {
+    if (!continues_character(message[cut])) return cut;
+  }
+  return kRoom;
+}
+
+// The one place where a status leaves: its message is set with it, on one line.
 EdgeLoraStatus fail(EdgeLoraStatus status, const char* message) {
-  size_t size = std::min(std::strlen(message), sizeof last_message - 1);
-  while (message[size] != '\0' && (static_cast<unsigned char>(message[size]) & 0xC0) == 0x80)
-    --size;
+  const size_t size = size_kept(message);
   std::replace_copy(message, message + size, last_message, '\n', ' ');
   last_message[size] = '\0';
   return status;
@@ -125,14 +136,6 @@ edgelora::GenerateOptions generate_options(const EdgeLoraSampling& given,
   return options;
 }
 
-void unload(EdgeLoraAdapter adapter) {
-  if (AdapterStore::instance().find(adapter) == nullptr) {
-    throw Error(EDGELORA_NOT_FOUND,
-                "adapter handle " + std::to_string(adapter) + " is unknown or unloaded");
-  }
-  AdapterStore::instance().unload(adapter);
-}
-
 }  // namespace
 
 extern "C" {
@@ -193,7 +196,7 @@ EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters, const f
 }
 
 EdgeLoraStatus edgelora_adapter_unload(EdgeLoraAdapter adapter) {
-  return guard([&] { unload(adapter); });
+  return guard([&] { AdapterStore::instance().unload(adapter); });
 }
 
 void edgelora_session_options_init(EdgeLoraSessionOptions* options) {
@@ -207,7 +210,8 @@ EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const EdgeLoraSessi
     require(session, "session");
     const int32_t context_length =
         options == nullptr ? 0 : require_struct(options, "options").context_length;
-    *session = new EdgeLoraSession{edgelora::Session(model->model, context_length)};
+    *session = new EdgeLoraSession{
+        std::make_shared<edgelora::Session>(model->model, context_length)};
   });
 }
 
@@ -218,7 +222,7 @@ EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session, EdgeLoraAd
   using Cache = edgelora::Session::Cache;
   return guard([&] {
     require(session, "session")
-        .session.set_adapter(adapter, keep_cache ? Cache::kKeep : Cache::kRecompute);
+        .session->set_adapter(adapter, keep_cache ? Cache::kKeep : Cache::kRecompute);
   });
 }
 
@@ -226,7 +230,7 @@ EdgeLoraStatus edgelora_session_prefill(EdgeLoraSession* session, const int32_t*
                                         size_t count) {
   return guard([&] {
     if (count > 0) require(tokens, "tokens");
-    require(session, "session").session.prefill(tokens, count);
+    require(session, "session").session->prefill(tokens, count);
   });
 }
 
@@ -235,20 +239,20 @@ EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, const int32_t* 
   return guard([&] {
     if (count > 0) require(tokens, "tokens");
     require(logits, "logits");
-    require(session, "session").session.logits(tokens, count, logits);
+    require(session, "session").session->logits(tokens, count, logits);
   });
 }
 
 const float* edgelora_session_last_logits(const EdgeLoraSession* session) {
-  return session == nullptr ? nullptr : session->session.last_logits();
+  return session == nullptr ? nullptr : session->session->last_logits();
 }
 
 size_t edgelora_session_position(const EdgeLoraSession* session) {
-  return session == nullptr ? 0 : session->session.position();
+  return session == nullptr ? 0 : session->session->position();
 }
 
 EdgeLoraStatus edgelora_session_rewind(EdgeLoraSession* session, size_t position) {
-  return guard([&] { require(session, "session").session.rewind(position); });
+  return guard([&] { require(session, "session").session->rewind(position); });
 }
 
 void edgelora_sampling_init(EdgeLoraSampling* sampling) {
@@ -260,13 +264,13 @@ EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session, const EdgeLor
                                          EdgeLoraFinish* finish, EdgeLoraTokenCallback callback,
                                          void* user_data) {
   return guard([&] {
-    edgelora::Session& running = require(session, "session").session;
+    const std::shared_ptr<edgelora::Session> running = require(session, "session").session;
     edgelora::GenerateOptions options =
-        generate_options(sampling == nullptr ? default_sampling() : *sampling, running.model());
+        generate_options(sampling == nullptr ? default_sampling() : *sampling, running->model());
     options.max_new_tokens = max_new_tokens;
     options.callback = callback;
     options.user_data = user_data;
-    const edgelora::GenerateResult result = running.generate(options, tokens);
+    const edgelora::GenerateResult result = running->generate(options, tokens);
     if (count != nullptr) *count = result.count;
     if (finish != nullptr) *finish = result.finish;
   });
@@ -274,12 +278,12 @@ EdgeLoraStatus edgelora_session_generate(EdgeLoraSession* session, const EdgeLor
 
 void edgelora_session_cancel(EdgeLoraSession* session) {
   if (session == nullptr) return;
-  guard([&] { session->session.cancel(); });
+  guard([&] { session->session->cancel(); });
 }
 
 EdgeLoraStatus edgelora_session_timings(const EdgeLoraSession* session, EdgeLoraTimings* timings) {
   return guard([&] {
-    const edgelora::Timings& last = require(session, "session").session.timings();
+    const edgelora::Timings& last = require(session, "session").session->timings();
     require_struct(timings, "timings") = {sizeof *timings, last.prefill_seconds,
                                           last.prefill_tokens, last.decode_seconds,
                                           last.decode_tokens};

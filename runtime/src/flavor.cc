@@ -10,7 +10,7 @@ namespace {
 class OwnFlavor : public Flavor {
  public:
   const char* name() const override { return "edgelora"; }
-  const char* isa() const override { return selected_kernels().isa; }
+  const char* isa() const override { return kernels_.isa; }
   int ort_threads(int) const override { return 1; }  // our operators bring their own
 
   void configure(const OnnxRuntime& ort, const OpsOptions& ops,
@@ -18,7 +18,9 @@ class OwnFlavor : public Flavor {
     const OrtApi& api = ort.api();
     ort.check(api.SetSessionGraphOptimizationLevel(
         options, ORT_ENABLE_BASIC));  // the export has fused what it wants fused
-    ort.check(register_ops(&api, options, ops));
+    OpsOptions chosen = ops;
+    chosen.kernels = &kernels_;
+    ort.check(register_ops(&api, options, chosen));
   }
 
   AdapterEdge adapter_edge(const Manifest&) const override {
@@ -42,6 +44,9 @@ class OwnFlavor : public Flavor {
   void activate(const OnnxRuntime& ort, RunAdapter* adapter, GraphRun* run) const override {
     run->set_input("adapter_ids", ort.tensor(&adapter->handle, {1}));
   }
+
+ private:
+  const kernels::KernelTable& kernels_ = selected_kernels();
 };
 
 // ONNX Runtime's operators: it feeds the active adapter's factors to the inputs that default to

@@ -1,5 +1,6 @@
 #include "src/graph_edge.h"
 
+#include "src/element_type.h"
 #include "src/error.h"
 
 namespace edgelora {
@@ -17,10 +18,7 @@ bool fits(const Edge& ours, const Edge& found) {
 }
 
 std::string text(const Edge& edge) {
-  std::string out = edge.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? "float32 ["
-                    : edge.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                        ? "int64 ["
-                        : "type " + std::to_string(edge.type) + " [";
+  std::string out = std::string(name_of(edge.type)) + " [";
   for (size_t i = 0; i < edge.dims.size(); ++i) {
     out += (i == 0 ? "" : ", ") + (edge.dims[i] == kAny ? "?" : std::to_string(edge.dims[i]));
   }
@@ -111,9 +109,26 @@ Edges read_edges(const OnnxRuntime& ort, const OrtSession* session, const Side& 
   return edges;
 }
 
+// A list for a message; the first few tell what the matter is.
+class Problems {
+ public:
+  void add(const std::string& problem) {
+    if (++count_ <= kShown) text_ += "; " + problem;
+  }
+  bool empty() const { return count_ == 0; }
+  std::string text() const {
+    return count_ <= kShown ? text_ : text_ + "; and " + std::to_string(count_ - kShown) + " more";
+  }
+
+ private:
+  static constexpr size_t kShown = 8;
+  size_t count_ = 0;
+  std::string text_;
+};
+
 void compare(const Edges& expected, const Edges& found, const std::string& kind,
-             std::string* problems) {
-  const auto add = [&](const std::string& problem) { *problems += "; " + kind + " " + problem; };
+             Problems* problems) {
+  const auto add = [&](const std::string& problem) { problems->add(kind + " " + problem); };
   for (const auto& [name, edge] : expected) {
     const auto match = found.find(name);
     if (match == found.end()) {
@@ -157,14 +172,14 @@ void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const M
   const Side defaults{api.SessionGetOverridableInitializerCount,
                       api.SessionGetOverridableInitializerName,
                       api.SessionGetOverridableInitializerTypeInfo};
-  std::string problems;
+  Problems problems;
   compare(expected_inputs(manifest.model, adapter, kv_format), read_edges(ort, session, inputs), "input",
           &problems);
   compare(adapter.defaults, read_edges(ort, session, defaults), "input with a default", &problems);
   compare(expected_outputs(manifest.model, kv_format), read_edges(ort, session, outputs), "output", &problems);
   if (problems.empty()) return;
   throw Error(EDGELORA_BAD_FILE, manifest.path("model.onnx") + " does not fit the manifest" +
-                                     problems + "; export the bundle again");
+                                     problems.text() + "; export the bundle again");
 }
 
 }  // namespace edgelora

@@ -39,11 +39,7 @@ void GraphRun::set_output(const std::string& name, OrtHandle<OrtValue> value) {
   outputs_.set(name, std::move(value));
 }
 
-void GraphRun::renew_options() {
-  OrtHandle<OrtRunOptions> fresh = create_options(ort_);
-  const std::lock_guard<std::mutex> lock(options_mutex_);
-  options_.swap(fresh);
-}
+void GraphRun::renew_options() { options_ = create_options(ort_); }
 
 void GraphRun::run(OrtSession* session) {
   std::vector<OrtValue*> outputs(outputs_.pointers(), outputs_.pointers() + outputs_.size());
@@ -52,7 +48,6 @@ void GraphRun::run(OrtSession* session) {
 }
 
 void GraphRun::terminate() {
-  const std::lock_guard<std::mutex> lock(options_mutex_);
   ort_.check(ort_.api().RunOptionsSetTerminate(options_.get()));
 }
 

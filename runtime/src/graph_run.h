@@ -1,7 +1,6 @@
 // The arguments of one session's runs of the graph: values by name, and options.
 #pragma once
 
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -25,7 +24,7 @@ class GraphRun {
   // Computes the outputs in their place. Throws Error.
   void run(OrtSession* session);
 
-  // Makes a run with the present options fail. From any thread.
+  // Makes a run with the present options fail. From any thread, but not beside renew_options.
   void terminate();
 
  private:
@@ -46,7 +45,6 @@ class GraphRun {
   const OnnxRuntime& ort_;
   Values inputs_;
   Values outputs_;
-  std::mutex options_mutex_;  // terminate, beside renew_options
   OrtHandle<OrtRunOptions> options_;
 };
 

@@ -2,11 +2,7 @@
 
 #include <string>
 
-#if defined(_WIN32)
-#include <windows.h>
-#else
 #include <sys/mman.h>
-#endif
 
 #include "ops/kv_layout.h"
 #include "src/error.h"
@@ -16,25 +12,12 @@ namespace {
 
 // Zeroed pages that cost nothing until they are written; null if there is no room.
 void* reserve(size_t bytes) {
-#if defined(_WIN32)
-  return VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
-#else
 #if !defined(MAP_NORESERVE)
   constexpr int MAP_NORESERVE = 0;
 #endif
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return data == MAP_FAILED ? nullptr : data;
-#endif
-}
-
-void release(void* data, size_t bytes) {
-#if defined(_WIN32)
-  static_cast<void>(bytes);
-  VirtualFree(data, 0, MEM_RELEASE);
-#else
-  munmap(data, bytes);
-#endif
 }
 
 }  // namespace
@@ -79,6 +62,6 @@ OrtHandle<OrtValue> KvCache::tensor(const OnnxRuntime& ort, size_t i) const {
   return ort.tensor(reinterpret_cast<uint8_t*>(data), {1, heads_, capacity_, width(i)});
 }
 
-KvCache::~KvCache() { release(data_, bytes_); }
+KvCache::~KvCache() { munmap(data_, bytes_); }
 
 }  // namespace edgelora

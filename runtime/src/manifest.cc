@@ -6,6 +6,7 @@
 #include "src/bundle_files.h"
 #include "src/error.h"
 #include "src/json_fields.h"
+#include "src/safetensors.h"
 #include "src/sha256.h"
 
 namespace edgelora {
@@ -15,6 +16,7 @@ using Json = nlohmann::json;
 
 constexpr int64_t kFormatVersion = 1;
 constexpr int64_t kManifestLimit = int64_t{64} << 20;  // bytes
+constexpr int kManifestDepth = 32;                     // objects and lists in each other
 constexpr int64_t kFileLimit = int64_t{1} << 50;       // bytes
 constexpr int64_t kHashLimit = int64_t{16} << 20;      // bytes
 
@@ -28,15 +30,6 @@ constexpr int64_t kMaxContext = 1 << 26;
 
 bool is_hex64(const std::string& text) {
   return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
-}
-
-Json parse(const std::string& bytes, const std::string& path) {
-  try {
-    return Json::parse(bytes);
-  } catch (const Json::parse_error& error) {
-    throw Error(EDGELORA_BAD_FILE, path + ": not valid JSON at byte " + std::to_string(error.byte) +
-                                       "; copy the bundle again");
-  }
 }
 
 void check_format(const JsonFields& root, const std::string& path) {
@@ -155,7 +148,8 @@ void check_files(const Manifest& manifest) {
 Manifest read_manifest(const std::string& folder) {
   const std::string path = folder + "/manifest.json";
   const std::string bytes = read_small_file(path, kManifestLimit);
-  const Json json = parse(bytes, path);
+  const Json json =
+      parse_json_object(path, bytes.data(), bytes.data() + bytes.size(), kManifestDepth);
   const JsonFields root(json, path);
   check_format(root, path);
   check_digest(root, bytes, path);

@@ -1,5 +1,7 @@
 #include "src/model.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "src/cores.h"
@@ -48,12 +50,12 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
 OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& path,
                                      const OrtSessionOptions* options) {
   OrtSession* session = nullptr;
-  OrtStatus* status =
-      ort.api().CreateSession(ort.env(), OnnxRuntime::native_path(path).c_str(), options, &session);
   try {
-    ort.check(status);
+    ort.check(ort.api().CreateSession(ort.env(), path.c_str(), options, &session));
   } catch (const Error& error) {
-    throw Error(error.status(), path + ": " + error.what() + "; copy or export the bundle again");
+    const bool bad_file = error.status() == EDGELORA_BAD_FILE;
+    throw Error(error.status(), path + ": " + error.what() +
+                                    (bad_file ? "; copy or export the bundle again" : ""));
   }
   return {session, ort.api().ReleaseSession};
 }
@@ -73,7 +75,8 @@ std::string known_names(const Manifest& manifest) {
 }  // namespace
 
 Model::Model(const std::string& bundle, const ModelOptions& options)
-    : manifest_(read_manifest(bundle)),
+    : process_(getpid()),
+      manifest_(read_manifest(bundle)),
       adapter_names_(name_pointers(manifest_)),
       flavor_(make_flavor(manifest_)),
       onnxruntime_(options.onnxruntime_path),
@@ -83,6 +86,13 @@ Model::Model(const std::string& bundle, const ModelOptions& options)
       kv_format_(read_kv_format(onnxruntime_, session_.get(), manifest_.model, options.exact)) {
   check_graph_edge(onnxruntime_, session_.get(), manifest_, flavor_->adapter_edge(manifest_),
                    kv_format_);
+}
+
+void Model::check_process() const {
+  if (getpid() == process_) return;
+  throw Error(EDGELORA_INVALID_ARGUMENT,
+              manifest_.folder + ": loaded before this process was forked, which has none of the " +
+                  "threads: load the model after the fork");
 }
 
 int64_t Model::weight_bytes() const {

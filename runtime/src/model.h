@@ -31,6 +31,9 @@ class Model {
   const Flavor& flavor() const { return *flavor_; }
   OrtSession* ort_session() const { return session_.get(); }
   int threads() const { return threads_; }
+
+  // Throws Error in a process forked after loading, where the threads are missing.
+  void check_process() const;
   const KvFormat& kv_format() const { return kv_format_; }
 
   int64_t weight_bytes() const;  // of the external weight file
@@ -45,6 +48,7 @@ class Model {
   std::shared_ptr<const ActiveAdapter> find_adapter(int64_t handle) const;
 
  private:
+  const int64_t process_;  // that loaded it
   Manifest manifest_;
   std::vector<const char*> adapter_names_;  // keys of manifest_.adapters
   std::unique_ptr<const Flavor> flavor_;

@@ -10,11 +10,10 @@ OrtHandle<OrtLoraAdapter> create_adapter(const OnnxRuntime& ort, const std::stri
                                          const Targets& targets) {
   check_onnx_adapter_file(path, targets);
   OrtLoraAdapter* adapter = nullptr;
-  OrtStatus* status =
-      ort.api().CreateLoraAdapter(OnnxRuntime::native_path(path).c_str(), nullptr, &adapter);
   try {
-    ort.check(status);
+    ort.check(ort.api().CreateLoraAdapter(path.c_str(), nullptr, &adapter));
   } catch (const Error& error) {
+    if (error.status() == EDGELORA_OUT_OF_MEMORY) throw;
     throw Error(EDGELORA_BAD_FILE, path + ": " + error.what() + "; export the bundle again");
   }
   return {adapter, ort.api().ReleaseLoraAdapter};

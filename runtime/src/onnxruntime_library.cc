@@ -1,37 +1,17 @@
 #include "src/onnxruntime_library.h"
 
-#if defined(_WIN32)
-#include <windows.h>
-#else
 #include <dlfcn.h>
-#endif
 
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "src/error.h"
+#include "src/ort_error.h"
 
 namespace edgelora {
 namespace {
 
 using GetApiBase = const OrtApiBase*(ORT_API_CALL*)();
-
-#if defined(_WIN32)
-
-constexpr const char* kSystemNames[] = {"onnxruntime.dll"};
-
-GetApiBase find_entry(const char* path, std::string* reason) {
-  const HMODULE library = LoadLibraryA(path);
-  if (library == nullptr) {
-    *reason = "Windows error " + std::to_string(GetLastError());
-    return nullptr;
-  }
-  *reason = "it has no OrtGetApiBase";
-  return reinterpret_cast<GetApiBase>(GetProcAddress(library, "OrtGetApiBase"));
-}
-
-#else
 
 #if defined(__APPLE__)
 constexpr const char* kSystemNames[] = {"libonnxruntime.dylib", "libonnxruntime.1.dylib"};
@@ -49,8 +29,6 @@ GetApiBase find_entry(const char* path, std::string* reason) {
   }
   return reinterpret_cast<GetApiBase>(symbol);
 }
-
-#endif
 
 GetApiBase load(const std::string& path) {
   std::string reason;
@@ -89,9 +67,11 @@ void ORT_API_CALL drop_message(void*, OrtLoggingLevel, const char*, const char*,
                                const char*) {}
 
 void check_status(const OrtApi& api, OrtStatus* status) {
-  if (status == nullptr) return;
-  const OrtHandle<OrtStatus> owned(status, api.ReleaseStatus);
-  throw Error(EDGELORA_RUNTIME, std::string("onnxruntime: ") + api.GetErrorMessage(status));
+  try {
+    check_ort(api, status);
+  } catch (const Error& error) {
+    throw Error(error.status(), std::string("onnxruntime: ") + error.what());
+  }
 }
 
 OrtHandle<OrtEnv> create_env(const OrtApi& api) {
@@ -124,10 +104,6 @@ OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory
 
 OnnxRuntime::OnnxRuntime(const std::string& path)
     : api_(get_api(path)), env_(create_env(*api_)), memory_(create_memory_info(*api_)) {}
-
-std::basic_string<ORTCHAR_T> OnnxRuntime::native_path(const std::string& path) {
-  return {path.begin(), path.end()};
-}
 
 void OnnxRuntime::check(OrtStatus* status) const { check_status(*api_, status); }
 

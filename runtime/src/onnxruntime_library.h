@@ -24,9 +24,6 @@ class OnnxRuntime {
   // Throws what `status` says, if it is not null, and releases it.
   void check(OrtStatus* status) const;
 
-  // A path as ORT wants it.
-  static std::basic_string<ORTCHAR_T> native_path(const std::string& path);
-
   // A tensor [dims] over memory of the caller, which must outlive it.
   OrtHandle<OrtValue> tensor(int64_t* data, std::initializer_list<int64_t> dims) const;
   OrtHandle<OrtValue> tensor(float* data, std::initializer_list<int64_t> dims) const;

@@ -142,7 +142,7 @@ Json parse_json_object(const std::string& where, const char* begin, const char* 
   try {
     json = Json::parse(begin, end, KeyGuard(where, max_depth));
   } catch (const Json::exception&) {  // its text quotes the file: not one line, not ours
-    refuse(where, "invalid JSON");
+    refuse(where, "not valid JSON");
   }
   if (!json.is_object()) refuse(where, "the JSON is no object");
   return json;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <string>
 
@@ -12,8 +13,9 @@ namespace {
 
 void require(bool condition, const char* name, float value, const char* range) {
   if (condition) return;
-  throw Error(EDGELORA_INVALID_ARGUMENT,
-              std::string(name) + " is " + std::to_string(value) + ", not " + range);
+  char shown[32];  // also of 1e-39, which std::to_string shows as 0
+  std::snprintf(shown, sizeof shown, "%g", static_cast<double>(value));
+  throw Error(EDGELORA_INVALID_ARGUMENT, std::string(name) + " is " + shown + ", not " + range);
 }
 
 }  // namespace
@@ -24,8 +26,9 @@ void Sampling::check() const {
   require(top_k >= 0, "top_k", static_cast<float>(top_k), "≥ 0");
   require(top_p > 0 && top_p <= 1, "top_p", top_p, "in (0, 1]");
   require(min_p >= 0 && min_p <= 1, "min_p", min_p, "in [0, 1]");
-  require(repetition_penalty > 0 && std::isfinite(repetition_penalty), "repetition_penalty",
-          repetition_penalty, "a finite number > 0");
+  // Beyond this logits overflow, which would look like a damaged model.
+  require(repetition_penalty >= 1e-6f && repetition_penalty <= 1e6f, "repetition_penalty",
+          repetition_penalty, "in [1e-6, 1e6]");
 }
 
 // Lanes without a branch, so that the compiler vectorizes: x > best is false for NaN, x != x is
@@ -142,12 +145,16 @@ int32_t Sampler::draw(const float* logits, float best) {
   size_t count = keep_top_k(logits);
   weigh(count, best);
   count = keep_min_p(keep_top_p(count));
-  double left = random_.uniform() * sum(count);
-  for (size_t i = 0; i < count; ++i) {
-    left -= static_cast<double>(candidates_[i].score);
-    if (left < 0) return candidates_[i].token;
+  return pick(candidates_.data(), count, random_.uniform() * sum(count));
+}
+
+int32_t Sampler::pick(const Candidate* candidates, size_t count, double left) {
+  int32_t token = candidates[0].token;
+  for (size_t i = 0; i < count && left >= 0; ++i) {
+    if (candidates[i].score > 0) token = candidates[i].token;
+    left -= static_cast<double>(candidates[i].score);
   }
-  return candidates_[0].token;  // rounding left a crumb
+  return token;  // where rounding left a crumb, the last that can be drawn
 }
 
 int32_t Sampler::sample(const float* logits) {

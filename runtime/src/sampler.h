@@ -32,11 +32,16 @@ class Sampler {
   // `token` was added to the sequence.
   void add(int32_t token);
 
- private:
   struct Candidate {
     float score;  // the logit; after `weigh` the probability over that of the best token
     int32_t token;
   };
+
+  // The token at `left`, from 0 to the sum of all scores, when they are laid end to end; never one
+  // with score 0. At least one score is positive.
+  static int32_t pick(const Candidate* candidates, size_t count, double left);
+
+ private:
   static bool better(const Candidate& x, const Candidate& y);
 
   const float* penalize(const float* logits);

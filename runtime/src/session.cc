@@ -26,7 +26,39 @@ bool contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
 
+Error cancelled() { return {EDGELORA_CANCELLED, "cancelled"}; }
+
 }  // namespace
+
+// The session is this call's until it ends.
+class Session::Use {
+ public:
+  explicit Use(Session* session) : in_use_(session->in_use_) {
+    if (!in_use_.exchange(true)) return;
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "the session is in a call: a token callback, or another thread, may ask where it is "
+                "or cancel it, nothing else");
+  }
+  ~Use() { in_use_ = false; }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  std::atomic<bool>& in_use_;
+};
+
+// A use that computes: it holds the adapter, whoever unloads it meanwhile.
+class Session::Call {
+ public:
+  explicit Call(Session* session)
+      : use_(session), adapter_(session->model_->find_adapter(session->adapter_)) {
+    session->begin(adapter_.get());
+  }
+
+ private:
+  const Use use_;
+  const std::shared_ptr<const ActiveAdapter> adapter_;
+};
 
 Session::Session(std::shared_ptr<const Model> model, int32_t context_length)
     : model_(std::move(model)),
@@ -36,19 +68,23 @@ Session::Session(std::shared_ptr<const Model> model, int32_t context_length)
       next_logits_(vocabulary(*model_)) {}
 
 void Session::set_adapter(int64_t adapter, Cache cache) {
+  const Use use(this);
   model_->find_adapter(adapter);
   adapter_ = adapter;
-  recompute_ = cache == Cache::kRecompute && cached_ > 0 && adapter != cached_adapter_;
+  cache_ = cache;
 }
 
-// Opens a call that computes: a cancel from now on is for it.
-void Session::begin() {
-  model_->find_adapter(adapter_);
+// A cancel from now on is for this call.
+void Session::begin(const ActiveAdapter* adapter) {
+  model_->check_process();
   computed_ = 0;
+  const std::lock_guard<std::mutex> lock(cancel_mutex_);
   cancelled_ = false;
+  graph_.activate({adapter_, adapter});
 }
 
 void Session::cancel() {
+  const std::lock_guard<std::mutex> lock(cancel_mutex_);
   cancelled_ = true;
   graph_.terminate();
 }
@@ -73,61 +109,55 @@ void Session::check_tokens(const int32_t* tokens, size_t count) const {
 
 // Sets the kv_cache back to where the adapter, or missing logits, make it start again.
 void Session::make_due() {
-  if (recompute_) {
-    recompute_ = false;
-    cached_ = 0;
+  if (is_stale()) {
+    cached_.shorten(0);
     logits_position_ = 0;
   }
-  if (cached_ == tokens_.size() && !has_logits()) --cached_;
+  if (!has_logits()) cached_.shorten(tokens_.size() - 1);
 }
 
-// Holds the adapter while it runs. A cancel before `activate` is seen after it.
 void Session::run_chunk(const Chunk& chunk, float* all_logits) {
-  const std::shared_ptr<const ActiveAdapter> held = model_->find_adapter(adapter_);
+  if (cancelled_) throw cancelled();
   try {
-    graph_.activate({adapter_, held.get()});
-    if (cancelled_) throw Error(EDGELORA_CANCELLED, "");
     if (all_logits != nullptr) {
       graph_.run_all(chunk, all_logits);
     } else {
       graph_.run_last(chunk, next_logits_.data());
     }
   } catch (const Error&) {
-    if (cancelled_) throw Error(EDGELORA_CANCELLED, "cancelled");
+    if (cancelled_) throw cancelled();
     throw;
   }
 }
 
-// Positions cached_…end; logits of all of them [end − cached_, vocab_size], or only of the last one
-// into next_logits_.
+// The positions up to `end` that are not cached; logits of all of them [positions, vocab_size], or only
+// of the last one into next_logits_.
 void Session::compute(size_t end, float* all_logits) {
-  while (cached_ < end) {
-    const size_t count = std::min(end - cached_, static_cast<size_t>(BoundGraph::kMostTokens));
-    run_chunk(
-        {tokens_.data() + cached_, static_cast<int64_t>(count), static_cast<int64_t>(cached_)},
-        all_logits);
+  for (size_t begin; (begin = cached_.size()) < end;) {
+    const size_t count = std::min(end - begin, static_cast<size_t>(BoundGraph::kMostTokens));
+    run_chunk({tokens_.data() + begin, static_cast<int64_t>(count), static_cast<int64_t>(begin)},
+              all_logits);
     if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
-    cached_ += count;
-    cached_adapter_ = adapter_;
+    cached_.lengthen(begin + count, adapter_);
     computed_ += static_cast<int64_t>(count);
   }
 }
 
 void Session::commit_logits() {
   std::swap(logits_, next_logits_);
-  logits_position_ = cached_;
+  logits_position_ = cached_.size();
 }
 
 void Session::compute_due() {
   make_due();
-  if (cached_ == tokens_.size()) return;
+  if (cached_.size() == tokens_.size()) return;
   compute(tokens_.size(), nullptr);
   commit_logits();
 }
 
 void Session::extend(const int32_t* tokens, size_t count, float* all_logits) {
+  const Call call(this);
   check_tokens(tokens, count);
-  begin();
   const Stopwatch stopwatch;
   const size_t before = tokens_.size();
   tokens_.insert(tokens_.end(), tokens, tokens + count);
@@ -142,7 +172,7 @@ void Session::extend(const int32_t* tokens, size_t count, float* all_logits) {
     compute(tokens_.size(), nullptr);
   } catch (...) {
     tokens_.resize(before);
-    cached_ = std::min(cached_, before);
+    cached_.shorten(before);
     throw;
   }
   commit_logits();
@@ -157,28 +187,33 @@ void Session::logits(const int32_t* tokens, size_t count, float* logits) {
 }
 
 void Session::rewind(size_t position) {
+  const Use use(this);
   if (position > tokens_.size()) {
     throw Error(EDGELORA_INVALID_ARGUMENT, "cannot rewind to position " + std::to_string(position) +
                                                ": the session holds " +
                                                std::to_string(tokens_.size()));
   }
   tokens_.resize(position);
-  cached_ = std::min(cached_, position);
-  if (cached_ == 0) recompute_ = false;
+  cached_.shorten(position);
   if (logits_position_ != position) logits_position_ = 0;
 }
 
-bool Session::has_logits() const { return !recompute_ && logits_position_ == tokens_.size(); }
+// The kv_cache is another adapter's and is not to be kept.
+bool Session::is_stale() const {
+  return cache_ == Cache::kRecompute && cached_.ends_with_other_than(adapter_);
+}
+
+bool Session::has_logits() const { return !is_stale() && logits_position_ == tokens_.size(); }
 
 const float* Session::last_logits() const {
   return has_logits() && !tokens_.empty() ? logits_.data() : nullptr;
 }
 
 GenerateResult Session::generate(const GenerateOptions& options, int32_t* tokens) {
+  const Call call(this);
   if (tokens_.empty())
     throw Error(EDGELORA_INVALID_ARGUMENT, "nothing to generate after: prefill first");
   options.sampling.check();
-  begin();
   const Stopwatch stopwatch;
   Sampler sampler(options.sampling, vocabulary(*model_), tokens_);
   GenerateResult result = {0, EDGELORA_FINISH_LENGTH};

@@ -3,16 +3,21 @@
 // The history may run ahead of the kv_cache: the last generated token is computed only when
 // something follows it, and a change of adapter makes all positions due again. Every step first
 // computes what is due.
+//
+// A call that changes or computes something has the session to itself: another, from a token callback
+// or another thread, is refused.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "edgelora.h"
 #include "src/bound_graph.h"
+#include "src/cached_positions.h"
 #include "src/model.h"
 #include "src/sampler.h"
 #include "src/timings.h"
@@ -54,7 +59,10 @@ class Session {
   const Model& model() const { return *model_; }
 
  private:
-  void begin();
+  class Use;
+  class Call;
+
+  void begin(const ActiveAdapter* adapter);
   void check_tokens(const int32_t* tokens, size_t count) const;
   void extend(const int32_t* tokens, size_t count, float* all_logits);
   void make_due();
@@ -62,22 +70,24 @@ class Session {
   void run_chunk(const Chunk& chunk, float* all_logits);
   void commit_logits();
   void compute_due();
+  bool is_stale() const;
   bool has_logits() const;
 
   std::shared_ptr<const Model> model_;
   size_t context_length_;  // positions
   BoundGraph graph_;
   std::vector<int32_t> tokens_;  // the history
-  size_t cached_ = 0;            // positions that the kv_cache holds, ≤ tokens_.size()
+  CachedPositions cached_;       // at most tokens_
   int64_t adapter_ = 0;          // of the next positions
-  int64_t cached_adapter_ = 0;   // of the last computed position
-  bool recompute_ = false;       // the kv_cache is another adapter's and is not to be kept
+  Cache cache_ = Cache::kRecompute;  // what a change to adapter_ makes of the kv_cache
   std::vector<float> logits_;  // [vocab_size] of the last token of the first logits_position_ ones
   std::vector<float>
       next_logits_;  // [vocab_size] where runs write, so that a failed one leaves logits_ alone
   size_t logits_position_ = 0;  // 0: none
   int64_t computed_ = 0;        // positions since the present call began
   Timings timings_;
+  std::atomic<bool> in_use_{false};
+  std::mutex cancel_mutex_;  // of a call's begin, and of a cancel
   std::atomic<bool> cancelled_{false};
 };
 

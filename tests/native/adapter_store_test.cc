@@ -80,7 +80,7 @@ const Wrong kWrong[] = {
     {"made for the base sha256:b", [](auto& f) { f.metadata()["base_fingerprint"] = "sha256:b"; }},
     {"no base_fingerprint", [](auto& f) { f.metadata().erase("base_fingerprint"); }},
     {"no scaling", [](auto& f) { f.metadata().erase("scaling"); }},
-    {"invalid JSON", [](auto& f) { f.metadata()["scaling"] = "{\"up\": NaN}"; }},
+    {"not valid JSON", [](auto& f) { f.metadata()["scaling"] = "{\"up\": NaN}"; }},
     {"not a finite number", [](auto& f) { f.metadata()["scaling"] = "{\"up\": 1e39}"; }},
     {"not a finite number", [](auto& f) { f.metadata()["scaling"] = "{\"up\": \"1\"}"; }},
     {"key \"up\" twice", [](auto& f) { f.metadata()["scaling"] = "{\"up\": 1, \"up\": 2}"; }},

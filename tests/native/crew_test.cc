@@ -1,9 +1,11 @@
 // The crew: every ticket once, whoever calls, however many threads, asleep or awake. Plain memory
 // is written in tickets and read afterwards: a build with -DSANITIZE=thread sees what is missing.
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <fstream>
 #include <set>
 #include <string>
 #include <thread>
@@ -12,6 +14,7 @@
 
 #include "ops/crew.h"
 #include "ops/shares.h"
+#include "src/error.h"
 #include "test_check.h"
 
 namespace edgelora::test {
@@ -205,6 +208,32 @@ void test_a_fork_runs_without_its_helpers() {
   CHECK(run_once(&crews, 3, 10));
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+void test_missing_threads_are_said() {}  // a sanitizer needs more address space than is left here
+#else
+rlim_t address_space() {  // of this process, bytes
+  rlim_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  return pages * static_cast<rlim_t>(sysconf(_SC_PAGESIZE));
+}
+
+void test_missing_threads_are_said() {
+  rlimit before{};
+  CHECK(getrlimit(RLIMIT_AS, &before) == 0);
+  rlimit little = before;
+  little.rlim_cur = address_space() + (rlim_t{40} << 20);  // a few stacks
+  CHECK(setrlimit(RLIMIT_AS, &little) == 0);
+  std::string message;
+  try {
+    const ops::Crew crew(64, true);
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  CHECK(setrlimit(RLIMIT_AS, &before) == 0);
+  CHECK(message.find("cannot start 64 threads (") == 0);
+}
+#endif
+
 // A worker alone walks through his own run, then takes the others' from their ends.
 void test_pieces_are_one_stream_then_stolen() {
   ops::Shares shares;
@@ -252,6 +281,7 @@ int main() {
   using namespace edgelora::test;
   alarm(300);  // a ticket that is lost is a wait without end
   test_a_fork_runs_without_its_helpers();
+  test_missing_threads_are_said();
   for (const bool spinning : {true, false}) {
     test_every_ticket_runs_once(spinning);
     test_calls_of_all_kinds_follow_each_other(spinning);

@@ -1,0 +1,79 @@
+// What a session is made of, without a model: the positions that are cached, the token that is drawn.
+#include "src/cached_positions.h"
+#include "src/error.h"
+#include "src/sampler.h"
+#include "test_check.h"
+
+namespace edgelora::test {
+namespace {
+
+void test_cached_positions_know_who_computed_the_last_one() {
+  CachedPositions cached;
+  CHECK(cached.size() == 0 && !cached.ends_with_other_than(7));
+  cached.lengthen(10, 7);
+  cached.lengthen(20, 7);
+  cached.lengthen(30, 8);
+  CHECK(cached.size() == 30 && cached.ends_with_other_than(7) && !cached.ends_with_other_than(8));
+  cached.shorten(21);
+  CHECK(cached.size() == 21 && !cached.ends_with_other_than(8));
+  cached.shorten(20);
+  CHECK(cached.size() == 20 && !cached.ends_with_other_than(7));
+  cached.lengthen(25, 9);
+  cached.shorten(5);
+  CHECK(cached.size() == 5 && !cached.ends_with_other_than(7));
+  cached.shorten(0);
+  CHECK(cached.size() == 0 && !cached.ends_with_other_than(7) && !cached.ends_with_other_than(8));
+}
+
+void test_shortening_to_more_changes_nothing() {
+  CachedPositions cached;
+  cached.shorten(3);
+  CHECK(cached.size() == 0);
+  cached.lengthen(4, 7);
+  cached.shorten(9);
+  CHECK(cached.size() == 4);
+}
+
+// Rounding may leave a crumb of the sum: it must not fall to a token that cannot be drawn.
+void test_a_token_of_probability_zero_is_never_picked() {
+  const Sampler::Candidate candidates[] = {{0.0F, 10}, {0.5F, 11}, {0.0F, 12}, {1.0F, 13}, {0.0F, 14}};
+  const auto pick = [&](double left) { return Sampler::pick(candidates, 5, left); };
+  CHECK(pick(0.0) == 11);
+  CHECK(pick(0.499) == 11);
+  CHECK(pick(0.5) == 13);
+  CHECK(pick(1.5) == 13);
+}
+
+std::string refusal(const Sampling& sampling) {
+  try {
+    sampling.check();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void test_a_penalty_that_would_overflow_is_refused_with_its_value() {
+  Sampling sampling;
+  for (const float penalty : {1e-6F, 1.0F, 1e6F}) {
+    sampling.repetition_penalty = penalty;
+    CHECK(refusal(sampling).empty());
+  }
+  for (const float penalty : {1e-39F, 1e-7F, 1e7F}) {
+    sampling.repetition_penalty = penalty;
+    CHECK(refusal(sampling).find("repetition_penalty is 1e") == 0);
+  }
+}
+
+}  // namespace
+}  // namespace edgelora::test
+
+int main() {
+  using namespace edgelora::test;
+  test_cached_positions_know_who_computed_the_last_one();
+  test_shortening_to_more_changes_nothing();
+  test_a_token_of_probability_zero_is_never_picked();
+  test_a_penalty_that_would_overflow_is_refused_with_its_value();
+  std::printf("%d failures\n", failures.load());
+  return failures == 0 ? 0 : 1;
+}
