@@ -25,8 +25,8 @@ struct OpsOptions {
 const kernels::KernelTable& selected_kernels();
 
 // Adds the custom-op domain "edgelora" to `options`. The domain lives as long as the process (one
-// for each OrtApi, options and process: its threads do not outlive a fork). Returns null on success, else a status owned by the caller.
-// Thread-safe.
+// for each OrtApi, options and process: its threads do not outlive a fork). Returns null on
+// success, else a status owned by the caller. Thread-safe.
 OrtStatus* register_ops(const OrtApi* api, OrtSessionOptions* options, const OpsOptions& ops);
 
 }  // namespace edgelora
