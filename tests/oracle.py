@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from int8_attention import int8_kv_cache, round_int8, round_keys
+from int8_attention import blocks_of, int8_kv_cache, round_int8
 
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
@@ -120,9 +120,7 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
     before = [module.weight.data for module in factors]
     for name, module in linears.items():
         if "lora_" in name:
-            module.weight.data = (round_keys if "lora_A" in name else round_rows)(
-                module.weight.data
-            )
+            module.weight.data = round_factor(module.weight.data, in_blocks="lora_A" in name)
     try:
         with int8_kv_cache(model):
             yield
@@ -133,10 +131,13 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def round_rows(b: torch.Tensor) -> torch.Tensor:
-    """lora_b in int8, one float16 scale a row."""
-    scales = (b.abs().amax(-1, keepdim=True) / 127).half().float()
-    return torch.where(scales > 0, torch.round(b / scales).clamp(-127, 127), 0.0) * scales
+def round_factor(factor: torch.Tensor, *, in_blocks: bool) -> torch.Tensor:
+    """In int8: a scale of 11 bits for each row of lora_b, for each block of 32 of lora_a's rows."""
+    values = blocks_of(factor) if in_blocks else factor
+    mantissas, exponents = torch.frexp(values.abs().amax(-1, keepdim=True) / 127)
+    scales = torch.ldexp(torch.round(mantissas * 2048) / 2048, exponents)
+    codes = torch.where(scales > 0, torch.round(values / scales).clamp(-127, 127), 0.0)
+    return (codes * scales).reshape(len(factor), -1)[:, : factor.shape[1]]
 
 
 class BundleWeights:

@@ -9,6 +9,7 @@ moves one code by one.
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import edgelora
 import oracle
@@ -119,6 +121,21 @@ def test_adapter_on_quantized_base_equals_peft_on_dequantized(
 ) -> None:
     adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, **FORMATS[kind])
+    check(tmp_path / "bundle", oracle.float_model(base), adapter)
+
+
+def test_small_factors_lose_no_more_than_others(base: Path, tmp_path: Path) -> None:
+    """Multiples of 2^-22 are float16 numbers; but a 127th of them, as a scale of int8 codes, is
+    below the smallest.
+    """
+    adapter = make_adapter(base, tmp_path / "a", target_modules="all-linear")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    small = {name: (64 * values).round() * 2.0**-22 for name, values in tensors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2.0**32
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
     check(tmp_path / "bundle", oracle.float_model(base), adapter)
 
 

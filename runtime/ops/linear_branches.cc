@@ -95,7 +95,7 @@ void LinearJob::down_packed(const Worker& worker, const Branch& branch, int64_t 
                         worker.linear);
   for (int64_t m = row_begin; m < row_end; ++m) {
     float* scale = t_of(branch, m);
-    *scale = branch.weight * quantize_t(scale + 1, factors.rank);
+    *scale = branch.packed_weight * quantize_t(scale + 1, factors.rank);
   }
 }
 

@@ -85,7 +85,8 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
       const PackedFactors* packed = term.branch->packed.get();
       slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
-                       term.weight, node->t_size});
+                       term.weight, packed == nullptr ? 0.0f : term.weight * packed->unit(),
+                       node->t_size});
       node->t_size += term.branch->factors.rank + kBesideT;
     }
   }
@@ -94,6 +95,15 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
 
 void RowAdapters::resolve(AdapterCache& cache, const int64_t* ids, int64_t count) {
   release();
+  try {
+    fill(cache, ids, count);
+  } catch (...) {
+    release();  // what is half resolved keeps no adapter in memory
+    throw;
+  }
+}
+
+void RowAdapters::fill(AdapterCache& cache, const int64_t* ids, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (ids[i] == 0 && sequences_.empty()) continue;  // a batch of the base alone touches no memory
     sequences_.resize(static_cast<size_t>(count), nullptr);

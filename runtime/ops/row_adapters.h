@@ -16,7 +16,8 @@ namespace edgelora::ops {
 struct Branch {
   kernels::Factors factors;
   const kernels::PackedFactors* packed;  // or null; the adapter holds it
-  float weight;
+  float weight;         // of factors
+  float packed_weight;  // of packed
   int64_t offset;
 };
 
@@ -62,7 +63,7 @@ class AdapterCache {
 // The adapters of one call, held while it runs.
 class RowAdapters {
  public:
-  // ids [count], one for each sequence.
+  // ids [count], one for each sequence. Throws Error, and is empty then.
   void resolve(AdapterCache& cache, const int64_t* ids, int64_t count);
 
   // Null for the base and for an adapter that leaves this Linear alone.
@@ -77,6 +78,7 @@ class RowAdapters {
   void release();
 
  private:
+  void fill(AdapterCache& cache, const int64_t* ids, int64_t count);
   const NodeAdapter* hold(AdapterCache& cache, int64_t id);
 
   std::vector<HeldAdapter> held_;              // each distinct adapter once

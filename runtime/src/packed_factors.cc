@@ -15,40 +15,76 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-float value_at(const kernels::Factors& factors, const void* base, int64_t index) {
-  return factors.half ? kernels::half_to_float(kernels::load_u16(base, index))
-                      : kernels::load_f32(base, index);
-}
+// The largest scale of a factor is brought to 2^14 … 2^15: float16 then tells scales down to 2^−29 of
+// it apart.
+constexpr int kScaleExponent = 14;
+
+// Values of a factor, times a power of two.
+class Values {
+ public:
+  Values(const kernels::Factors& factors, const void* data, int64_t count)
+      : half_(factors.half), data_(data) {
+    float most = 0.0f;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs((*this)[i]));
+    exponent_ = most > 0.0f ? kScaleExponent - std::ilogb(most / 127.0f) : 0;
+    power_ = std::ldexp(1.0f, exponent_);
+  }
+
+  float operator[](int64_t index) const {
+    const float value = half_ ? kernels::half_to_float(kernels::load_u16(data_, index))
+                              : kernels::load_f32(data_, index);
+    return value * power_;
+  }
+
+  int exponent() const { return exponent_; }
+
+ private:
+  bool half_;
+  const void* data_;
+  int exponent_ = 0;
+  float power_ = 1.0f;
+};
+
+// What codes are times, of values that share it.
+struct Scale {
+  explicit Scale(float most) : half(kernels::float_to_half(most / 127.0f)) {
+    const float step = kernels::half_to_float(half);
+    inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  }
+  int8_t code(float value) const {
+    return static_cast<int8_t>(std::clamp(std::nearbyint(value * inverse), -127.0f, 127.0f));
+  }
+  uint16_t half;
+  float inverse;
+};
 
 }  // namespace
 
 PackedFactors::PackedFactors(const kernels::Factors& factors, int64_t in_features,
                              int64_t out_features) {
-  pack_a(factors, in_features);
-  pack_b(factors, ceil_div(out_features, kPanel));
+  const int a_exponent = pack_a(factors, in_features);
+  const int b_exponent = pack_b(factors, ceil_div(out_features, kPanel));
+  unit_ = std::ldexp(1.0f, -a_exponent - b_exponent);
   view_.rank = factors.rank;
   view_.b = b_.data();
 }
 
-void PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) {
+int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) {
   const int64_t blocks = ceil_div(in_features, kBlock), panels = ceil_div(factors.rank, kPanel);
+  const Values values(factors, factors.a, factors.rank * in_features);
   a_codes_.resize(static_cast<size_t>(panels * blocks * kBlock * kPanel));
   a_scales_.resize(static_cast<size_t>(panels * blocks * kPanel));
   for (int64_t r = 0; r < factors.rank; ++r) {
     const int64_t panel = r / kPanel, row = r % kPanel;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t k = b * kBlock, count = std::min(kBlock, in_features - k);
-      float values[kBlock];
-      for (int64_t i = 0; i < count; ++i) {
-        values[i] = value_at(factors, factors.a, r * in_features + k + i);
-      }
-      int8_t codes[kBlock];
-      float scale = 0.0f;
-      kernels::quantize_block(values, count, codes, &scale);
-      a_scales_[static_cast<size_t>((panel * blocks + b) * kPanel + row)] =
-          kernels::float_to_half(scale);
+      const int64_t first = r * in_features + b * kBlock;
+      const int64_t count = std::min(kBlock, in_features - b * kBlock);
+      float most = 0.0f;
+      for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(values[first + i]));
+      const Scale scale(most);
+      a_scales_[static_cast<size_t>((panel * blocks + b) * kPanel + row)] = scale.half;
       int8_t* to = a_codes_.data() + ((panel * blocks + b) * kBlock * kPanel + 4 * row);
-      for (int64_t q = 0; q < kBlock / 4; ++q) std::memcpy(to + 64 * q, codes + 4 * q, 4);
+      for (int64_t i = 0; i < count; ++i) to[i / 4 * 64 + i % 4] = scale.code(values[first + i]);
     }
   }
   view_.a.format = kernels::Format::kInt8;
@@ -57,28 +93,26 @@ void PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features)
   view_.a.block_size = kBlock;
   view_.a.codes = a_codes_.data();
   view_.a.scales = a_scales_.data();
+  return values.exponent();
 }
 
-void PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
+int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
   const int64_t stride = 32 * (1 + ceil_div(factors.rank, 2));  // bytes of a panel
+  const Values values(factors, factors.b, panels * kPanel * factors.rank);
   b_.resize(static_cast<size_t>(panels * stride));
   for (int64_t row = 0; row < panels * kPanel; ++row) {
     const int64_t panel = row / kPanel, i = row % kPanel;
-    const auto value = [&](int64_t r) {
-      return value_at(factors, factors.b, (panel * factors.rank + r) * kPanel + i);
-    };
+    const auto value = [&](int64_t r) { return values[(panel * factors.rank + r) * kPanel + i]; };
     float most = 0.0f;
     for (int64_t r = 0; r < factors.rank; ++r) most = std::max(most, std::fabs(value(r)));
-    const uint16_t scale = kernels::float_to_half(most / 127.0f);
-    const float step = kernels::half_to_float(scale);
-    const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    const Scale scale(most);
     uint8_t* to = b_.data() + panel * stride;
-    std::memcpy(to + 2 * i, &scale, 2);
+    std::memcpy(to + 2 * i, &scale.half, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
-      const float code = std::clamp(std::nearbyint(value(r) * inverse), -127.0f, 127.0f);
-      to[32 + r / 2 * 32 + 2 * i + r % 2] = static_cast<uint8_t>(static_cast<int8_t>(code));
+      to[32 + r / 2 * 32 + 2 * i + r % 2] = static_cast<uint8_t>(scale.code(value(r)));
     }
   }
+  return values.exponent();
 }
 
 }  // namespace edgelora

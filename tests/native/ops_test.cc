@@ -98,6 +98,24 @@ void test_a_cached_adapter_is_gone_once_it_is_unloaded(const TemporaryFolder& fo
   CHECK(message_of(cache, handle) == "adapter handle " + std::to_string(handle) + " is not loaded");
 }
 
+void test_a_batch_that_cannot_be_resolved_keeps_no_adapter(const TemporaryFolder& folder) {
+  const TestedLinear linear = qkv();
+  ops::AdapterCache cache = linear.cache();
+  const Lora q = linear.lora(0, 2, 3);
+  const int64_t ids[] = {linear.load(folder, {&q}), 7'000'000};
+  const std::weak_ptr<const ActiveAdapter> adapter = AdapterStore::instance().find(ids[0]);
+  ops::RowAdapters rows;
+  std::string message;
+  try {
+    rows.resolve(cache, ids, 2);
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  CHECK(message == "adapter handle 7000000 is not loaded");
+  AdapterStore::instance().unload(ids[0]);
+  CHECK(adapter.expired());
+}
+
 void test_an_adapter_of_another_shape_is_refused(const TemporaryFolder& folder) {
   const TestedLinear linear = qkv();
   ops::AdapterCache cache({linear.names[0]}, {128}, linear.k);
@@ -148,6 +166,7 @@ int main() {
   }
   test_linear_leaves_the_base_alone_without_adapters();
   test_a_cached_adapter_is_gone_once_it_is_unloaded(folder);
+  test_a_batch_that_cannot_be_resolved_keeps_no_adapter(folder);
   test_an_adapter_of_another_shape_is_refused(folder);
   test_runs_and_unloads_at_once(folder);
   std::printf("%d failures\n", failures.load());
