@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch, valid_adapter_name
 from edgelora.adapter.half import half_factors
-from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, unique_object
+from edgelora.adapter.tensors import (
+    Factor,
+    StoredTensor,
+    parse_safetensors,
+    safetensors_bytes,
+    unique_object,
+)
 from edgelora.errors import EdgeLoraError
 
 FORMAT = "edgelora-adapter"
@@ -44,7 +50,7 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
         "name": valid_adapter_name(name),
         "scaling": json.dumps(scaling),
     }
-    return _serialize(tensors, metadata)
+    return safetensors_bytes(tensors, metadata)
 
 
 def _tensors(target: str, branch: Branch, dtype: Dtype, source: str) -> dict[str, Factor]:
@@ -92,29 +98,6 @@ def _as_dtype(branch: Branch, dtype: Dtype, target: str) -> tuple[Factor, Factor
     if dtype == "float16":
         return half_factors(branch, target)
     return branch.lora_a.astype(np.float32), branch.lora_b.astype(np.float32)
-
-
-def _serialize(tensors: Mapping[str, Factor], metadata: Mapping[str, str]) -> bytes:
-    """safetensors with sorted names and metadata (the package orders metadata by chance)."""
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    chunks, position = [], 0
-    for name in sorted(tensors):
-        values = tensors[name]
-        data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        offsets = [position, position + len(data)]
-        header[name] = {
-            "dtype": _DTYPES[values.dtype.name],
-            "shape": list(values.shape),
-            "data_offsets": offsets,
-        }
-        chunks.append(data)
-        position += len(data)
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
-
-
-_DTYPES = {"float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, eq=False)

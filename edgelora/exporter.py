@@ -19,11 +19,10 @@ from edgelora.adapter import (
 from edgelora.adapter_file import Dtype, write_adapter
 from edgelora.binding import bound, check_biases
 from edgelora.bundle import (
+    BUNDLE,
     WeightFile,
     adapter_entry,
     adapter_path,
-    check_target,
-    new_folder,
     write_manifest,
 )
 from edgelora.calibration import CalibrationText, read_calibration
@@ -41,6 +40,7 @@ from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
 from edgelora.rounding import Rounding
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter
+from edgelora.whole_folder import check_target, new_folder
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -162,9 +162,9 @@ def export(
     """
     started = time.perf_counter()
     folders = {name: Path(path) for name, path in (adapters or {}).items()}
-    check_target(Path(out), force=force)
+    check_target(Path(out), BUNDLE, force=force)
     request = prepare(Path(base), folders, ExportOptions(**options))
-    with new_folder(Path(out), force=force) as folder:
+    with new_folder(Path(out), BUNDLE, force=force) as folder:
         bits = write_bundle(folder, request, progress or (lambda done, total: None))
     return ExportReport(
         Path(out),

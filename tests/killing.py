@@ -10,11 +10,11 @@ DRIVER = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
 import edgelora
-from edgelora import adding, bundle, exporter
+from edgelora import adding, bundle, exporter, whole_folder
 from edgelora.manifest import read_manifest
 
 STEPS = [
-    (os, "fsync"), (shutil, "rmtree"), (bundle, "_exchange"), (bundle.WeightFile, "add"),
+    (os, "fsync"), (shutil, "rmtree"), (whole_folder, "_exchange"), (bundle.WeightFile, "add"),
     *((Path, name) for name in ("mkdir", "rename", "unlink", "write_bytes")),
 ]
 

@@ -12,7 +12,7 @@ from test_float_oracle import make_adapter
 
 COMMANDS = [
     "export", "add-adapter", "run", "chat", "inspect", "verify", "bench", "devices", "demo",
-    "completion",
+    "completion", "compose",
 ]  # fmt: skip
 WITHOUT_CONVERTER = """
 import sys

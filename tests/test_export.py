@@ -200,9 +200,9 @@ def test_kill_at_any_step_of_force_loses_nothing_where_folders_cannot_be_exchang
 ) -> None:
     """The next export puts back a bundle that was set aside."""
     definitions = """
-bundle._exchange = lambda one, other: False
+whole_folder._exchange = lambda one, other: False
 def check():
-    bundle._clear_abandoned(out)
+    whole_folder._clear_abandoned(out)
     assert list(out.parent.iterdir()) == [out]
     if read_manifest(out)["plan"]["format"] != "float":
         edgelora.export(base, out, format="float", force=True)

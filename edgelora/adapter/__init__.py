@@ -19,13 +19,20 @@ from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, un
 from edgelora.errors import EdgeLoraError
 
 __all__ = [
+    "CONFIG",
+    "PARTS",
+    "WEIGHTS",
     "Adapter",
     "Branch",
     "LedgerEntry",
+    "PeftFolder",
     "adapter_ledger",
+    "adapter_of",
+    "base_key",
     "compare_base_name",
     "model_name",
     "read_adapter",
+    "read_folder",
     "refuse_parts",
     "valid_adapter_name",
     "valid_adapter_names",
@@ -50,7 +57,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class _Folder:
+class PeftFolder:
     """The two files of a PEFT folder, read but not judged."""
 
     path: Path
@@ -65,8 +72,13 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
     Raises EdgeLoraError: one line that names every refused field and tensor, or the file that
     cannot be read.
     """
-    folder = _read_folder(path)
-    branches, ledger = _judge(folder, targets)
+    return adapter_of(read_folder(path), targets)
+
+
+def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
+    """As `read_adapter`; without `targets`, all modules in the file are taken."""
+    path, known = folder.path, _own_targets(folder.tensors) if targets is None else targets
+    branches, ledger = _judge(folder, known)
     if problems := refusals(ledger):
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
@@ -93,21 +105,22 @@ def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ..
 
     Raises EdgeLoraError only if the files cannot be read at all.
     """
-    folder = _read_folder(path)
+    folder = read_folder(path)
     return tuple(_judge(folder, _own_targets(folder.tensors) if targets is None else targets)[1])
 
 
 def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:
     """A warning if the adapter names another base; last path components count, case does not."""
     trained_on = adapter.base_model_name_or_path
-    if not trained_on or _last_component(trained_on) == _last_component(checkpoint_name):
+    if not trained_on or base_key(trained_on) == base_key(checkpoint_name):
         return None
     return (
         f"adapter {adapter.source} was trained on {trained_on}, but the base is {checkpoint_name}"
     )
 
 
-def _last_component(name: str) -> str:
+def base_key(name: str) -> str:
+    """What two names of the same base have in common."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
@@ -127,7 +140,7 @@ def _factors(tensors: Iterable[str]) -> list[str]:
     return [name for name in tensors if not is_trained_bias(name)]
 
 
-def _judge(folder: _Folder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
+def _judge(folder: PeftFolder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
     """All branches that can be read, and the ledger."""
     settings, ledger = read_settings(folder.config)
     if folder.config.get("peft_type") != "LORA":
@@ -164,7 +177,7 @@ def _with_biases(
     return dict(sorted(result.items()))
 
 
-def _read_folder(path: Path) -> _Folder:
+def read_folder(path: Path) -> PeftFolder:
     if not path.is_dir():
         raise EdgeLoraError(
             f"{path}: no such folder; give the folder that PEFT's save_pretrained wrote"
@@ -176,7 +189,7 @@ def _read_folder(path: Path) -> _Folder:
     config_bytes, weight_bytes = _read(path, CONFIG), _read(path, WEIGHTS)
     config = _parse_config(config_bytes, path / CONFIG)
     tensors, _ = parse_safetensors(weight_bytes, str(path / WEIGHTS))
-    return _Folder(path, config, tensors, _fingerprint(config_bytes, weight_bytes))
+    return PeftFolder(path, config, tensors, _fingerprint(config_bytes, weight_bytes))
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -15,8 +15,8 @@ from edgelora.adapter.settings import Settings
 
 Value = TypeVar("Value", int, float)
 
-HEAD = "lm_head"
 ALL_LINEAR = "all-linear"
+NOT_IN_ALL_LINEAR = ("lm_head", "model.embed_tokens")
 
 
 def check_patterns(settings: Settings) -> list[LedgerEntry]:
@@ -48,10 +48,14 @@ def _compiles(pattern: str) -> bool:
 
 
 def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
-    """The modules, of those given, that PEFT would adapt; "all-linear" leaves out lm_head."""
+    """The modules, of those given, that PEFT would adapt."""
     wanted = settings.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return [each for each in modules if each != HEAD and not _is_excluded(settings, each)]
+        return [
+            each
+            for each in modules
+            if each not in NOT_IN_ALL_LINEAR and not _is_excluded(settings, each)
+        ]
     return [
         each
         for each in modules

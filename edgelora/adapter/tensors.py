@@ -6,6 +6,7 @@ Eight bytes of header length, a JSON header, the values.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -29,6 +30,7 @@ ITEM_SIZES = {
     "BOOL": 1,
 }
 ITEM_SIZES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes
+_DTYPES = {"float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,23 @@ def _check_coverage(spans: dict[str, tuple[int, int]], size: int, source: str) -
         raise EdgeLoraError(
             f"{source}: {size - position} bytes belong to no tensor; the file is corrupt"
         )
+
+
+def safetensors_bytes(tensors: Mapping[str, Factor], metadata: Mapping[str, str]) -> bytes:
+    """A file with names and metadata sorted (the package orders metadata by chance)."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    chunks, position = [], 0
+    for name in sorted(tensors):
+        values = tensors[name]
+        data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+        offsets = [position, position + len(data)]
+        header[name] = {
+            "dtype": _DTYPES[values.dtype.name],
+            "shape": list(values.shape),
+            "data_offsets": offsets,
+        }
+        chunks.append(data)
+        position += len(data)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])

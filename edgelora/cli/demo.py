@@ -30,11 +30,12 @@ def demo(keep: Path | None, threads: int, *, force: bool) -> None:
     \b
     Example:  edgelora demo --keep smollm2
     """
-    from edgelora.bundle import check_target
+    from edgelora.bundle import BUNDLE
+    from edgelora.whole_folder import check_target
 
     base, adapters = _base(), shipped_adapters()
     if keep is not None:
-        check_target(keep, force=force)
+        check_target(keep, BUNDLE, force=force)
     with tempfile.TemporaryDirectory() as folder:
         bundle = keep or Path(folder) / "smollm2"
         out.rule("export", align="left")

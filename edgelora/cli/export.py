@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from edgelora.cli.console import err, out
 from edgelora.cli.parameters import NamedPath, json_option, unique
+from edgelora.cli.progress import progress_bar
 from edgelora.plan import (
     BLOCK_SIZES,
     EMBEDDING_FORMATS,
@@ -141,7 +141,7 @@ def show_export(
     """Runs the export under a progress bar and prints what it did."""
     from edgelora.exporter import export as run_export
 
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("weights", total=None)
         report = run_export(
             base,
@@ -151,18 +151,6 @@ def show_export(
             **options,
         )
     _show_report(report, as_json=as_json)
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
 
 
 def _show_plan(plan: Plan, *, as_json: bool) -> None:

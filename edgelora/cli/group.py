@@ -15,6 +15,7 @@ COMMANDS = {  # command → module of edgelora.cli that defines it
     "bench": "bench",
     "chat": "chat",
     "completion": "completion",
+    "compose": "compose",
     "demo": "demo",
     "devices": "devices",
     "export": "export",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgelora.session import Adapter
 
@@ -53,6 +54,31 @@ class WeightedName(click.ParamType[tuple[str, float]]):
             return weighted_name(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class WeightedPath(click.ParamType[tuple[str, float]]):
+    """PATH or PATH:WEIGHT; what follows the last colon is a weight unless such a path exists."""
+
+    name = "path[:weight]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        text = str(value)
+        path, colon, weight = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return text, 1.0
+        if not path:
+            self.fail(f"{text!r}: no path", param, ctx)
+        try:
+            return path, weighted_name(f"x:{weight}")[1]
+        except ValueError as error:
+            self.fail(str(error).replace("'x:", f"'{path}:", 1), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
 
 
 def weighted_name(text: str) -> tuple[str, float]:
