@@ -10,6 +10,7 @@ from edgelora.adapter import (
     compare_base_name,
     read_adapter,
     refuse_parts,
+    refuse_replaced,
     valid_adapter_names,
 )
 from edgelora.adapter_file import read_adapter_file, write_adapter
@@ -78,6 +79,7 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)
+    refuse_replaced(adapter, path)
     why = "that takes the base: export the bundle again with it"
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
     data = write_adapter(

@@ -14,6 +14,7 @@ from edgelora.adapter import (
     compare_base_name,
     read_adapter,
     refuse_parts,
+    refuse_replaced,
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, write_adapter
@@ -26,6 +27,7 @@ from edgelora.bundle import (
     write_manifest,
 )
 from edgelora.calibration import CalibrationText, read_calibration
+from edgelora.changed_base import changed_base
 from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
@@ -79,12 +81,11 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
     read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
     if options.mode == "merge" and len(read) != 1:
         raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
-    if options.mode != "merge" and options.flavor == "ort":
-        why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
-        for name, adapter in read.items():
-            refuse_parts(adapter, adapters[name], PARTS, why)
     for name, adapter in read.items():
+        _check_mode(adapter, adapters[name], options)
         check_biases(adapter, adapters[name], checkpoint.config)
+        if options.mode == "merge":
+            checkpoint = changed_base(checkpoint, adapter, adapters[name])
     warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     tokenizer = read_tokenizer(base)
     _check_end_tokens(tokenizer, checkpoint)
@@ -109,6 +110,16 @@ def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) ->
         calibration,
         tuple(warning for warning in warnings if warning),
     )
+
+
+def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
+    """Raises EdgeLoraError for what a side branch of that flavor cannot do."""
+    if options.mode == "merge":
+        return
+    refuse_replaced(adapter, path)
+    if options.flavor == "ort":
+        why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
+        refuse_parts(adapter, path, PARTS, why)
 
 
 def _read_calibration(

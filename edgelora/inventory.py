@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from edgelora.adapter import Adapter, Branch
+from edgelora.changed_base import source_of
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
 from edgelora.checkpoint.gguf import GgufCheckpoint
@@ -19,12 +20,14 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
     stored = {name: checkpoint.stored_as(name) for name in checkpoint.names()}
     rounded: set[str] = set()
     foreign: Counter[str] = Counter()
-    if isinstance(checkpoint, BitsAndBytesCheckpoint):
-        rounded = {dtype for name in stored if (dtype := checkpoint.rounded_to(name))}
-        foreign = Counter(why for name in stored if (why := checkpoint.obstacle(name)))
+    source = source_of(checkpoint)
+    if isinstance(source, BitsAndBytesCheckpoint):
+        names = source.names()
+        rounded = {dtype for name in names if (dtype := source.rounded_to(name))}
+        foreign = Counter(why for name in names if (why := source.obstacle(name)))
     return Inventory(
         stored={name.removesuffix(_SUFFIX): kind for name, kind in stored.items() if kind},
-        offsets=_with_offsets(checkpoint),
+        offsets=_with_offsets(source),
         rounded_to=tuple(sorted(rounded)),
         foreign=dict(foreign),
         adapters={

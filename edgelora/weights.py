@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from edgelora.adapter import Branch
 from edgelora.binding import merged, merged_bias
 from edgelora.bundle import WeightFile
+from edgelora.changed_base import source_of
 from edgelora.checkpoint import Checkpoint
 from edgelora.checkpoint.fingerprint import FingerprintBuilder
 from edgelora.errors import EdgeLoraError
@@ -65,11 +66,15 @@ class WeightWriter:
         self.progress(values.size)
 
     def _read(self, name: str) -> NDArray[np.float32]:
-        """The source values; hashed on the way."""
+        """The values; those of the source are hashed on the way."""
         values = self.checkpoint.read(name)
         if not np.isfinite(values).all():
             raise EdgeLoraError(f"{self.checkpoint.path}: {name} holds NaN or Inf: not usable")
-        self.fingerprint.add(name, values)
+        source = source_of(self.checkpoint)
+        if source is self.checkpoint:
+            self.fingerprint.add(name, values)
+        elif name in source.names():
+            self.fingerprint.add(name, source.read(name))
         return values
 
     def _write_embedding(self) -> None:

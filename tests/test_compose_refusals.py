@@ -101,7 +101,8 @@ def test_what_is_no_factor_is_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"modules_to_save": ["lm_head"]}, "whole trained modules are not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head': the file has nothing of it"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices: the file has nothing of it"),
         ({"target_parameters": ["experts"]}, "LoRA on bare parameters"),
         ({"init_lora_weights": "pissa"}, "belongs to a changed base"),
         ({"peft_type": "IA3"}, "only LORA is supported"),

@@ -57,8 +57,8 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on a tied lm_head
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(7)
-    for name, values in adapted.named_parameters():
-        if "lora_" in name or (values.requires_grad and name.endswith(".bias")):
+    for values in adapted.parameters():
+        if values.requires_grad:
             values.data = (0.2 * torch.randn_like(values)).half().float()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on lora_bias
         adapted.save_pretrained(folder, save_embedding_layers=False)

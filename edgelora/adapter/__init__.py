@@ -3,17 +3,25 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgelora.adapter.biases import bias_targets, is_trained_bias, read_biases
-from edgelora.adapter.branches import Branch, check_targets, pair_factors, read_branch
+from edgelora.adapter.branches import Branch, Pairs, check_targets, pair_factors, read_branch
 from edgelora.adapter.ledger import LedgerEntry, refusals
 from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
-from edgelora.adapter.settings import read_settings
+from edgelora.adapter.replaced import (
+    Replaced,
+    Rows,
+    is_replaced,
+    is_saved,
+    read_replaced,
+    tokens_of,
+)
+from edgelora.adapter.settings import Settings, read_settings
 from edgelora.adapter.targets import check_patterns
 from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
@@ -26,14 +34,19 @@ __all__ = [
     "Branch",
     "LedgerEntry",
     "PeftFolder",
+    "Replaced",
+    "Rows",
     "adapter_ledger",
     "adapter_of",
     "base_key",
     "compare_base_name",
+    "is_saved",
     "model_name",
     "read_adapter",
     "read_folder",
     "refuse_parts",
+    "refuse_replaced",
+    "tokens_of",
     "valid_adapter_name",
     "valid_adapter_names",
 ]
@@ -54,6 +67,7 @@ class Adapter:
     branches: Mapping[str, Branch]  # by target, sorted
     fingerprint: str  # of the source folder, "sha256:" + 64 hex
     ledger: tuple[LedgerEntry, ...] = ()
+    replaced: Replaced = field(default_factory=Replaced)
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,12 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
 def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     """As `read_adapter`; without `targets`, all modules in the file are taken."""
     path, known = folder.path, _own_targets(folder.tensors) if targets is None else targets
-    branches, ledger = _judge(folder, known)
+    branches, replaced, ledger = _judge(folder, known)
     if problems := refusals(ledger):
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
-    return Adapter(path.resolve().name, base, branches, folder.fingerprint, tuple(ledger))
+    name, entries = path.resolve().name, tuple(ledger)
+    return Adapter(name, base, branches, folder.fingerprint, entries, replaced)
 
 
 PARTS = {
@@ -100,13 +115,25 @@ def refuse_parts(adapter: Adapter, path: Path, parts: Iterable[str], why: str) -
             raise EdgeLoraError(f"{path}: {PARTS[part].format(count)}: {why}")
 
 
+def refuse_replaced(adapter: Adapter, path: Path) -> None:
+    """Raises EdgeLoraError if the adapter replaces tensors of the base, as no side branch can."""
+    names = [*adapter.replaced.tensors, *adapter.replaced.rows]
+    if names:
+        kind = "modules_to_save" if adapter.replaced.tensors else "trainable_token_indices"
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise EdgeLoraError(
+            f"{path}: {kind}: {names[0]}{more} cannot be replaced beside the base: export a bundle "
+            "of its own with --mode merge"
+        )
+
+
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:
     """What becomes of every field and tensor; without `targets`, all modules in the file are taken.
 
     Raises EdgeLoraError only if the files cannot be read at all.
     """
     folder = read_folder(path)
-    return tuple(_judge(folder, _own_targets(folder.tensors) if targets is None else targets)[1])
+    return tuple(_judge(folder, _own_targets(folder.tensors) if targets is None else targets)[2])
 
 
 def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:
@@ -140,28 +167,36 @@ def _factors(tensors: Iterable[str]) -> list[str]:
     return [name for name in tensors if not is_trained_bias(name)]
 
 
-def _judge(folder: PeftFolder, targets: Targets) -> tuple[dict[str, Branch], list[LedgerEntry]]:
-    """All branches that can be read, and the ledger."""
+def _judge(
+    folder: PeftFolder, targets: Targets
+) -> tuple[dict[str, Branch], Replaced, list[LedgerEntry]]:
+    """All branches that can be read, what is replaced, and the ledger."""
     settings, ledger = read_settings(folder.config)
     if folder.config.get("peft_type") != "LORA":
-        return {}, ledger
-    pairs, refused_tensors = pair_factors(_factors(folder.tensors))
-    ledger += refused_tensors
+        return {}, Replaced(), ledger
     if settings is None:
-        return {}, ledger
+        return {}, Replaced(), ledger + pair_factors(_factors(folder.tensors))[1]
+    replaced, entries = read_replaced(folder.tensors, settings)
+    tensors = {n: t for n, t in folder.tensors.items() if not is_replaced(n, settings)}
+    pairs, refused_tensors = pair_factors(_factors(tensors))
+    ledger += entries + refused_tensors
     if bad_patterns := check_patterns(settings):
-        return {}, ledger + bad_patterns
-    agreed, entries = check_targets(pairs, settings, targets)
-    ledger += entries
+        return {}, Replaced(), ledger + bad_patterns
+    branches, entries = _read_branches(tensors, settings, pairs, targets)
+    return branches, replaced, ledger + entries
+
+
+def _read_branches(
+    tensors: Mapping[str, StoredTensor], settings: Settings, pairs: Pairs, targets: Targets
+) -> tuple[dict[str, Branch], list[LedgerEntry]]:
+    agreed, ledger = check_targets(pairs, settings, targets)
     branches = {}
     for target in agreed:
-        branch, entries = read_branch(
-            folder.tensors, pairs[target], settings, target, targets[target]
-        )
+        branch, entries = read_branch(tensors, pairs[target], settings, target, targets[target])
         ledger += entries
         if branch is not None:
             branches[target] = branch
-    biases, entries = read_biases(folder.tensors, settings, pairs, targets)
+    biases, entries = read_biases(tensors, settings, pairs, targets)
     return _with_biases(branches, biases, targets), ledger + entries
 
 

@@ -53,8 +53,7 @@ OTHER_TENSORS = [
     (r"\.lora_embedding_[AB]\b", "an adapter of the token embedding is not supported"),
     (r"\.lora_magnitude_vector\b", "a magnitude vector by no name that PEFT gives it"),
     (r"\.lora_diag\b", "a KaSA diagonal; KaSA is not supported"),
-    (r"trainable_tokens|token_adapter", "trained tokens are not supported"),
-    (r"modules_to_save", "a whole trained module (modules_to_save) is not supported"),
+    (r"modules_to_save", "a saved module by no name that PEFT gives it"),
     (
         r"\.base_layer\.|(embed_tokens|lm_head)\.weight$",
         "a copy of base weights; save with save_embedding_layers=False",

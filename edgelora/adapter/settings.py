@@ -11,6 +11,8 @@ from typing import Any
 
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 
+Tokens = Mapping[str, tuple[int, ...]]  # end of a module's path → token ids
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +30,8 @@ class Settings:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: int | tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Tokens
 
 
 Check = Callable[[Any], bool]
@@ -68,13 +72,8 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "layer_replication": ((None, []), "repeated layers are not supported"),
     "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
     "merge_weights": ((False, None), "PEFT's old merging during training is not supported"),
-    "modules_to_save": (
-        (None, []),
-        "whole trained modules are not supported; train with LoRA targets only",
-    ),
     "monteclora_config": ((None,), "MonteCLoRA is not supported"),
     "target_parameters": ((None, []), "LoRA on bare parameters (experts) is not supported"),
-    "trainable_token_indices": ((None, [], {}), "trained tokens are not supported"),
     "use_bdlora": ((None, False), "block-diagonal LoRA is not supported"),
     "use_qalora": ((False, None), "QA-LoRA is not supported"),
     "velora_config": ((None,), "VeLoRA is not supported"),
@@ -112,6 +111,23 @@ def _is_layers(value: object) -> bool:
     )
 
 
+TOKEN_MODULES = ("model.embed_tokens", "lm_head")  # that have a row for each token
+
+
+def _is_tokens(value: object) -> bool:
+    """PEFT looks for the modules whose paths end with a name."""
+    if isinstance(value, dict):
+        known = all(any(m.endswith(name) for m in TOKEN_MODULES) and name for name in value)
+        return known and all(_is_token_list(each) for each in value.values())
+    return _is_token_list(value)
+
+
+def _is_token_list(value: object) -> bool:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        return False
+    return len(set(value)) == len(value) and all(0 <= token < 2**31 for token in value)
+
+
 def _is_map_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(check(each) for each in value.values())
 
@@ -139,6 +155,12 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
     "exclude_modules": ([], _is_text_or_names, "must be a list of names or a regex"),
     "layers_to_transform": ([], _is_layers, "must be a layer index or a list of them"),
     "layers_pattern": ([], _is_text_or_names, "must be a name or a list of names"),
+    "modules_to_save": ([], _is_names, "must be a list of names"),
+    "trainable_token_indices": (
+        [],
+        _is_tokens,
+        "must be a list of different token ids, or map embed_tokens and lm_head to such lists",
+    ),
 }
 
 
@@ -219,7 +241,15 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         layers_pattern=((pattern,) if pattern else ())
         if isinstance(pattern, str)
         else tuple(pattern),
+        modules_to_save=tuple(values["modules_to_save"]),
+        trainable_token_indices=_tokens(values["trainable_token_indices"]),
     )
+
+
+def _tokens(value: list[int] | dict[str, list[int]]) -> Tokens:
+    """A list means those of the embedding."""
+    by_module = value if isinstance(value, dict) else {"embed_tokens": value}
+    return {name: tuple(tokens) for name, tokens in by_module.items() if tokens}
 
 
 def _frozen(value: str | list[str]) -> str | tuple[str, ...]:

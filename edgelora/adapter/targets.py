@@ -27,6 +27,7 @@ def check_patterns(settings: Settings) -> list[LedgerEntry]:
     for name in ("target_modules", "exclude_modules"):
         value = getattr(settings, name)
         patterns += [(f"{name} {value!r}", value)] if isinstance(value, str) else []
+    patterns += [(f"modules_to_save {key!r}", _saved(key)) for key in settings.modules_to_save]
     bad = [item for item, expression in patterns if not _compiles(expression)]
     return [refused(item, "not a valid regex") for item in bad]
 
@@ -37,6 +38,10 @@ def _ending(pattern: str) -> str:
 
 def _layer(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def _saved(pattern: str) -> str:
+    return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def _compiles(pattern: str) -> bool:
@@ -64,6 +69,9 @@ def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
 
 
 def _is_excluded(settings: Settings, module: str) -> bool:
+    """What is saved whole is no target either (`check_target_module_exists`)."""
+    if any(re.match(_saved(name), module) for name in settings.modules_to_save):
+        return True
     if isinstance(settings.exclude_modules, str):
         return bool(settings.exclude_modules and re.fullmatch(settings.exclude_modules, module))
     return _ends_with_one_of(module, settings.exclude_modules)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter import PARTS, Adapter, adapter_of, base_key, read_folder, refuse_parts
+from edgelora.adapter import (
+    PARTS,
+    Adapter,
+    adapter_of,
+    base_key,
+    read_folder,
+    refuse_parts,
+    refuse_replaced,
+)
 from edgelora.adapter.settings import Settings, read_settings
 from edgelora.adapter.targets import ALL_LINEAR
 from edgelora.errors import EdgeLoraError
@@ -78,6 +86,7 @@ def _read_part(path: Path, weight: float) -> Part:
         raise EdgeLoraError(f"{path}: the weight {weight:g} does not fit float32")
     folder = read_folder(path)
     adapter = adapter_of(folder, None)
+    refuse_replaced(adapter, path)
     refuse_parts(
         adapter, path, PARTS, "a sum of factors leaves that out: weigh it at run time (--adapter)"
     )

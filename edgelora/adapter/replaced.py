@@ -1,0 +1,106 @@
+"""What an adapter saved whole: modules (`modules_to_save`), and rows of tokens
+(`trainable_token_indices`). Each takes the place of the base's.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgelora.adapter.ledger import LedgerEntry, exported, refused
+from edgelora.adapter.settings import TOKEN_MODULES, Settings, Tokens
+from edgelora.adapter.tensors import Factor, StoredTensor
+
+PREFIX = "base_model.model."
+ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a matrix."""
+
+    tokens: tuple[int, ...]
+    values: Factor  # [tokens, in_features]
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """By the base's tensor names; and the settings that they follow."""
+
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    tokens: Tokens = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.rows)
+
+
+def is_saved(tensor: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether it belongs to a module whose path ends with one of the names, as PEFT looks for
+    them (`_set_trainable` in peft/utils/other.py): without regard to dots.
+    """
+    parts = tensor.removeprefix(PREFIX).split(".")[:-1]
+    paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for path in paths for name in modules_to_save)
+
+
+def is_replaced(tensor: str, settings: Settings) -> bool:
+    """Whether a tensor of the file is one of these, not part of a branch."""
+    factor = ".lora_" in tensor or not tensor.startswith(PREFIX)
+    saved = is_saved(tensor, settings.modules_to_save)
+    return ROWS.fullmatch(tensor) is not None or (saved and not factor)
+
+
+def read_replaced(
+    tensors: Mapping[str, StoredTensor], settings: Settings
+) -> tuple[Replaced, list[LedgerEntry]]:
+    """The good ones, and the ledger of all. What the base must have is not asked yet."""
+    saved: dict[str, StoredTensor] = {}
+    rows: dict[str, Rows] = {}
+    ledger = _unmatched(tensors, settings)
+    for name in sorted(each for each in tensors if is_replaced(each, settings)):
+        tensor, match = tensors[name], ROWS.fullmatch(name)
+        if reason := _obstacle(tensor) or (match and _no_rows(match["module"], tensor, settings)):
+            ledger.append(refused(name, reason))
+        elif match:
+            ids = tokens_of(match["module"], settings.trainable_token_indices)
+            rows[f"{match['module']}.weight"] = Rows(ids, tensor.values())
+            ledger.append(exported(name, f"{len(ids)} rows replace the base's: --mode merge"))
+        else:
+            saved[name.removeprefix(PREFIX)] = tensor
+            ledger.append(exported(name, "replaces the base's: --mode merge"))
+    tokens = settings.trainable_token_indices
+    return Replaced(saved, rows, settings.modules_to_save, tokens), ledger
+
+
+def tokens_of(module: str, tokens: Tokens) -> tuple[int, ...]:
+    """Of the first name that ends the module's path; none if there is no such name."""
+    return next((ids for name, ids in tokens.items() if module.endswith(name)), ())
+
+
+def _unmatched(tensors: Iterable[str], settings: Settings) -> list[LedgerEntry]:
+    """A refusal for every name that has nothing in the file."""
+    tensors = list(tensors)
+    saved, tokens = settings.modules_to_save, settings.trainable_token_indices
+    names = [name for name in saved if not any(is_saved(tensor, [name]) for tensor in tensors)]
+    items = [f"modules_to_save {name!r}" for name in names]
+    if tokens and not any(ROWS.fullmatch(tensor) for tensor in tensors):
+        items.append("trainable_token_indices")
+    return [refused(item, "the file has nothing of it; save the adapter again") for item in items]
+
+
+def _obstacle(tensor: StoredTensor) -> str | None:
+    if not tensor.is_float:
+        return f"dtype {tensor.dtype}; must be float32, float16 or bfloat16"
+    return None if np.isfinite(tensor.values()).all() else "holds NaN or infinity"
+
+
+def _no_rows(module: str, tensor: StoredTensor, settings: Settings) -> str | None:
+    tokens = tokens_of(module, settings.trainable_token_indices)
+    if module not in TOKEN_MODULES or not tokens:
+        return "the config's trainable_token_indices name no rows of this module"
+    if len(tensor.shape) != len(("tokens", "in_features")) or tensor.shape[0] != len(tokens):
+        return f"shape {list(tensor.shape)}, but the config names {len(tokens)} tokens"
+    return None
