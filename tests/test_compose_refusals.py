@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ def test_nan_in_an_adapter_is_refused(one: Path, tmp_path: Path) -> None:
         ({"method": "svd", "density": 0.5}, "density 0.5 with method svd: only for ties, dare"),
         ({"method": "ties"}, "method ties: needs --density, the share of the values to keep"),
         ({"method": "ties", "density": 0.0}, "density 0.0: above 0, at most 1"),
+        ({"method": "ties", "density": "half"}, "density half: above 0, at most 1"),
         ({"method": "ties", "density": 1.5}, "density 1.5: above 0, at most 1"),
         ({"method": "ties", "density": 0.5, "seed": 1}, "seed 1 with method ties: only for dare"),
         ({"majority_sign": "total"}, "majority sign total with method cat: only for ties"),
@@ -403,5 +405,8 @@ def test_bar_appears_late(patience: float, *, drawn: bool, monkeypatch: pytest.M
     monkeypatch.setattr(progress, "PATIENCE", patience)
     with progress.late_bar("targets") as show:
         show(1, 2)
+        until = time.monotonic() + (10 if drawn else 0.1)
+        while not screen.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
     assert ("targets" in screen.getvalue()) == drawn
     assert drawn or not screen.getvalue()

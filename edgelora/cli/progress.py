@@ -1,6 +1,6 @@
 """The bar of the commands that take long."""
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,15 +26,14 @@ def progress_bar() -> Progress:
 @contextmanager
 def late_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function that is told how many are done, of how many; the bar appears after a second."""
-    started, bar = time.perf_counter(), progress_bar()
+    bar = progress_bar()
     task = bar.add_task(what, total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if time.perf_counter() - started > PATIENCE:
-            bar.start()
-
+    timer = threading.Timer(PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
     try:
-        yield show
+        yield lambda done, total: bar.update(task, completed=done, total=total)
     finally:
+        timer.cancel()
+        timer.join()
         bar.stop()

@@ -63,7 +63,7 @@ class ComposeOptions:
             raise EdgeLoraError(
                 f"method {self.method}: needs --density, the share of the values to keep, as 0.5"
             )
-        if not 0 < self.density <= 1:
+        if isinstance(self.density, bool | str) or not 0 < self.density <= 1:
             raise EdgeLoraError(f"density {self.density}: above 0, at most 1")
 
 
