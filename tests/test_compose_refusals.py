@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,11 +19,13 @@ from rich.console import Console
 
 import edgelora
 import test_cli
+import tiny
 from edgelora import EdgeLoraError
 from edgelora.adapter.tensors import safetensors_bytes
 from edgelora.cli import cli, main, progress
 from edgelora.cli.parameters import WeightedPath
 from test_cli import WITHOUT_CONVERTER, fails, ok
+from test_float_oracle import make_adapter
 
 LAYER = "model.layers.0.self_attn"
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -97,6 +100,22 @@ def test_what_is_no_factor_is_refused_with_the_way_out(
     assert refused({one: 1, bad: 1}, tmp_path / "out") == (
         f"{bad}: {what}: a sum of factors leaves that out: weigh it at run time (--adapter)"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: lm_head"),
+        ({"trainable_token_indices": [3, 4]}, r"trainable_token_indices: model\.embed_tokens"),
+    ],
+)
+def test_replaced_tensors_are_refused(
+    one: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    saved = make_adapter(base, tmp_path / "saved", target_modules=["q_proj"], **settings)
+    line = refused({saved: 1, one: 1}, tmp_path / "out")
+    assert re.match(rf"{saved}: {words}.* cannot be replaced beside the base: export a bund", line)
 
 
 @pytest.mark.parametrize(
