@@ -66,6 +66,17 @@ def _tensors(target: str, branch: Branch, dtype: Dtype, source: str) -> dict[str
     return tensors
 
 
+def as_stored(adapter: Adapter, dtype: Dtype) -> Adapter:
+    """The adapter as `write_adapter` writes it, its factors rounded to `dtype`."""
+    branches = {}
+    for target, branch in adapter.branches.items():
+        if branch.rank:
+            lora_a, lora_b = _as_dtype(branch, dtype, target)
+            branch = replace(branch, lora_a=lora_a, lora_b=lora_b)
+        branches[target] = branch
+    return replace(adapter, branches=branches)
+
+
 def _check_fingerprint(fingerprint: str, source: str) -> None:
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", fingerprint):
         raise EdgeLoraError(

@@ -1,24 +1,18 @@
 """The orchestrator: base and adapters in, bundle out."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from edgelora.adapter import (
-    PARTS,
     Adapter,
-    compare_base_name,
-    read_adapter,
-    refuse_parts,
-    refuse_replaced,
-    valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, write_adapter
-from edgelora.binding import bound, check_biases
+from edgelora.binding import bound
 from edgelora.bundle import (
     BUNDLE,
     WeightFile,
@@ -26,25 +20,19 @@ from edgelora.bundle import (
     adapter_path,
     write_manifest,
 )
-from edgelora.calibration import CalibrationText, read_calibration
-from edgelora.changed_base import changed_base
-from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
-from edgelora.device import load_profile
-from edgelora.errors import EdgeLoraError
+from edgelora.evaluation import StoredWeights
 from edgelora.graph import Decoder, OwnOps, StockOps
-from edgelora.inventory import take_inventory
 from edgelora.layout import targets
-from edgelora.manifest import is_unicode
 from edgelora.onnx_adapter import write_onnx_adapter
-from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
+from edgelora.plan import ExportOptions, Plan
+from edgelora.reporting import subject_of, write_up
+from edgelora.request import Progress, Request, prepare, silently
 from edgelora.rounding import Rounding
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter
 from edgelora.whole_folder import check_target, new_folder
-
-Progress = Callable[[int, int], None]  # weights done, weights in all
 
 
 @dataclass(frozen=True)
@@ -60,102 +48,6 @@ class ExportReport:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Request:
-    """A base and its adapters, read and checked against each other, not yet converted."""
-
-    checkpoint: Checkpoint
-    tokenizer: TokenizerFiles
-    adapters: Mapping[str, Adapter]
-    plan: Plan
-    calibration: CalibrationText | None
-    warnings: tuple[str, ...]
-
-
-def prepare(base: Path, adapters: Mapping[str, Path], options: ExportOptions) -> Request:
-    """Reads headers and adapters and decides the plan; writes nothing. Raises EdgeLoraError."""
-    profile = load_profile(options.device) if options.device else None
-    checkpoint = open_checkpoint(base)
-    valid_adapter_names(adapters)
-    shapes = targets(checkpoint.config)
-    read = {name: read_adapter(path, shapes) for name, path in adapters.items()}
-    if options.mode == "merge" and len(read) != 1:
-        raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
-    for name, adapter in read.items():
-        _check_mode(adapter, adapters[name], options)
-        check_biases(adapter, adapters[name], checkpoint.config)
-        if options.mode == "merge":
-            checkpoint = changed_base(checkpoint, adapter, adapters[name])
-    warnings = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
-    tokenizer = read_tokenizer(base)
-    _check_end_tokens(tokenizer, checkpoint)
-    _check_texts(
-        base, [checkpoint.name, json.dumps(tokenizer.tokenizer_config, ensure_ascii=False)]
-    )
-    for path, adapter in zip(adapters.values(), read.values(), strict=True):
-        _check_texts(path, [adapter.base_model_name_or_path or ""])
-    calibration = _read_calibration(checkpoint, tokenizer, options)
-    plan = make_plan(
-        checkpoint.config,
-        options,
-        take_inventory(checkpoint, read),
-        profile=profile,
-        calibration=str(calibration) if calibration else None,
-    )
-    return Request(
-        checkpoint,
-        tokenizer,
-        read,
-        plan,
-        calibration,
-        tuple(warning for warning in warnings if warning),
-    )
-
-
-def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
-    """Raises EdgeLoraError for what a side branch of that flavor cannot do."""
-    if options.mode == "merge":
-        return
-    refuse_replaced(adapter, path)
-    if options.flavor == "ort":
-        why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
-        refuse_parts(adapter, path, PARTS, why)
-
-
-def _read_calibration(
-    checkpoint: Checkpoint, tokenizer: TokenizerFiles, options: ExportOptions
-) -> CalibrationText | None:
-    if options.calibration is None:
-        return None
-    return read_calibration(
-        Path(options.calibration),
-        tokenizer,
-        checkpoint.config,
-        windows=CALIBRATION_WINDOWS[options.quality],
-    )
-
-
-def _check_texts(source: Path, texts: Iterable[str]) -> None:
-    """What goes into the manifest or a tokenizer file must be text that UTF-8 can say."""
-    for text in texts:
-        if not is_unicode(text):
-            where, shown = (
-                t.encode("utf-8", "backslashreplace").decode() for t in (str(source), text)
-            )
-            raise EdgeLoraError(f"{where}: {shown:.80} is not valid Unicode: rename it")
-
-
-def _check_end_tokens(tokenizer: TokenizerFiles, checkpoint: Checkpoint) -> None:
-    """The config's own ids have been checked where it was read."""
-    rows = checkpoint.config.vocab_size
-    beyond = [str(token) for token in tokenizer.eos_token_ids if token >= rows]
-    if beyond:
-        raise EdgeLoraError(
-            f"{checkpoint.path}: end tokens {', '.join(beyond)} of the tokenizer: not below "
-            f"vocab_size {rows}"
-        )
-
-
 def export(
     base: Path | str,
     out: Path | str,
@@ -168,15 +60,17 @@ def export(
     """Converts `base` and PEFT `adapters` (name → folder) into the bundle folder `out`.
 
     `options` are the fields of ExportOptions: mode, format, block_size, zero_points,
-    embedding_format, head_format, quality, calibration, flavor, context_length, device. The
-    bundle appears whole or not at all. Raises EdgeLoraError on any bad input.
+    embedding_format, head_format, quality, calibration, flavor, context_length, device,
+    merge_base, report, report_text. The bundle appears whole or not at all. Raises EdgeLoraError on
+    any bad input.
     """
     started = time.perf_counter()
     folders = {name: Path(path) for name, path in (adapters or {}).items()}
     check_target(Path(out), BUNDLE, force=force)
-    request = prepare(Path(base), folders, ExportOptions(**options))
+    progress = progress or silently
+    request = prepare(Path(base), folders, ExportOptions(**options), progress)
     with new_folder(Path(out), BUNDLE, force=force) as folder:
-        bits = write_bundle(folder, request, progress or (lambda done, total: None))
+        bits, warnings = write_bundle(folder, request, progress)
     return ExportReport(
         Path(out),
         request.plan,
@@ -184,7 +78,7 @@ def export(
         _folder_bytes([Path(out)]),
         bits,
         time.perf_counter() - started,
-        request.warnings,
+        request.warnings + warnings,
     )
 
 
@@ -194,9 +88,11 @@ def _ops(plan: Plan) -> OwnOps | StockOps:
     return OwnOps(kv_format="float" if plan.format == "float" else "int8")
 
 
-def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
-    """Fills the folder; returns bits a weight."""
-    writer, fingerprint = _write_weights(folder, request, progress)
+def write_bundle(
+    folder: Path, request: Request, progress: Progress
+) -> tuple[float, tuple[str, ...]]:
+    """Fills the folder; returns bits a weight, and warnings."""
+    writer, fingerprint = _write_weights(folder, request, partial(progress, "weights"))
     ops = _ops(request.plan)
     model = Decoder(request.checkpoint.config, writer.matrices, ops).build(writer.file.tensors)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
@@ -208,8 +104,25 @@ def write_bundle(folder: Path, request: Request, progress: Progress) -> float:
         adapter_of_base = bound(adapter, request.checkpoint)
         _write_adapter(folder, name, adapter_of_base, fingerprint, request.plan)
     request.tokenizer.write(folder)
+    warnings = _write_report(folder, request, writer, partial(progress, "report"))
     write_manifest(folder, _fields(request, fingerprint, side, merged))
-    return _bits_per_weight(writer)
+    return _bits_per_weight(writer), warnings
+
+
+def _write_report(
+    folder: Path, request: Request, writer: WeightWriter, progress: Callable[[int, int], None]
+) -> tuple[str, ...]:
+    """report.json and report.html; returns warnings."""
+    if request.report_text is None:
+        return ()
+    stored = StoredWeights(
+        writer.file.path, writer.file.tensors, writer.matrices, request.plan.flavor
+    )
+    subject = subject_of(request.checkpoint, request.plan, request.adapters)
+    report = write_up(subject, request.report_text, stored, progress)
+    (folder / "report.json").write_bytes(report.json)
+    (folder / "report.html").write_bytes(report.html)
+    return report.warnings
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:
@@ -223,7 +136,9 @@ def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, 
     path.write_bytes(write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype))
 
 
-def _write_weights(folder: Path, request: Request, progress: Progress) -> tuple[WeightWriter, str]:
+def _write_weights(
+    folder: Path, request: Request, progress: Callable[[int, int], None]
+) -> tuple[WeightWriter, str]:
     checkpoint = request.checkpoint
     total = sum(_size(checkpoint.shape(name)) for name in checkpoint.names())
     done = 0

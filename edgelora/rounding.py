@@ -72,10 +72,14 @@ class Rounding:
             matrix = self.checkpoint.read_quantized(name)
             assert matrix is not None
             return matrix
+        return self.anew(target, values, curvature)
+
+    def anew(self, target: str, values: Float32, curvature: Curvature | None = None) -> Matrix:
+        """As `matrix`, whatever the base holds. Raises EdgeLoraError."""
         try:
             return self._round(values, self.plan.wanted(target), curvature)
         except ValueError as error:
-            raise EdgeLoraError(f"{self.checkpoint.path}: {name}: {error}") from error
+            raise EdgeLoraError(f"{self.checkpoint.path}: {target}.weight: {error}") from error
 
     def pass_on(self, matrices: Sequence[Matrix], biases: Sequence[Float32]) -> None:
         """The text goes through a projection as it will be stored."""

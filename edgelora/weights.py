@@ -22,7 +22,9 @@ from edgelora.quantize import (
     NBitsLinear,
     PackedLinear,
     concatenate,
+    dequantize,
     pack,
+    quantize_nf4,
     same_kind,
     to_nbits,
     to_rows,
@@ -138,6 +140,8 @@ class WeightWriter:
         return self.rounding.matrix(linear.target, values, curvature)
 
     def _merged(self, linear: Linear, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.plan.merge_base == "nf4" and linear.target != "lm_head":
+            values = dequantize(quantize_nf4(values))
         branch = self.branches.get(linear.target)
         return values if branch is None else merged(linear.target, values, branch)
 

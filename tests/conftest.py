@@ -1,9 +1,13 @@
 """What holds for all tests."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from calling import Call, Said
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Child processes import the installed package, as this one does, not the folder they start in.
@@ -33,3 +37,32 @@ def integer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that multiply int8 exactly, where this CPU's best ones would not."""
     if has_amx():
         monkeypatch.setenv("EDGELORA_FORCE_ISA", "avx512_vnni")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["edgelora", *map(str, arguments)])
+        try:
+            from edgelora.cli import main
+
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(call: Call) -> Callable[..., str]:
+    """The one line of a command that fails."""
+
+    def run(*arguments: object) -> str:
+        said = call(*arguments)
+        assert said.code == 1, said
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+        return said.err
+
+    return run

@@ -6,54 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import edgelora
 import tiny
-from edgelora.cli import cli, main
+from calling import Call
+from edgelora.cli import cli
 from edgelora.config import read_config
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import manifest_bytes, read_manifest
 from edgelora.verify import verify
 from test_float_oracle import make_adapter
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Said]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["edgelora", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return Said(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def fails(call: Call) -> Callable[..., str]:
-    """The one line of a command that fails."""
-
-    def run(*arguments: object) -> str:
-        said = call(*arguments)
-        assert said.code == 1, said
-        assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
-        return said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

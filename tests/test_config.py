@@ -11,8 +11,8 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from edgelora.config import ModelConfig, RopeScaling, read_config
 from edgelora.errors import EdgeLoraError
-from edgelora.exporter import prepare
 from edgelora.plan import ExportOptions
+from edgelora.request import prepare
 from tiny import LLAMA3_ROPE, SIZES, tiny_llama
 
 SOURCE = Path("base/config.json")

@@ -43,6 +43,7 @@ WRITERS = {
     ("exporter.py", "write_bundle"),
     ("exporter.py", "_write_adapter"),
     ("composition/folder.py", "write_folder"),
+    ("exporter.py", "_write_report"),
     ("onnx_adapter.py", "write_onnx_adapter"),  # ORT writes to a path only
     ("tokenizer.py", "write"),
 }

@@ -16,7 +16,6 @@ from edgelora.checkpoint import open_checkpoint
 from edgelora.config import ModelConfig
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
-from edgelora.exporter import prepare
 from edgelora.inventory import take_inventory
 from edgelora.layout import EMBEDDING
 from edgelora.plan import ExportOptions, Inventory, Plan, make_plan
@@ -26,6 +25,7 @@ from edgelora.plan.memory import (
     kv_bytes_per_position,
     plan_sizes,
 )
+from edgelora.request import prepare
 from test_float_oracle import make_adapter
 from test_plan import ADAPTER, LARGE, LINEARS, SMALL, held, plan
 

@@ -2,6 +2,6 @@
 
 from edgelora.calibration.arithmetic import Arithmetic
 from edgelora.calibration.stream import Stream
-from edgelora.calibration.text import CalibrationText, read_calibration
+from edgelora.calibration.text import CalibrationText, read_calibration, read_token_ids
 
-__all__ = ["Arithmetic", "CalibrationText", "Stream", "read_calibration"]
+__all__ = ["Arithmetic", "CalibrationText", "Stream", "read_calibration", "read_token_ids"]

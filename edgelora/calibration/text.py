@@ -31,11 +31,7 @@ def read_calibration(
     file: Path, tokenizer: TokenizerFiles, config: ModelConfig, *, windows: int
 ) -> CalibrationText:
     """Windows spread evenly over the text. Raises EdgeLoraError."""
-    data = read_all(file)
-    try:
-        ids = np.array(tokenizer.encode(data.decode()), np.int64)
-    except UnicodeDecodeError as error:
-        raise EdgeLoraError(f"{file}: not UTF-8 at byte {error.start}: save it as such") from error
+    ids = read_token_ids(file, tokenizer, config.vocab_size)
     positions = min(POSITIONS, config.max_position_embeddings)
     found = ids.size // positions
     if found < windows:
@@ -43,11 +39,20 @@ def read_calibration(
             f"{file}: {ids.size} tokens: calibration takes {windows} windows of {positions}, so "
             f"at least {windows * positions}: give a longer text"
         )
-    if ids.max() >= config.vocab_size:
-        raise EdgeLoraError(
-            f"{file}: the tokenizer makes token {ids.max()} of it: not below vocab_size "
-            f"{config.vocab_size}"
-        )
     starts = np.arange(windows) * found // windows * positions
     chosen = ids[starts[:, None] + np.arange(positions)]
-    return CalibrationText(chosen, hashlib.sha256(data).hexdigest())
+    return CalibrationText(chosen, hashlib.sha256(read_all(file)).hexdigest())
+
+
+def read_token_ids(file: Path, tokenizer: TokenizerFiles, vocab_size: int) -> NDArray[np.int64]:
+    """All of a UTF-8 text. Raises EdgeLoraError for another encoding, or an id beyond the model."""
+    try:
+        ids = np.array(tokenizer.encode(read_all(file).decode()), np.int64)
+    except UnicodeDecodeError as error:
+        raise EdgeLoraError(f"{file}: not UTF-8 at byte {error.start}: save it as such") from error
+    if ids.size and ids.max() >= vocab_size:
+        raise EdgeLoraError(
+            f"{file}: the tokenizer makes token {ids.max()} of it: not below vocab_size "
+            f"{vocab_size}"
+        )
+    return ids

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.checkpoint.protocol import Checkpoint
+
 
 class Vocabulary(Protocol):
     """What the fingerprint needs of a tokenizer."""
@@ -34,6 +36,14 @@ class FingerprintBuilder:
         """`sha256:` + 64 hex digits."""
         tensors = [self._lines[name] for name in sorted(self._lines)]
         return _sha256(["edgelora-base 1", *tensors, f"tokenizer {_hash_vocabulary(tokenizer)}"])
+
+
+def base_fingerprint(checkpoint: Checkpoint, tokenizer: Vocabulary) -> str:
+    """Of a base that is read for nothing else. `sha256:` + 64 hex digits."""
+    builder = FingerprintBuilder()
+    for name in checkpoint.names():
+        builder.add(name, checkpoint.read(name))
+    return builder.finish(tokenizer)
 
 
 def merged_fingerprint(base: str, adapter: str) -> str:

@@ -14,12 +14,13 @@ from rich.text import Text
 
 from edgelora.cli.console import err, out
 from edgelora.cli.parameters import NamedPath, json_option, unique
-from edgelora.cli.progress import progress_bar
+from edgelora.cli.progress import stages
 from edgelora.plan import (
     BLOCK_SIZES,
     EMBEDDING_FORMATS,
     FLAVORS,
     FORMATS,
+    MERGE_BASES,
     MODES,
     QUALITIES,
     ExportOptions,
@@ -48,7 +49,12 @@ MEGABYTE = 1e6
     type=click.Choice(MODES),
     default="side",
     show_default=True,
-    help="Adapters beside the base, switched at run time, or merged into it.",
+    help="Adapters beside the base, switched at run time, or one merged into it; auto measures.",
+)
+@click.option(
+    "--merge-base",
+    type=click.Choice(MERGE_BASES),
+    help="Merge into the float base, or the base as NF4 rounds it (QLoRA).  [default: float]",
 )
 @click.option(
     "--format",
@@ -100,6 +106,18 @@ MEGABYTE = 1e6
 @click.option(
     "--device", metavar="ID", help="Shape the plan for a device (see `edgelora devices`)."
 )
+@click.option(
+    "--report/--no-report",
+    default=True,
+    show_default=True,
+    help="Measure what is lost, for report.json and report.html.",
+)
+@click.option(
+    "--report-text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plain text to measure on.  [default: a built-in one]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan with its reasons and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
@@ -127,9 +145,10 @@ def export(
     options = {"format": weight_format, "block_size": size, **choices}
     folders = unique(adapters, "--adapter")
     if dry_run:
-        from edgelora.exporter import prepare
+        from edgelora.request import prepare
 
-        request = prepare(base, folders, ExportOptions(**options))
+        with stages() as progress:
+            request = prepare(base, folders, ExportOptions(**options), progress)
         _show_plan(request.plan, as_json=as_json)
         return
     show_export(base, output, folders, as_json=as_json, force=force, **options)
@@ -141,15 +160,8 @@ def show_export(
     """Runs the export under a progress bar and prints what it did."""
     from edgelora.exporter import export as run_export
 
-    with progress_bar() as bar:
-        task = bar.add_task("weights", total=None)
-        report = run_export(
-            base,
-            output,
-            adapters=adapters,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            **options,
-        )
+    with stages() as progress:
+        report = run_export(base, output, adapters=adapters, progress=progress, **options)
     _show_report(report, as_json=as_json)
 
 

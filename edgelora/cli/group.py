@@ -18,6 +18,7 @@ COMMANDS = {  # command → module of edgelora.cli that defines it
     "compose": "compose",
     "demo": "demo",
     "devices": "devices",
+    "eval": "eval",
     "export": "export",
     "inspect": "inspect",
     "run": "run",

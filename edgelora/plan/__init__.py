@@ -3,12 +3,14 @@
 from edgelora.plan.decisions import EMBEDDING_BLOCK, Plan, shares_head
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.making import make_plan
+from edgelora.plan.memory import plan_sizes
 from edgelora.plan.options import (
     BLOCK_SIZES,
     CALIBRATION_WINDOWS,
     EMBEDDING_FORMATS,
     FLAVORS,
     FORMATS,
+    MERGE_BASES,
     MODES,
     QUALITIES,
     ExportOptions,
@@ -21,11 +23,13 @@ __all__ = [
     "EMBEDDING_FORMATS",
     "FLAVORS",
     "FORMATS",
+    "MERGE_BASES",
     "MODES",
     "QUALITIES",
     "ExportOptions",
     "Inventory",
     "Plan",
     "make_plan",
+    "plan_sizes",
     "shares_head",
 ]

@@ -33,6 +33,7 @@ class Plan:
     flavor: str
     context_length: int
     device: str | None
+    merge_base: str | None = None  # "float", "nf4": rounded so before; None in mode side
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def wanted(self, target: str) -> str:
@@ -44,7 +45,7 @@ class Plan:
         """Whether `target`, which the base holds as `stored`, is kept code for code."""
         outer, wanted = target in OUTER, self.wanted(target)
         carry = self.carry_embedding if outer else self.carry
-        if stored is None or wanted == "float":
+        if stored is None or wanted == "float" or (self.merge_base == "nf4" and not outer):
             return False
         if stored == wanted:
             return stored != "int4" or carry != "none"

@@ -1,6 +1,7 @@
 """Options, base and device → Plan."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from edgelora.config import ModelConfig
@@ -23,10 +24,13 @@ def make_plan(
     *,
     profile: DeviceProfile | None = None,
     calibration: str | None = None,
+    measured: Mapping[str, str] | None = None,
 ) -> Plan:
-    """`calibration` says which text was read. Raises EdgeLoraError when the model does not fit the
-    device, the context is longer than the base's, nf4 cannot hold its linears, or nothing is
-    there for the quality to work on.
+    """`calibration` says which text was read, `measured` why a measurement chose the mode and the
+    merge base (field of Plan → reason); mode auto is side until then.
+
+    Raises EdgeLoraError when the model does not fit the device, the context is longer than the
+    base's, nf4 cannot hold its linears, or nothing is there for the quality to work on.
     """
     base = base or Inventory()
     draft = replace(_draft(config, options, base), calibration=calibration)
@@ -39,7 +43,7 @@ def make_plan(
     plan = _as_written(config, plan, base)
     _check_quality(config, plan, base)
     facts = Facts(config, plan, options, base, profile, fitted.notes, _no_nf4(config, options))
-    return replace(plan, reasons=all_reasons(facts))
+    return replace(plan, reasons=all_reasons(facts) | dict(measured or {}))
 
 
 def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan:
@@ -49,7 +53,7 @@ def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan
     anew = options.block_size not in (None, 32) or options.zero_points
     embedding, head = _outer_formats(config, options, base)
     return Plan(
-        mode=options.mode,
+        mode="merge" if options.mode == "merge" else "side",
         format=chosen,
         block_size={"nf4": 64, "float": 0}.get(chosen, options.block_size or BLOCK_SIZES[0]),
         zero_points=options.zero_points,
@@ -64,7 +68,16 @@ def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan
         flavor=options.flavor,
         context_length=options.context_length or config.max_position_embeddings,
         device=options.device,
+        merge_base=_merge_base(options, base),
     )
+
+
+def _merge_base(options: ExportOptions, base: Inventory) -> str | None:
+    """None where nothing is merged; a base in nf4 is what the adapter saw as it is."""
+    if options.mode != "merge":
+        return None
+    in_nf4 = "nf4" in base.stored.values()
+    return "nf4" if options.merge_base == "nf4" and not in_nf4 else "float"
 
 
 def _outer_formats(config: ModelConfig, options: ExportOptions, base: Inventory) -> tuple[str, str]:

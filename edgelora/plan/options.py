@@ -8,7 +8,8 @@ from edgelora.errors import EdgeLoraError
 
 FORMATS = ("int4", "nf4", "float")
 EMBEDDING_FORMATS = ("int8", "int4")
-MODES = ("side", "merge")
+MODES = ("side", "merge", "auto")
+MERGE_BASES = ("float", "nf4", "auto")
 FLAVORS = ("edgelora", "ort")
 BLOCK_SIZES = (32, 64, 128)
 CALIBRATION_WINDOWS: Mapping[str, int] = {"fast": 0, "balanced": 32}
@@ -32,12 +33,16 @@ class ExportOptions:
     flavor: str = "edgelora"
     context_length: int | None = None
     device: str | None = None
+    merge_base: str | None = None  # what an adapter is merged into; None: "float"
+    report: bool = True
+    report_text: Path | str | None = None  # a plain text file in place of the built-in text
 
     def __post_init__(self) -> None:
         self._check_values()
         self._check_flavor()
         self._check_float()
         self._check_quality()
+        self._check_merging()
         if self.format == "nf4" and self.block_size not in (None, 64):
             raise EdgeLoraError(f"block size {self.block_size}: nf4 has blocks of 64")
         if self.zero_points and self.format not in (None, "int4"):
@@ -88,6 +93,17 @@ class ExportOptions:
                 f"quality {self.quality}: needs --calibration FILE, a plain text of the kind that "
                 "the model will read or write"
             )
+
+    def _check_merging(self) -> None:
+        if self.merge_base is not None:
+            _one_of("merge base", self.merge_base, MERGE_BASES)
+            if self.mode == "side":
+                raise EdgeLoraError(
+                    f"merge base {self.merge_base}: in mode side nothing is merged: choose --mode "
+                    "merge or auto"
+                )
+        if self.report_text is not None and not self.report and self.mode != "auto":
+            raise EdgeLoraError(f"{self.report_text}: no report was asked for, so it is not read")
 
 
 def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:

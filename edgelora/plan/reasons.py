@@ -62,6 +62,7 @@ def all_reasons(facts: Facts) -> dict[str, str]:
         "flavor": _FLAVORS[plan.flavor],
         "context_length": _context_length(plan, facts),
         "device": _device(plan, facts),
+        "merge_base": _merge_base(plan, facts),
     }
 
 
@@ -69,6 +70,16 @@ _FLAVORS = {
     "edgelora": "our own operators: adapters chosen row by row, nf4, base codes used in place",
     "ort": "asked for: ONNX Runtime's own operators, one adapter at a time",
 }
+
+
+def _merge_base(plan: Plan, facts: Facts) -> str:
+    if plan.merge_base is None:
+        return "nothing is merged"
+    if "nf4" in facts.base.stored.values():
+        return "the base is in nf4: what a QLoRA adapter saw in training"
+    if plan.merge_base == "nf4":
+        return "asked for: the base as NF4 rounds it, which a QLoRA adapter saw in training"
+    return "the base as it is given"
 
 
 def _mode(plan: Plan, facts: Facts) -> str:

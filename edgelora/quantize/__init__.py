@@ -14,7 +14,7 @@ from edgelora.quantize.matrix import (
     Matrix,
     Nf4Matrix,
 )
-from edgelora.quantize.nbits import NBitsLinear, to_nbits, to_rows
+from edgelora.quantize.nbits import NBitsLinear, dequantize_nbits, to_nbits, to_rows
 from edgelora.quantize.nf4 import quantize_nf4
 from edgelora.quantize.packed import PackedLinear, Slices, same_kind
 from edgelora.quantize.packing import concatenate, pack, unpack
@@ -36,6 +36,7 @@ __all__ = [
     "compensate_int4",
     "concatenate",
     "dequantize",
+    "dequantize_nbits",
     "factorize",
     "pack",
     "quantize_int4",

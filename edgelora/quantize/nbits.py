@@ -100,3 +100,21 @@ def _blocks(codes: NDArray[np.uint8], block_size: int, zero: int) -> NDArray[np.
     padding = -codes.shape[1] % block_size
     padded = np.pad(codes, ((0, 0), (0, padding)), constant_values=zero)
     return padded.reshape(codes.shape[0], -1, block_size)
+
+
+def dequantize_nbits(stored: NBitsLinear) -> NDArray[np.float32]:
+    """float32 [out_features, in_features] of what `to_nbits` or `to_rows` made."""
+    rows, columns, codes = stored.out_features, stored.in_features, stored.arrays["codes"]
+    if stored.format == "float":
+        return np.asarray(codes if codes.shape == (rows, columns) else codes.T, np.float32)
+    if stored.format == "int4":
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    values = codes.reshape(rows, -1)[:, :columns].astype(np.float32)
+    zeros = stored.arrays.get("zero_points")
+    values -= (8 if stored.format == "int4" else 128) if zeros is None else _wide(stored, zeros)
+    return np.asarray(values * _wide(stored, stored.arrays["scales"]))
+
+
+def _wide(stored: NBitsLinear, per_block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[N, blocks] → [N, K]."""
+    return np.repeat(per_block, stored.block_size, axis=1)[:, : stored.in_features]

@@ -209,26 +209,32 @@ void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory
 }
 
 // The same for Isa::panel_pair.
-template <class Isa, Format kFormat, int kRows>
-void panel_pair(const PanelView panels[2], const RowTile& group, float* acc[2]) {
+template <class Isa, Format kFormat, int kRows, int kPanels>
+void panel_pair(const PanelView panels[], const RowTile& group, float* acc[]) {
   if constexpr (kRows > 1) {
-    if (group.rows < kRows) return panel_pair<Isa, kFormat, kRows - 1>(panels, group, acc);
+    if (group.rows < kRows) {
+      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, acc);
+    }
   }
-  Isa::template panel_pair<kFormat, kRows>(panels, group, acc);
+  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, acc);
 }
 
-// Panels p and p + 1.
-template <class Isa, Format kFormat>
+// kPanels panels from p on.
+template <class Isa, Format kFormat, int kPanels>
 void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, float* y,
                    int64_t y_stride) {
-  alignas(64) float acc[2][kRowTile * kPanelRows];
-  const PanelView panels[2] = {panel_view(weights, p), panel_view(weights, p + 1)};
-  float* to[2] = {acc[0], acc[1]};
+  alignas(64) float acc[kPanels][kRowTile * kPanelRows];
+  PanelView panels[kPanels];
+  float* to[kPanels];
+  for (int i = 0; i < kPanels; ++i) {
+    panels[i] = panel_view(weights, p + i);
+    to[i] = acc[i];
+  }
   for (int64_t g = 0; g < groups.count; ++g) {
-    panel_pair<Isa, kFormat, Isa::kPairRows>(panels, groups.of[g], to);
+    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], to);
     for (float*& each : to) each += groups.of[g].rows * kPanelRows;
   }
-  for (int64_t i = 0; i < 2; ++i) {
+  for (int i = 0; i < kPanels; ++i) {
     if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc[i]);
     store_tile(acc[i], groups.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows, y_stride);
   }
@@ -237,14 +243,19 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
 template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                      int64_t panel_end, float* y, int64_t y_stride) {
+  if constexpr (Isa::kPairRows > 0 && !has_extras(kFormat)) {
+    if (pairs_panels<Isa>(weights, groups.rows)) {
+      int64_t p = panel_begin;
+      for (; p + 1 < panel_end; p += 2) {
+        multiply_pair<Isa, kFormat, 2>(weights, groups, p, y, y_stride);
+      }
+      if (p < panel_end) multiply_pair<Isa, kFormat, 1>(weights, groups, p, y, y_stride);
+      return;
+    }
+  }
   alignas(64) float acc[kRowTile * kPanelRows];
   ChunkMemory memory;
-  int64_t p = panel_begin;
-  if constexpr (Isa::kPairRows > 0 && !has_extras(kFormat)) {
-    const int64_t end = pairs_panels<Isa>(weights, groups.rows) ? panel_end - 1 : p;
-    for (; p < end; p += 2) multiply_pair<Isa, kFormat>(weights, groups, p, y, y_stride);
-  }
-  for (; p < panel_end; ++p) {
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
     multiply_panel<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
     if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc);
     store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);

@@ -1,0 +1,33 @@
+"""What 4 bits and merging lose, measured on a text against the float model."""
+
+from edgelora.evaluation.evaluation import (
+    Evaluation,
+    VariantResult,
+    evaluate,
+    exported_variants,
+)
+from edgelora.evaluation.scores import Score, Tally
+from edgelora.evaluation.stored import StoredWeights
+from edgelora.evaluation.survival import Survival, survival
+from edgelora.evaluation.text import EvaluationText, read_evaluation_text
+from edgelora.evaluation.variants import Kind, Subject, Variant
+from edgelora.evaluation.walk import LinearResult, Walk
+
+__all__ = [
+    "Evaluation",
+    "EvaluationText",
+    "Kind",
+    "LinearResult",
+    "Score",
+    "StoredWeights",
+    "Subject",
+    "Survival",
+    "Tally",
+    "Variant",
+    "VariantResult",
+    "Walk",
+    "evaluate",
+    "exported_variants",
+    "read_evaluation_text",
+    "survival",
+]

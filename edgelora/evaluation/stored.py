@@ -1,0 +1,74 @@
+"""The weights of a bundle that was just written, read back from its file and dequantized."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgelora.graph import StoredMatrix
+from edgelora.graph.tensors import StoredTensor
+from edgelora.layout import Projection
+from edgelora.quantize import NBitsLinear, PackedLinear, dequantize, dequantize_nbits, unpack
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """matrices: by the name of a projection, or of a linear that is stored alone."""
+
+    path: Path  # the weight file
+    tensors: Mapping[str, StoredTensor]
+    matrices: Mapping[str, StoredMatrix]
+    flavor: str
+
+    def linears(self, projection: Projection) -> list[Float32]:
+        """[out_features, in_features] of each linear."""
+        if projection.name in self.matrices:
+            return self._read(projection.name, [each.out_features for each in projection.linears])
+        return [
+            weight
+            for linear in projection.linears
+            for weight in self._read(linear.target, [linear.out_features])
+        ]
+
+    def matrix(self, name: str) -> Float32:
+        """One that is stored alone: the embedding."""
+        (weight,) = self._read(name, [self.matrices[name].out_features])
+        return weight
+
+    def _read(self, name: str, slices: Sequence[int]) -> list[Float32]:
+        matrix = self.matrices[name]
+        arrays = {
+            role: self._array(tensor) for role, tensor in matrix.inputs.items() if role != "bias"
+        }
+        if self.flavor == "ort":
+            return [dequantize_nbits(_nbits(matrix, arrays))]
+        return [dequantize(each) for each in unpack(_packed(matrix, arrays, slices))]
+
+    def _array(self, name: str) -> NDArray[Any]:
+        tensor = self.tensors[name]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(self.path, dtype, "r", tensor.offset, tensor.dims)
+
+
+def _nbits(matrix: StoredMatrix, arrays: Mapping[str, NDArray[Any]]) -> NBitsLinear:
+    size = (matrix.in_features, matrix.out_features)
+    return NBitsLinear(matrix.format, matrix.block_size, *size, dict(arrays))
+
+
+def _packed(
+    matrix: StoredMatrix, arrays: Mapping[str, NDArray[Any]], slices: Sequence[int]
+) -> PackedLinear:
+    """Inverse of PackedLinear.arrays."""
+    named: dict[str, Any] = dict(arrays)
+    if matrix.format == "nf4":
+        named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")
+    elif "zero_points" in named and named["zero_points"].dtype == np.float16:
+        named["offsets"] = named.pop("zero_points")
+    shape = (matrix.format, matrix.block_size, matrix.in_features, tuple(slices))
+    return PackedLinear(*shape, **named)

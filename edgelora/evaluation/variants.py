@@ -1,0 +1,185 @@
+"""The ways in which a base and its adapters can be shipped, and a linear's weight in each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapter import Adapter, Branch
+from edgelora.binding import merged, merged_bias
+from edgelora.checkpoint import Checkpoint
+from edgelora.evaluation.survival import Survival, survival
+from edgelora.layout import EMBEDDING, Linear, weight_name
+from edgelora.merge import merge
+from edgelora.plan import Plan
+from edgelora.quantize import Matrix, dequantize, quantize_nf4
+from edgelora.rounding import Rounding
+
+Float32 = NDArray[np.float32]
+Kind = Literal["float", "side", "merged", "merged_nf4"]
+NO_BRANCHES: Mapping[str, Branch] = {}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """adapter: None for the base alone, of which there are only the kinds float and side.
+
+    float: nothing rounded, what the others are compared with. side: the rounded base, the adapter
+    beside it. merged: the adapter in the float base, then rounded. merged_nf4: the same with the
+    base as NF4 makes it, which is what a QLoRA adapter saw in training.
+    """
+
+    adapter: str | None
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: the base, the plan, and the adapters as trained and as the file has them
+    (magnitudes bound to the base, values in the file's dtype).
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    bound: Mapping[str, Adapter] = field(default_factory=dict)
+
+    def branch(self, adapter: str | None, target: str, *, bound: bool = False) -> Branch | None:
+        if adapter is None:
+            return None
+        return (self.bound if bound else self.adapters)[adapter].branches.get(target)
+
+    @property
+    def base_is_nf4(self) -> bool:
+        """Then the base is what a QLoRA adapter saw, and merged_nf4 would be merged."""
+        names = self.checkpoint.names()
+        return any(self.checkpoint.stored_as(name) == "nf4" for name in names)
+
+    def variants(self) -> list[Variant]:
+        """Grouped by adapter, each group led by what it is compared with."""
+        found = [Variant(None, "float"), Variant(None, "side")]
+        for name in self.adapters:
+            found += [Variant(name, kind) for kind in ("float", "side", "merged")]
+            if not self.base_is_nf4:
+                found.append(Variant(name, "merged_nf4"))
+        return found
+
+
+class LinearWeights:
+    """One linear's weight [out_features, in_features] in every variant, rounded plainly.
+
+    What several variants need is kept, of the adapters' only the last one's: ask for the variants
+    of an adapter one after another.
+    """
+
+    def __init__(self, subject: Subject, linear: Linear) -> None:
+        self.subject, self.linear = subject, linear
+        self._merged: dict[str, Float32] = {}
+        self._rounded_variants: dict[Variant, Matrix] = {}
+
+    def weight(self, variant: Variant, stored: Float32 | None = None) -> Float32:
+        """`stored`: what a bundle holds in place of a plainly rounded weight.
+
+        Raises EdgeLoraError.
+        """
+        match variant.kind:
+            case "float":
+                return self._float(variant.adapter)
+            case "side":
+                base = dequantize(self._rounded) if stored is None else stored
+                return self._beside(base, variant.adapter)
+        return dequantize(self._rounded_merged(variant)) if stored is None else stored
+
+    def bias(self, variant: Variant) -> Float32:
+        """float32 [out_features], or [0] for none."""
+        target, bias = self.linear.target, self._bias
+        branch = self._branch(variant.adapter, bound=variant.kind == "side")
+        return bias if branch is None else merged_bias(target, bias, branch)
+
+    def survival(self, variant: Variant) -> Survival | None:
+        """Of the adapter's delta; None where it has none or nothing is merged."""
+        branch = self._branch(variant.adapter)
+        if variant.kind not in ("merged", "merged_nf4") or branch is None or branch.rank == 0:
+            return None
+        delta = self._float(variant.adapter) - self._source
+        base = self._rounded_anew if variant.kind == "merged" else self._rounded_nf4
+        return survival(base, self._rounded_merged(variant), delta)
+
+    def _branch(self, adapter: str | None, *, bound: bool = False) -> Branch | None:
+        return self.subject.branch(adapter, self.linear.target, bound=bound)
+
+    @cached_property
+    def _source(self) -> Float32:
+        checkpoint = self.subject.checkpoint
+        return checkpoint.read(weight_name(checkpoint.config, self.linear.target))
+
+    @cached_property
+    def _bias(self) -> Float32:
+        if not self.linear.bias:
+            return np.zeros(0, np.float32)
+        return self.subject.checkpoint.read(f"{self.linear.target}.bias")
+
+    def _float(self, adapter: str | None) -> Float32:
+        branch = self._branch(adapter)
+        if adapter is None or branch is None:
+            return self._source
+        if adapter not in self._merged:
+            self._merged = {adapter: merged(self.linear.target, self._source, branch)}
+        return self._merged[adapter]
+
+    def _beside(self, base: Float32, adapter: str | None) -> Float32:
+        branch = self._branch(adapter, bound=True)
+        if branch is None or branch.rank == 0:
+            return base
+        if branch.row_factor is not None:
+            base = base * branch.row_factor[:, None]
+        return merge(base, branch.lora_a, branch.lora_b, branch.scaling)
+
+    @cached_property
+    def _rounding(self) -> Rounding:
+        return Rounding(self.subject.checkpoint, self.subject.plan, NO_BRANCHES)
+
+    @cached_property
+    def _rounded(self) -> Matrix:
+        """The base's own codes where the plan keeps them."""
+        return self._rounding.matrix(self._stored_as, self._source)
+
+    @cached_property
+    def _rounded_anew(self) -> Matrix:
+        return self._rounding.anew(self.linear.target, self._source)
+
+    @cached_property
+    def _nf4(self) -> Float32:
+        """The base as bitsandbytes would hold it, which leaves lm_head alone."""
+        if self.linear.target == "lm_head":
+            return self._source
+        return dequantize(quantize_nf4(self._source))
+
+    @cached_property
+    def _rounded_nf4(self) -> Matrix:
+        return self._rounding.anew(self.linear.target, self._nf4)
+
+    def _rounded_merged(self, variant: Variant) -> Matrix:
+        """The last one is kept: both weight and survival need it."""
+        if variant not in self._rounded_variants:
+            self._rounded_variants = {variant: self._round_merged(variant)}
+        return self._rounded_variants[variant]
+
+    def _round_merged(self, variant: Variant) -> Matrix:
+        branch = self._branch(variant.adapter)
+        if branch is None:
+            return self._rounded if variant.kind == "merged" else self._rounded_nf4
+        values = self._float(variant.adapter)
+        if variant.kind == "merged_nf4":
+            values = merged(self.linear.target, self._nf4, branch)
+        return self._rounding.anew(self.linear.target, values)
+
+    @property
+    def _stored_as(self) -> str:
+        """A tied lm_head of the embedding's format is the embedding's matrix."""
+        plan, config = self.subject.plan, self.subject.checkpoint.config
+        shared = plan.head_format == plan.embedding_format and config.tie_word_embeddings
+        return EMBEDDING if self.linear.target == "lm_head" and shared else self.linear.target

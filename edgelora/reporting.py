@@ -1,0 +1,120 @@
+"""What an export loses: measured on a text, and written down."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgelora.adapter import Adapter
+from edgelora.adapter_file import Dtype, as_stored
+from edgelora.binding import bound
+from edgelora.checkpoint import Checkpoint
+from edgelora.evaluation import (
+    Evaluation,
+    EvaluationText,
+    StoredWeights,
+    Subject,
+    Variant,
+    Walk,
+    evaluate,
+    exported_variants,
+    read_evaluation_text,
+)
+from edgelora.inventory import take_inventory
+from edgelora.plan import ExportOptions, Plan, plan_sizes
+from edgelora.report import Bytes, report_html, report_json
+from edgelora.tokenizer import TokenizerFiles
+
+WINDOWS, POSITIONS = 4, 128  # of the text
+LOST = (
+    "adapter {}: little of it is left after merging: {} its mean KL is {:.4f}, that of a side "
+    "branch {:.4f}, without it {:.4f}: export with --mode side"
+)
+
+Progress = Callable[[int, int], None]
+_KINDS = {"side": ("side", None), "merged": ("merge", "float"), "merged_nf4": ("merge", "nf4")}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The two files, and what has to be said besides."""
+
+    json: bytes
+    html: bytes
+    warnings: tuple[str, ...]
+
+
+def read_report_text(
+    options: ExportOptions, checkpoint: Checkpoint, tokenizer: TokenizerFiles
+) -> EvaluationText:
+    """Raises EdgeLoraError."""
+    file = Path(options.report_text) if options.report_text else None
+    config = checkpoint.config
+    positions = min(POSITIONS, config.max_position_embeddings)
+    return read_evaluation_text(
+        file, tokenizer, config.vocab_size, windows=WINDOWS, positions=positions
+    )
+
+
+def subject_of(checkpoint: Checkpoint, plan: Plan, adapters: Mapping[str, Adapter]) -> Subject:
+    """With the adapters as their files would hold them. Raises EdgeLoraError."""
+    wide = plan.format == "float" or plan.flavor == "ort"
+    dtype: Dtype = "float32" if wide else "float16"
+    stored = {name: as_stored(bound(each, checkpoint), dtype) for name, each in adapters.items()}
+    return Subject(checkpoint, plan, adapters, stored)
+
+
+def measure_choices(subject: Subject, text: EvaluationText, progress: Progress) -> Evaluation:
+    """Every variant, each weight rounded for itself; nothing is written."""
+    return evaluate(Walk(subject, text, subject.variants(), progress=progress))
+
+
+def write_up(
+    subject: Subject, text: EvaluationText, stored: StoredWeights, progress: Progress
+) -> Report:
+    """Measures every variant, those that the bundle holds with its own weights."""
+    plan = subject.plan
+    merge, base = plan.mode == "merge", plan.merge_base or "float"
+    exported = exported_variants(subject.adapters, merge=merge, merge_base=base)
+    evaluation = evaluate(Walk(subject, text, subject.variants(), stored, exported, progress))
+    warnings, sizes = _warnings(evaluation, exported), _sizes(subject)
+    title = f"{subject.checkpoint.name}, {plan.format}"
+    page = report_html(evaluation, sizes, warnings, title=title, summary=_summary(plan))
+    return Report(report_json(evaluation, sizes, warnings), page, warnings)
+
+
+def _warnings(evaluation: Evaluation, exported: Iterable[Variant]) -> tuple[str, ...]:
+    """What must not be shipped unseen."""
+    lost = [each for each in exported if evaluation.lost_by_merging(each)]
+    return tuple(_lost(evaluation, each) for each in sorted(lost, key=str))
+
+
+def _lost(evaluation: Evaluation, variant: Variant) -> str:
+    merged, side = (evaluation.result(each) for each in (variant, replace(variant, kind="side")))
+    assert merged and side and variant.adapter
+    kept = merged.mean_correlation
+    delta = "" if kept is None else f"its delta correlates {kept:.2f} with the one trained;"
+    without = evaluation.unapplied[variant.adapter].mean_kl
+    scores = (merged.score.mean_kl, side.score.mean_kl, without)
+    return LOST.format(variant.adapter, delta, *scores)
+
+
+def _summary(plan: Plan) -> str:
+    said = [f"mode {plan.mode}: {plan.reasons['mode']}"]
+    if plan.merge_base:
+        said.append(f"merge base {plan.merge_base}: {plan.reasons['merge_base']}")
+    said.append(f"quality {plan.quality}: {plan.reasons['quality']}")
+    return "; ".join(said) + "."
+
+
+def _sizes(subject: Subject) -> Bytes:
+    """Bytes of weights and of the adapter, as planned."""
+    checkpoint, plan = subject.checkpoint, subject.plan
+    sizes: dict[tuple[str | None, str], tuple[int, int]] = {}
+    for name in (None, *subject.adapters):
+        adapters = {} if name is None else {name: subject.adapters[name]}
+        inventory = take_inventory(checkpoint, adapters)
+        for kind, (mode, base) in _KINDS.items():
+            as_kind = replace(plan, mode=mode, merge_base=base)
+            found = plan_sizes(checkpoint.config, as_kind, inventory)
+            sizes[name, kind] = (found.weights, found.adapters)
+    return sizes

@@ -1,0 +1,176 @@
+"""What an export is asked for: base and adapters, read and checked, and the plan for them."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgelora.adapter import (
+    PARTS,
+    Adapter,
+    compare_base_name,
+    read_adapter,
+    refuse_parts,
+    refuse_replaced,
+    valid_adapter_names,
+)
+from edgelora.binding import check_biases
+from edgelora.calibration import CalibrationText, read_calibration
+from edgelora.changed_base import changed_base
+from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
+from edgelora.choosing import choose, settle
+from edgelora.device import load_profile
+from edgelora.errors import EdgeLoraError
+from edgelora.evaluation import EvaluationText
+from edgelora.inventory import take_inventory
+from edgelora.layout import targets
+from edgelora.manifest import is_unicode
+from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
+from edgelora.reporting import measure_choices, read_report_text, subject_of
+from edgelora.tokenizer import TokenizerFiles
+
+Progress = Callable[[str, int, int], None]
+"""Stage ("measuring" for mode auto, "weights", "report"), steps done, steps in all."""
+
+
+def silently(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A base and its adapters, read and checked against each other, not yet converted."""
+
+    checkpoint: Checkpoint
+    tokenizer: TokenizerFiles
+    adapters: Mapping[str, Adapter]
+    plan: Plan
+    calibration: CalibrationText | None
+    report_text: EvaluationText | None  # None: no report is wanted
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    base: Path,
+    adapters: Mapping[str, Path],
+    options: ExportOptions,
+    progress: Progress = silently,
+) -> Request:
+    """Reads headers and adapters and decides the plan; writes nothing.
+
+    Mode auto and merge base auto measure for it. Raises EdgeLoraError.
+    """
+    profile = load_profile(options.device) if options.device else None
+    source = open_checkpoint(base)
+    read = _read_adapters(adapters, source, options)
+    choice = settle(options, read)
+    options = choice.options
+    checkpoint = _checked(source, adapters, read, options)
+    tokenizer = read_tokenizer(base)
+    _check_end_tokens(tokenizer, checkpoint)
+    _check_all_texts(base, checkpoint, tokenizer, adapters, read)
+    calibration = _read_calibration(checkpoint, tokenizer, options)
+    decide = partial(
+        make_plan,
+        checkpoint.config,
+        base=take_inventory(checkpoint, read),
+        profile=profile,
+        calibration=str(calibration) if calibration else None,
+    )
+    text = None
+    if options.report or choice.is_open:
+        text = read_report_text(options, checkpoint, tokenizer)
+    if choice.is_open:
+        assert text is not None
+        draft = subject_of(checkpoint, decide(options), read)
+        found = measure_choices(draft, text, partial(progress, "measuring"))
+        choice = choose(choice, next(iter(read)), found)
+    plan = decide(choice.options, measured=choice.reasons)
+    named = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
+    warnings = tuple(warning for warning in named if warning)
+    shown = text if options.report else None
+    return Request(checkpoint, tokenizer, read, plan, calibration, shown, warnings)
+
+
+def _read_adapters(
+    folders: Mapping[str, Path], checkpoint: Checkpoint, options: ExportOptions
+) -> dict[str, Adapter]:
+    valid_adapter_names(folders)
+    shapes = targets(checkpoint.config)
+    read = {name: read_adapter(path, shapes) for name, path in folders.items()}
+    if options.mode == "merge" and len(read) != 1:
+        raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
+    return read
+
+
+def _checked(
+    checkpoint: Checkpoint,
+    folders: Mapping[str, Path],
+    adapters: Mapping[str, Adapter],
+    options: ExportOptions,
+) -> Checkpoint:
+    """The base, changed by what a merged adapter saved whole. Raises EdgeLoraError."""
+    for name, adapter in adapters.items():
+        _check_mode(adapter, folders[name], options)
+        check_biases(adapter, folders[name], checkpoint.config)
+        if options.mode == "merge":
+            checkpoint = changed_base(checkpoint, adapter, folders[name])
+    return checkpoint
+
+
+def _check_all_texts(
+    base: Path,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles,
+    folders: Mapping[str, Path],
+    adapters: Mapping[str, Adapter],
+) -> None:
+    settings = json.dumps(tokenizer.tokenizer_config, ensure_ascii=False)
+    _check_texts(base, [checkpoint.name, settings])
+    for name, path in folders.items():
+        _check_texts(path, [adapters[name].base_model_name_or_path or ""])
+
+
+def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
+    """Raises EdgeLoraError for what a side branch of that flavor cannot do."""
+    if options.mode == "merge":
+        return
+    refuse_replaced(adapter, path)
+    if options.flavor == "ort":
+        why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
+        refuse_parts(adapter, path, PARTS, why)
+
+
+def _read_calibration(
+    checkpoint: Checkpoint, tokenizer: TokenizerFiles, options: ExportOptions
+) -> CalibrationText | None:
+    if options.calibration is None:
+        return None
+    return read_calibration(
+        Path(options.calibration),
+        tokenizer,
+        checkpoint.config,
+        windows=CALIBRATION_WINDOWS[options.quality],
+    )
+
+
+def _check_texts(source: Path, texts: Iterable[str]) -> None:
+    """What goes into the manifest or a tokenizer file must be text that UTF-8 can say."""
+    for text in texts:
+        if not is_unicode(text):
+            where, shown = (
+                t.encode("utf-8", "backslashreplace").decode() for t in (str(source), text)
+            )
+            raise EdgeLoraError(f"{where}: {shown:.80} is not valid Unicode: rename it")
+
+
+def _check_end_tokens(tokenizer: TokenizerFiles, checkpoint: Checkpoint) -> None:
+    """The config's own ids have been checked where it was read."""
+    rows = checkpoint.config.vocab_size
+    beyond = [str(token) for token in tokenizer.eos_token_ids if token >= rows]
+    if beyond:
+        raise EdgeLoraError(
+            f"{checkpoint.path}: end tokens {', '.join(beyond)} of the tokenizer: not below "
+            f"vocab_size {rows}"
+        )
