@@ -155,6 +155,20 @@ def test_mode_auto_merges_only_what_merging_keeps(
     assert both.plan.mode == "side" and "only exactly one" in both.plan.reasons["mode"]
 
 
+def test_what_only_merging_can_apply_is_merged_and_measured(
+    call: Call, base: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    folder = make_adapter(base, tmp_path / "a", **settings)
+    options: dict[str, Any] = {"adapters": {"a": folder}, "format": "float"}
+    found = edgelora.export(base, tmp_path / "b", mode="auto", **options)
+    assert found.plan.mode == "merge" and "only merging" in found.plan.reasons["mode"]
+    assert variant(report(tmp_path / "b"), "a", "merged")["mean_kl"] < 1e-6
+    said = call("eval", tmp_path / "b", "--base", base, "--adapter", f"a={folder}", "--json")
+    (score,) = json.loads(said.out)["scores"]
+    assert score["score"]["mean_kl"] < 1e-6
+
+
 def test_merge_base_auto_takes_the_lower_perplexity(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -319,7 +319,37 @@ void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, in
   compare(out, expected, exact, isa.name + " panel ranges " + name);
 }
 
+// The same bits wherever a thread's panels begin and end, of values whose sums are rounded.
+void check_panels_alone(const TestedIsa& isa, const Shape& shape, int64_t rows) {
+  Matrix w(shape, Fill::kRandom, 7);
+  Rows x(rows, shape.in_features, Fill::kRandom, 8);
+  const Weights packed = w.unpacked(*isa.table);
+  Output together(rows, 70), alone(rows, 70);
+  Scratch scratch(packed);
+  const auto run = [&](Output& out, int64_t begin, int64_t end) {
+    isa.table->linear(packed, x.activations(), begin, end, out.y, out.stride,
+                      scratch.memory.as<void>());
+  };
+  run(together, 0, 5);
+  for (int64_t begin : {0, 3, 4}) run(alone, begin, begin == 0 ? 3 : begin + 1);
+  bool same = true;
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t row = m * together.stride;
+    same = same && !std::memcmp(together.y + row, alone.y + row, 70 * sizeof(float));
+  }
+  KERNELS_CHECK(same, "%s: other bits from other panels, %s, %d rows", isa.name.c_str(),
+                shape.name().c_str(), static_cast<int>(rows));
+}
+
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    for (Format format : kIntegerFormats) {
+      for (int64_t rows : {1, 4, 7, 35, 70}) {
+        const int64_t block_size = format == Format::kNf4 ? 64 : 128;
+        check_panels_alone(isa, {format, 2048, {70}, block_size}, rows);
+      }
+    }
+  }
   for (Format format : kIntegerFormats) {
     for (int64_t rows : {1, 4, 35}) {
       const auto check = [rows](const std::vector<TestedIsa>& some, const Shape& shape,
