@@ -142,8 +142,8 @@ inline void store_tile(const float* acc, int64_t rows, int64_t columns, float* y
   }
 }
 
-template <class Isa>
-void run_panel(Format format, const PanelView& view, const RowTile& x, float* acc) {
+template <class Isa, class Tile>
+void run_panel(Format format, const PanelView& view, const Tile& x, float* acc) {
   switch (format) {
     case Format::kInt4:
       return Isa::template panel<Format::kInt4>(view, x, acc);
@@ -160,20 +160,26 @@ void run_panel(Format format, const PanelView& view, const RowTile& x, float* ac
   }
 }
 
+// y: of the tile's first row.
+template <class Isa, class Tile>
+void run_panels(const Weights& weights, const Tile& x, int64_t panel_begin, int64_t panel_end,
+                float* y, int64_t y_stride) {
+  alignas(64) float acc[kRowTile * kPanelRows];
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    run_panel<Isa>(weights.format, panel_view(weights, p), x, acc);
+    if (weights.format == Format::kNf4) scale_tile(weights.scale_unit, x.rows, acc);
+    store_tile(acc, x.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+  }
+}
+
 template <class Isa>
 void drive_linear(const Weights& weights, const Activations& x, int64_t panel_begin,
                   int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
   assert(weights.format != Format::kFloat);
-  alignas(64) float acc[kRowTile * kPanelRows];
+  const int32_t factor = Isa::term_factor(weights.format);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
-    const int32_t factor = Isa::term_factor(weights.format);
-    const RowTile tile = pack_rows(weights, x, m, factor, scratch);
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-      run_panel<Isa>(weights.format, panel_view(weights, p), tile, acc);
-      if (weights.format == Format::kNf4) scale_tile(weights.scale_unit, tile.rows, acc);
-      store_tile(acc, tile.rows, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
-                 y_stride);
-    }
+    run_panels<Isa>(weights, pack_rows(weights, x, m, factor, scratch), panel_begin, panel_end,
+                    y + m * y_stride, y_stride);
   }
 }
 

@@ -8,8 +8,8 @@ namespace {
 
 struct ScratchLayout {
   int64_t absmax;  // nf4: float [K / nf4_step, 16], of one panel
-  int64_t terms;   // int32 or float [Kp / 32, kRowTile]
-  int64_t scales;  // float [Kp / 32, kRowTile]
+  int64_t terms;   // int32 or float [Kp / 32, kRowTile]; neon_i8mm: twice as many
+  int64_t scales;  // float [Kp / 32, kRowTile]; neon_i8mm: twice as many
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
   int64_t starts;  // nf4: int16 [Kp / 32, kRowTile, 2, 2]
   int64_t wide;    // nf4: uint8 [Kp / 32, kRowTile]
@@ -31,8 +31,8 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   if (weights.format == Format::kNf4) {
     layout.absmax = take(end, scale_blocks(weights) * kPanelRows * 4);
   }
-  layout.terms = take(end, blocks * kRowTile * 4);
-  layout.scales = take(end, blocks * kRowTile * 4);
+  layout.terms = take(end, blocks * kRowTile * 8);
+  layout.scales = take(end, blocks * kRowTile * 8);
   layout.codes = take(end, blocks * kRowTile * kActivationBlock);
   if (weights.format == Format::kNf4) {
     layout.starts = take(end, blocks * kRowTile * 8);

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import click
 
-from benchmarks import bandwidth, limits, losses, plots, scaling, table, targets
+from benchmarks import arm_kernels, bandwidth, limits, losses, plots, scaling, table, targets
 from benchmarks.contestants import Load
 from benchmarks.figures import SPEED, read, read_quality
 from benchmarks.folder import MODELS, SMOLLM2, Peers
@@ -192,6 +192,8 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     yield table.README, "speed", table.tables(rows, lost)
     yield table.README, "quality", table.quality(read_quality())
     yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost)
+    arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
+    yield arm_kernels.README, "arm", arm_kernels.ratios(arm)
 
 
 if __name__ == "__main__":

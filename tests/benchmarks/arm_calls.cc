@@ -8,7 +8,7 @@
 
 using namespace edgelora::kernels;
 
-constexpr int64_t kFeatures = 2048, kOutputs = 16;  // one panel
+constexpr int64_t kFeatures = 2048, kOutputs = 128;  // eight panels
 
 int main(int argc, char** argv) {
   if (argc != 5) return 2;
@@ -43,7 +43,7 @@ int main(int argc, char** argv) {
   void* scratch = std::aligned_alloc(64, bytes);
   const Activations activations{rows, x.data(), scales.data(), sums.data()};
   for (int call = 0; call < std::atoi(argv[4]); ++call) {
-    table->linear(w, activations, 0, 1, y.data(), kOutputs, scratch);
+    table->linear(w, activations, 0, kOutputs / 16, y.data(), kOutputs, scratch);
   }
   std::free(scratch);
 }

@@ -23,7 +23,8 @@ from edgelora.device import DeviceProfile, list_profiles
 
 ROOT = Path(__file__).parents[2]
 COMPILER, OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
-FEATURES, OUTPUTS = 2048, 16  # of arm_calls.cc
+README, KERNELS = Path(__file__).parent / "README.md", "arm_kernels.csv"
+FEATURES, OUTPUTS = 2048, 128  # of arm_calls.cc
 PREFILL_ROWS = 32
 FORMATS = {"int4": 1, "int4_zero_points": 2, "int4_offsets": 3, "int8": 4, "nf4": 5}
 
@@ -306,6 +307,30 @@ def write(path: Path, rows: Sequence[Row | Tokens]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
+# ---- beside others ----------------------------------------------------------------------------
+
+
+def ratios(rows: list[Row]) -> str:
+    """A table for README.md: our whole calls of int4, the best other's inner loop being 1."""
+    cpus = [(isa, cpu) for isa, about in ISAS.items() for cpu in about.cpus if isa != "neon"]
+    lines = [["", *(cpu for _, cpu in cpus)], ["---", *("---:" for _ in cpus)]]
+    for phase in ("decode", "prefill"):
+        found = (
+            rate(rows, isa, "int4", phase, cpu) / best(rows, isa, phase, cpu) for isa, cpu in cpus
+        )
+        lines.append([phase, *(f"{ratio:.2f}" for ratio in found)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def best(rows: list[Row], isa: str, phase: str, cpu: str) -> float:
+    wanted = (isa, "int4", phase, cpu)
+    return max(
+        r.products_per_cycle
+        for r in rows
+        if r.kernel != "edgelora" and (r.isa, r.format, r.phase, r.cpu) == wanted
+    )
+
+
 @click.command(help=__doc__)
 @click.argument("build", type=click.Path(exists=True, path_type=Path))
 @click.argument("results", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -313,7 +338,7 @@ def write(path: Path, rows: Sequence[Row | Tokens]) -> None:
 @click.option("--llvm-mca", "mca", default="llvm-mca", show_default=True)
 def main(build: Path, results: Path, other: tuple[str, ...], mca: str) -> None:
     rows = [*ours(build, mca), *(row for spec in other for row in others(spec, mca))]
-    path = results / "arm_kernels.csv"
+    path = results / KERNELS
     measured = {row.kernel for row in rows}
     rows += [row for row in read(path) if row.kernel not in measured]
     write(path, rows)

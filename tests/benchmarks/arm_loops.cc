@@ -13,7 +13,7 @@ namespace edgelora::kernels::EDGELORA_ISA {
     if (x.rows != 1) __builtin_unreachable();                                         \
     Isa::panel<Format::format>(w, x, acc);                                            \
   }                                                                                   \
-  EDGELORA_WHOLE prefill_##name(const PanelView& w, const RowTile& x, float* acc) {   \
+  EDGELORA_WHOLE prefill_##name(const PanelView& w, const Isa::Rows& x, float* acc) { \
     if (x.rows < 16) __builtin_unreachable();                                         \
     Isa::panel<Format::format>(w, x, acc);                                            \
   }

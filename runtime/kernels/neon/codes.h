@@ -19,18 +19,24 @@ struct Codes {          // of four rows
   int8x16_t low, high;  // K0 … K3, K4 … K7
 };
 
+struct Unpacking {
+  uint8x16_t nibble;
+  int8x16_t nf4;
+};
+
+EDGELORA_INLINE Unpacking unpacking() { return {vdupq_n_u8(15), vld1q_s8(kNf4Bytes)}; }
+
 // q: which 8 K of the block; g: which four rows. int4: 0 … 15, nf4: the table's bytes.
 template <Format kFormat>
-EDGELORA_INLINE Codes load_codes(const uint8_t* block, int q, int g) {
+EDGELORA_INLINE Codes load_codes(const uint8_t* block, int q, int g, Unpacking by = unpacking()) {
   if constexpr (kFormat == Format::kInt8) {
     const uint8_t* from = block + 128 * q + 16 * g;
     return {vreinterpretq_s8_u8(load_bytes(from)), vreinterpretq_s8_u8(load_bytes(from + 64))};
   }
   const uint8x16_t bytes = load_bytes(block + 64 * q + 16 * g);
-  const uint8x16_t low = vandq_u8(bytes, vdupq_n_u8(15)), high = vshrq_n_u8(bytes, 4);
+  const uint8x16_t low = vandq_u8(bytes, by.nibble), high = vshrq_n_u8(bytes, 4);
   if constexpr (kFormat == Format::kNf4) {
-    const int8x16_t table = vld1q_s8(kNf4Bytes);
-    return {vqtbl1q_s8(table, low), vqtbl1q_s8(table, high)};
+    return {vqtbl1q_s8(by.nf4, low), vqtbl1q_s8(by.nf4, high)};
   }
   return {vreinterpretq_s8_u8(low), vreinterpretq_s8_u8(high)};
 }

@@ -123,6 +123,8 @@ EDGELORA_INLINE void add_line(const uint8_t* block, const int8_t* x,
 }
 
 struct Isa {
+  using Rows = RowTile;  // several rows of x
+
   static constexpr int kTileRows = 2;
 
   static int32_t term_factor(Format format) { return neon_term_factor(format); }

@@ -1,12 +1,11 @@
-// A panel times a tile's rows, for Isas whose registers hold four rows of W: neon and neon_dotprod.
-// Isa::dots gives the dots of one block, exact integers:
+// A panel times a tile's rows, for neon. Isa::dots gives the dots of one block, exact integers:
 //
-//   one row of x             acc in four registers through all blocks
+//   one row of x             one_row.h
 //   ≤ Isa::kTileRows rows    codes unpacked in registers, acc in L1
 //   more                     codes of a block unpacked once into L1, then kTileRows rows at a time
 #pragma once
 
-#include "kernels/neon/scales.h"
+#include "kernels/neon/one_row.h"
 
 namespace edgelora::kernels {
 namespace {
@@ -25,20 +24,6 @@ void unpack_block(const uint8_t* block, const Scales& scales, BlockBytes* out) {
       vst1q_s8(out->of + 128 * q + 16 * g + 64, w.high);
     }
   }
-}
-
-template <class Isa, Format kFormat>
-void one_row(const PanelView& panel, const RowTile& x, float* acc) {
-  float32x4_t sums[4];
-  for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);
-  for (int64_t b = 0; b < panel.blocks; ++b) {
-    const Scales scales = load_scales<kFormat>(panel, b);
-    float32x4_t dots[1][4];
-    Isa::template dots<kFormat, kFormat, 1>(block_codes<kFormat>(panel.codes, b), scales, x, b,
-                                            dots);
-    add_block<kFormat>(dots[0], scales, x_scale<kFormat>(x, b), sums);
-  }
-  for (int g = 0; g < 4; ++g) vst1q_f32(acc + 4 * g, sums[g]);
 }
 
 // Rows m … m + kRows − 1 of the tile.
@@ -68,9 +53,6 @@ void all_rows(const uint8_t* block, const Scales& scales, const RowTile& x, int6
   int64_t m = 0;
   for (; m + Isa::kTileRows <= x.rows; m += Isa::kTileRows) {
     some_rows<Isa, kFormat, kSource, Isa::kTileRows>(block, scales, x, b, m, acc);
-  }
-  for (; Isa::kTileRows > 2 && m + 2 <= x.rows; m += 2) {
-    some_rows<Isa, kFormat, kSource, 2>(block, scales, x, b, m, acc);
   }
   if (m < x.rows) some_rows<Isa, kFormat, kSource, 1>(block, scales, x, b, m, acc);
 }

@@ -1,279 +1,145 @@
 // y[m, n] = Σ_b xscale[m, b] · (scale[n, b] · dot_b [+ offset[n, b] · sum_b]),  b: blocks of 32 of
 // K
 //
-// One row of x: sdot (neon_dotprod/sdot.h). Several: smmla multiplies 2 rows of x × 8 K with 8 K ×
-// 2 rows of W into four int32:
+// One row of x, or two: neon_dotprod/sdot.h. Several: groups of four (neon/four_rows.h) in two
+// pairs: smmla multiplies 2 rows of x × 8 K with 8 K × 2 rows of W into four int32:
 //     x  │ m: K0 … K7 │ m+1: K0 … K7 │        w  │ r: K0 … K7 │ r+1: K0 … K7 │
 //     sum  │ m·r │ m·(r+1) │ (m+1)·r │ (m+1)·(r+1) │
 // A register of W's nibbles (neon/codes.h) has K0 … K3 of four rows low and K4 … K7 high: zip1 and
-// zip2 of the two make the registers of rows r, r+1 and r+2, r+3. Two registers of x are made of
-// two rows' 16 K in the same way.
-//
-// int4: codes 0 … 15 as they are, the sum starts at −8·Σx (zero points: −zp·Σx); where a block is
-//   unpacked for many rows, codes less 8 (zero points: zp), and the sum starts at 0.
-// int8: bytes as they are.
-// nf4: a byte table, tbl, gives w = round(124.125·value). The rounding costs at most 0.0037 of
-//   absmax a weight.
-//
-// Tile: 16 rows of W × 4 rows of x; more than 4 rows have a block's codes unpacked once for up to
-// 32. An odd last row is its own partner.
-//   sums [pairs of x][8]   int32, up to 16 of the 32 registers
-//   acc                    float [rows, 16] in L1, until the end in the order of the sums:
-//                          [pairs of x][8][4]
-#include "kernels/neon/panel_rows.h"
+// zip2 of the two make the registers of rows r, r+1 and r+2, r+3.
+#include "kernels/neon/four_rows.h"
 #include "kernels/neon_dotprod/sdot.h"
 #include "kernels/neon_i8mm/neon_i8mm.h"
 
 namespace edgelora::kernels::neon_i8mm {
 namespace {
 
-EDGELORA_INLINE int8x16_t zip_low(int8x16_t a, int8x16_t b) {
-  return vreinterpretq_s8_s32(vzip1q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
-}
+// 8 K of four rows of W, two registers, times those of x, a and b; what is next is loaded
+// meanwhile.
+// clang-format off
+#define EDGELORA_EIGHT_K(first, last, next_a, next_b)      \
+  "smmla %[s0].4s, %[a].16b, %[" first "].16b\n"           \
+  "smmla %[s1].4s, %[a].16b, %[" last "].16b\n"            \
+  "ldr %q[a], " next_a "\n"                                \
+  "smmla %[s2].4s, %[b].16b, %[" first "].16b\n"           \
+  "smmla %[s3].4s, %[b].16b, %[" last "].16b\n"            \
+  "ldr %q[b], " next_b "\n"
+// clang-format on
 
-EDGELORA_INLINE int8x16_t zip_high(int8x16_t a, int8x16_t b) {
-  return vreinterpretq_s8_s32(vzip2q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
-}
-
-struct PairCodes {        // 8 K of four rows of W
-  int8x16_t first, last;  // rows r, r+1; rows r+2, r+3
+// Each of four rows' values twice: for the two rows of x that meet rows r, r+1 and r+2, r+3.
+struct PairScale {
+  float32x4_t first, last;
 };
 
-EDGELORA_INLINE PairCodes paired(const Codes& w) {
-  return {zip_low(w.low, w.high), zip_high(w.low, w.high)};
-}
+struct Isa : FewOrGroupedRows<Isa, Sdot> {
+  static constexpr int kValues = 8;  // two of each row of x, as they lie in the sums
 
-// One block unpacked: [q][g] of PairCodes.
-struct alignas(64) PairBytes {
-  int8_t of[kInt8BlockBytes];
-};
-
-template <Format kFormat>
-void unpack_pairs(const uint8_t* block, const Scales& scales, PairBytes* out) {
-  for (int g = 0; g < 4; ++g) {
-    for (int q = 0; q < 4; ++q) {
-      const PairCodes w = paired(load_bytes_of<kFormat>(block, scales, q, g));
-      vst1q_s8(out->of + 128 * q + 32 * g, w.first);
-      vst1q_s8(out->of + 128 * q + 32 * g + 16, w.last);
-    }
-  }
-}
-
-// Where a block's pairs come from: its codes in the panel, or PairBytes.
-template <Format kFormat>
-struct FromCodes {
-  static constexpr Format kSource = kFormat;
-  static EDGELORA_INLINE PairCodes load(const uint8_t* block, int q, int g) {
-    return paired(load_codes<kFormat>(block, q, g));
-  }
-};
-
-struct FromPairs {
-  static constexpr Format kSource = Format::kInt8;
-  static EDGELORA_INLINE PairCodes load(const uint8_t* block, int q, int g) {
-    const auto* from = reinterpret_cast<const int8_t*>(block) + 128 * q + 32 * g;
-    return {vld1q_s8(from), vld1q_s8(from + 16)};
-  }
-};
-
-// Each of four rows' scales twice: for the two rows of x that meet rows r, r+1 and r+2, r+3.
-struct PairScales {
-  float32x4_t scale[8];
-  float32x4_t offset[8];
-  int32x4_t zero_points[8];
-};
-
-void pair_floats(const float32x4_t* rows, float32x4_t* out) {
-  for (int g = 0; g < 4; ++g) {
-    out[2 * g] = vcombine_f32(vget_low_f32(rows[g]), vget_low_f32(rows[g]));
-    out[2 * g + 1] = vcombine_f32(vget_high_f32(rows[g]), vget_high_f32(rows[g]));
-  }
-}
-
-void pair_integers(const int32x4_t* rows, int32x4_t* out) {
-  for (int g = 0; g < 4; ++g) {
-    out[2 * g] = vcombine_s32(vget_low_s32(rows[g]), vget_low_s32(rows[g]));
-    out[2 * g + 1] = vcombine_s32(vget_high_s32(rows[g]), vget_high_s32(rows[g]));
-  }
-}
-
-template <Format kFormat>
-PairScales pair_scales(const Scales& rows) {
-  PairScales s;
-  pair_floats(rows.scale, s.scale);
-  if constexpr (kFormat == Format::kInt4Offsets) pair_floats(rows.offset, s.offset);
-  if constexpr (kFormat == Format::kInt4ZeroPoints) {
-    pair_integers(rows.zero_points, s.zero_points);
-  }
-  return s;
-}
-
-// │ m │ m │ m+1 │ m+1 │ of an array [block, row]; `step` is 0 for a row without partner.
-EDGELORA_INLINE float32x4_t two_each(const float* from, int64_t step) {
-  return vcombine_f32(vdup_n_f32(from[0]), vdup_n_f32(from[step]));
-}
-
-EDGELORA_INLINE int32x4_t two_each(const int32_t* from, int64_t step) {
-  return vcombine_s32(vdup_n_s32(from[0]), vdup_n_s32(from[step]));
-}
-
-template <Format kSource>
-EDGELORA_INLINE void first_sums(const PairScales& s, const RowTile& x, int64_t i, int64_t step,
-                                int32x4_t sums[8]) {
-#pragma GCC unroll 8
-  for (int w = 0; w < 8; ++w) {
-    sums[w] = vdupq_n_s32(kFloatBits);
-    if constexpr (kSource == Format::kInt4) {
-      sums[w] = vaddq_s32(sums[w], two_each(x.terms + i, step));
-    } else if constexpr (kSource == Format::kInt4ZeroPoints) {
-      sums[w] = vmlaq_s32(sums[w], s.zero_points[w], two_each(x.terms + i, step));
-    }
-  }
-}
-
-// Two rows of x, 16 K: as smmla wants them.
-struct XPair {
-  int8x16_t of[2];  // K 0 … 7, K 8 … 15
-};
-
-EDGELORA_INLINE XPair load_x(const int8_t* first, const int8_t* second) {
-  const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(first));
-  const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(second));
-  return {{vreinterpretq_s8_s64(vzip1q_s64(a, b)), vreinterpretq_s8_s64(vzip2q_s64(a, b))}};
-}
-
-// 16 K, kHalf of the block's two, of kPairs pairs of rows; step: bytes between the rows of a pair.
-template <class Source, int kPairs, int kHalf>
-EDGELORA_INLINE void add_half(const uint8_t* block, const int8_t* x, int64_t step,
-                              int32x4_t sums[kPairs][8]) {
-  XPair pairs[kPairs];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) {
-    const int8_t* from = x + p * 2 * kActivationBlock + kHalf * 16;
-    pairs[p] = load_x(from, from + step);
-  }
-#pragma GCC unroll 2
-  for (int q = 0; q < 2; ++q) {
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
-      const PairCodes w = Source::load(block, kHalf * 2 + q, g);
-#pragma GCC unroll 2
-      for (int p = 0; p < kPairs; ++p) {
-        sums[p][2 * g] = vmmlaq_s32(sums[p][2 * g], pairs[p].of[q], w.first);
-        sums[p][2 * g + 1] = vmmlaq_s32(sums[p][2 * g + 1], pairs[p].of[q], w.last);
+  // [8 K of four][pairs of rows]: │ m: K0 … K7 │ m+1: K0 … K7 │
+  static void interleave(const int8_t* const from[4], int64_t k, int8_t* to) {
+    for (int p = 0; p < 2; ++p) {
+      for (int half = 0; half < 2; ++half) {
+        const int8_t *first = from[2 * p] + k + 16 * half, *last = from[2 * p + 1] + k + 16 * half;
+        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(first));
+        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(last));
+        int8_t* out = to + half * 64 + p * 16;
+        vst1q_s8(out, vreinterpretq_s8_s64(vzip1q_s64(a, b)));
+        vst1q_s8(out + 32, vreinterpretq_s8_s64(vzip2q_s64(a, b)));
       }
     }
   }
-}
 
-// What two rows of x bring to a block, read before anything is stored.
-struct XPairScale {
-  float32x4_t scale;
-  float32x4_t shift;  // kInt4Offsets
-};
+  static void store_values(float32x4_t of_rows, float* to) {
+    vst1q_f32(to, vzip1q_f32(of_rows, of_rows));
+    vst1q_f32(to + 4, vzip2q_f32(of_rows, of_rows));
+  }
 
-template <Format kFormat>
-EDGELORA_INLINE XPairScale x_pair_scale(const RowTile& x, int64_t i, int64_t step) {
-  const bool offsets = kFormat == Format::kInt4Offsets;
-  return {two_each(x.scales + i, step),
-          offsets ? two_each(x.shifts + i, step) : vdupq_n_f32(0.0f)};
-}
-
-template <Format kFormat>
-EDGELORA_INLINE void add_to_acc(const int32x4_t sums[8], const PairScales& s,
-                                const XPairScale& x, float* acc) {
-#pragma GCC unroll 2
-  for (int half = 0; half < 8; half += 4) {  // step by step for four registers, as add_block does
-    float32x4_t values[4], scales[4], out[4];
+  static EDGELORA_INLINE void arrange(int8x16_t w[8]) {
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) values[w] = float_of_biased(sums[half + w]);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) scales[w] = vmulq_f32(s.scale[half + w], x.scale);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) out[w] = vld1q_f32(acc + 4 * (half + w));
-    if constexpr (kFormat == Format::kInt4Offsets) {
-#pragma GCC unroll 4
-      for (int w = 0; w < 4; ++w) out[w] = vfmaq_f32(out[w], s.offset[half + w], x.shift);
+    for (int q = 0; q < 8; q += 2) {
+      const int32x4_t low = vreinterpretq_s32_s8(w[q]), high = vreinterpretq_s32_s8(w[q + 1]);
+      w[q] = vreinterpretq_s8_s32(vzip1q_s32(low, high));
+      w[q + 1] = vreinterpretq_s8_s32(vzip2q_s32(low, high));
     }
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) out[w] = vfmaq_f32(out[w], values[w], scales[w]);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) vst1q_f32(acc + 4 * (half + w), out[w]);
   }
-}
 
-// Rows m … of the tile, kPairs pairs; step is 0 if the only pair has one row.
-template <Format kFormat, class Source, int kPairs>
-EDGELORA_INLINE void some_pairs(const uint8_t* block, const PairScales& s, const RowTile& x,
-                                int64_t b, int64_t m, int64_t step, float* acc) {
-  const int64_t i = b * x.rows + m;
-  const int8_t* codes = x.codes + i * kActivationBlock;
-  int32x4_t sums[kPairs][8];
-  XPairScale x_scales[kPairs];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) x_scales[p] = x_pair_scale<kFormat>(x, i + 2 * p, step);
-#pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) first_sums<Source::kSource>(s, x, i + 2 * p, step, sums[p]);
-  add_half<Source, kPairs, 0>(block, codes, step * kActivationBlock, sums);
-  add_half<Source, kPairs, 1>(block, codes, step * kActivationBlock, sums);
-#pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) {
-    add_to_acc<kFormat>(sums[p], s, x_scales[p], acc + (m + 2 * p) * kPanelRows);
+  using Scale = PairScale;
+  static EDGELORA_INLINE Scale widen(float32x4_t s) {
+    const float64x2_t pairs = vreinterpretq_f64_f32(s);
+    return {vreinterpretq_f32_f64(vdupq_laneq_f64(pairs, 0)),
+            vreinterpretq_f32_f64(vdupq_laneq_f64(pairs, 1))};
   }
-}
 
-template <Format kFormat, class Source>
-void all_pairs(const uint8_t* block, const PairScales& s, const RowTile& x, int64_t b,
-               float* acc) {
-  int64_t m = 0;
-  for (; m + 4 <= x.rows; m += 4) some_pairs<kFormat, Source, 2>(block, s, x, b, m, 1, acc);
-  for (; m < x.rows; m += 2) {
-    some_pairs<kFormat, Source, 1>(block, s, x, b, m, m + 1 < x.rows ? 1 : 0, acc);
+  using Bias = const float*;  // no register is left for it
+  static Bias bias() { return kNoTerms; }
+
+  // acc[2p + i], pair p of x and pair i of W: += float(dot) · scale · xscale. As assembly because
+  // compilers put sums next to each other that wait for each other, or run out of registers.
+  template <int kGroup, int kStart>
+  static EDGELORA_INLINE void multiply(const int8x16_t w[8], const int8_t* x, const float* starts,
+                                       const float* x_scales, Scale scale, Bias bias,
+                                       float32x4_t acc[4]) {
+    int8x16_t a, b;
+    int32x4_t s0, s1, s2, s3;
+    // clang-format off
+    asm volatile(
+        "ldr %q[a], [%[x], #(%c[at])]\n"
+        "ldr %q[s0], [%[starts], #(%c[start])]\n"
+        "ldr %q[s1], [%[starts], #(%c[start])]\n"
+        "ldr %q[b], [%[x], #(%c[at] + 16)]\n"
+        "ldr %q[s2], [%[starts], #(%c[start] + 16)]\n"
+        "ldr %q[s3], [%[starts], #(%c[start] + 16)]\n"
+        EDGELORA_EIGHT_K("w0", "w1", "[%[x], #(%c[at] + 32)]",
+                         "[%[x], #(%c[at] + 48)]")
+        EDGELORA_EIGHT_K("w2", "w3", "[%[x], #(%c[at] + 64)]",
+                         "[%[x], #(%c[at] + 80)]")
+        EDGELORA_EIGHT_K("w4", "w5", "[%[x], #(%c[at] + 96)]",
+                         "[%[x], #(%c[at] + 112)]")
+        EDGELORA_EIGHT_K("w6", "w7", "[%[bias]]",
+                         "[%[x_scales], #(%c[at] / 4 + 16)]")
+        "fsub %[s0].4s, %[s0].4s, %[a].4s\n"
+        "fsub %[s1].4s, %[s1].4s, %[a].4s\n"
+        "fsub %[s2].4s, %[s2].4s, %[a].4s\n"
+        "fsub %[s3].4s, %[s3].4s, %[a].4s\n"
+        "ldr %q[a], [%[x_scales], #(%c[at] / 4)]\n"
+        "fmul %[s0].4s, %[s0].4s, %[first].4s\n"
+        "fmul %[s1].4s, %[s1].4s, %[last].4s\n"
+        "fmul %[s2].4s, %[s2].4s, %[first].4s\n"
+        "fmul %[s3].4s, %[s3].4s, %[last].4s\n"
+        "fmla %[acc0].4s, %[s0].4s, %[a].4s\n"
+        "fmla %[acc1].4s, %[s1].4s, %[a].4s\n"
+        "fmla %[acc2].4s, %[s2].4s, %[b].4s\n"
+        "fmla %[acc3].4s, %[s3].4s, %[b].4s\n"
+        : [acc0] "+w"(acc[0]), [acc1] "+w"(acc[1]), [acc2] "+w"(acc[2]), [acc3] "+w"(acc[3]),
+          [s0] "=&w"(s0), [s1] "=&w"(s1), [s2] "=&w"(s2), [s3] "=&w"(s3), [a] "=&w"(a),
+          [b] "=&w"(b)
+        : [w0] "w"(w[0]), [w1] "w"(w[1]), [w2] "w"(w[2]), [w3] "w"(w[3]), [w4] "w"(w[4]),
+          [w5] "w"(w[5]), [w6] "w"(w[6]), [w7] "w"(w[7]), [first] "w"(scale.first),
+          [last] "w"(scale.last), [x] "r"(x), [starts] "r"(starts), [x_scales] "r"(x_scales),
+          [bias] "r"(bias), [at] "i"(kGroup * kGroupBytes), [start] "i"(kStart * kValues * 4)
+        : "memory");
+    // clang-format on
   }
-}
 
-// acc [pairs][8][4] → [rows, 16]
-void unpair(int64_t rows, float* acc) {
-  for (int64_t m = 0; m < rows; m += 2) {
-    float* pair = acc + m * kPanelRows;
-    float32x4_t sums[8];
-    for (int w = 0; w < 8; ++w) sums[w] = vld1q_f32(pair + 4 * w);
+  // acc[2p + i] += offset of pair i · shift of pair p
+  static EDGELORA_INLINE void add_products(Scale offset, const float* shifts, float32x4_t acc[4]) {
+    const float32x4_t a = vld1q_f32(shifts), b = vld1q_f32(shifts + 4);
+    acc[0] = vfmaq_f32(acc[0], offset.first, a);
+    acc[1] = vfmaq_f32(acc[1], offset.last, a);
+    acc[2] = vfmaq_f32(acc[2], offset.first, b);
+    acc[3] = vfmaq_f32(acc[3], offset.last, b);
+  }
+
+  // acc [4 g][pairs of x][pairs of W][2][2] → [4][16]
+  static void in_rows(float* acc) {
+    float32x4_t sums[16];
+    for (int i = 0; i < 16; ++i) sums[i] = vld1q_f32(acc + 4 * i);
     for (int g = 0; g < 4; ++g) {
-      const float32x4_t a = sums[2 * g], b = sums[2 * g + 1];
-      vst1q_f32(pair + 4 * g, vcombine_f32(vget_low_f32(a), vget_low_f32(b)));
-      vst1q_f32(pair + kPanelRows + 4 * g, vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
-    }
-  }
-}
-
-template <Format kFormat>
-void many_rows(const PanelView& panel, const RowTile& x, float* acc) {
-  const int64_t pairs = ceil_div(x.rows, 2);  // acc has room: kRowTile is even
-  for (int64_t i = 0; i < pairs * 2 * kPanelRows; ++i) acc[i] = 0.0f;
-  PairBytes bytes;
-  for (int64_t b = 0; b < panel.blocks; ++b) {
-    const Scales scales = load_scales<kFormat>(panel, b);
-    const PairScales s = pair_scales<kFormat>(scales);
-    const uint8_t* block = block_codes<kFormat>(panel.codes, b);
-    if (x.rows <= 4) {
-      all_pairs<kFormat, FromCodes<kFormat>>(block, s, x, b, acc);
-    } else {
-      unpack_pairs<kFormat>(block, scales, &bytes);
-      all_pairs<kFormat, FromPairs>(reinterpret_cast<const uint8_t*>(bytes.of), s, x, b, acc);
-    }
-  }
-  unpair(x.rows, acc);
-}
-
-struct Isa {
-  static int32_t term_factor(Format format) { return neon_term_factor(format); }
-
-  template <Format kFormat>
-  static void panel(const PanelView& view, const RowTile& x, float* acc) {
-    if (x.rows == 1) {
-      one_row<Sdot, kFormat>(view, x, acc);
-    } else {
-      many_rows<kFormat>(view, x, acc);
+      for (int p = 0; p < 2; ++p) {
+        const float32x4_t first = sums[4 * g + 2 * p], last = sums[4 * g + 2 * p + 1];
+        float* row = acc + 2 * p * kPanelRows + 4 * g;
+        vst1q_f32(row, vcombine_f32(vget_low_f32(first), vget_low_f32(last)));
+        vst1q_f32(row + kPanelRows, vcombine_f32(vget_high_f32(first), vget_high_f32(last)));
+      }
     }
   }
 };
@@ -282,7 +148,7 @@ struct Isa {
 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void* scratch) {
-  drive_linear<Isa>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
+  drive_groups<Isa>(weights, x, panel_begin, panel_end, y, y_stride, scratch);
 }
 
 }  // namespace edgelora::kernels::neon_i8mm
