@@ -18,17 +18,13 @@ _SUFFIX = ".weight"
 def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> Inventory:
     """Reads no weight."""
     stored = {name: checkpoint.stored_as(name) for name in checkpoint.names()}
-    rounded: set[str] = set()
     foreign: Counter[str] = Counter()
     source = source_of(checkpoint)
     if isinstance(source, BitsAndBytesCheckpoint):
-        names = source.names()
-        rounded = {dtype for name in names if (dtype := source.rounded_to(name))}
-        foreign = Counter(why for name in names if (why := source.obstacle(name)))
+        foreign = Counter(why for name in source.names() if (why := source.obstacle(name)))
     return Inventory(
         stored={name.removesuffix(_SUFFIX): kind for name, kind in stored.items() if kind},
         offsets=_with_offsets(source),
-        rounded_to=tuple(sorted(rounded)),
         foreign=dict(foreign),
         adapters={
             name: {t: branch.rank for t, branch in adapter.branches.items() if branch.rank}

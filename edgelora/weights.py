@@ -169,7 +169,7 @@ class WeightWriter:
         if bias is not None and bias.size:
             arrays["bias"] = bias
         self.matrices[name] = StoredMatrix(
-            packed.format,
+            packed.kind,
             packed.block_size,
             packed.in_features,
             packed.out_features,

@@ -199,8 +199,10 @@ class BundleWeights:
         if kind == "float":
             return codes.transpose(0, 2, 1).reshape(-1, width)[:rows].astype(np.float32)
         values = self._codes(codes, kind)[:rows, :width]
-        if kind == "nf4":
-            return self._nf4(values.astype(np.intp), attributes["slices"], inputs)
+        if kind.startswith("nf4"):
+            products = self._nf4(values.astype(np.intp), attributes["slices"], inputs)
+            dtype = getattr(torch, kind.partition("_")[2] or "float32")
+            return np.asarray(torch.tensor(products).to(dtype).float().numpy())
         scales = self._rows(inputs[1])[:rows]
         wide = np.repeat(scales, block, axis=1)[:, :width]
         if kind == "int8":

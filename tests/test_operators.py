@@ -210,7 +210,7 @@ def test_linear_gives_an_empty_output_for_an_empty_sequence(library: str) -> Non
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": "int3"}, 'format is "int3", expected int4, int8, nf4 or float'),
+        ({"format": "int3"}, 'format is "int3", expected one of int4, int8, nf4, nf4_bf'),
         ({"block_size": 16}, "block_size is 16, expected 32, 64 or 128"),
         ({"in_features": 65}, "codes is uint8 [3, 8, 64], expected uint8 [3, 12, 64]"),
         ({"in_features": 0}, "in_features is 0"),

@@ -70,7 +70,7 @@ BASES = [
     Inventory(adapters=ADAPTER),
     held("int4", "int4", offsets=frozenset(LINEARS), adapters=ADAPTER),
     held("int8", "int8", adapters=ADAPTER),
-    held("nf4", rounded_to=("bfloat16",), adapters=ADAPTER),
+    held("nf4", adapters=ADAPTER),
     held(None, foreign={"FP4": 210}, adapters=ADAPTER),
 ]
 
@@ -185,14 +185,6 @@ def test_nf4_needs_input_features_in_multiples_of_32() -> None:
         plan(odd, format="nf4")
     made = plan(odd, held("nf4"))
     assert made.format == "int4" and "72 input features" in made.reasons["format"]
-
-
-def test_16_bit_nf4_says_what_its_rounding_is() -> None:
-    made = plan(base=held("nf4", rounded_to=("bfloat16",)))
-    assert "its rounding to bfloat16, at most 2^-8 relative" in made.reasons["carry"]
-    made = plan(base=held("nf4", rounded_to=("float16",)))
-    assert "its rounding to float16, at most 2^-11 relative" in made.reasons["carry"]
-    assert "rounding" not in plan(base=held("nf4")).reasons["carry"]
 
 
 def test_4_bit_matrices_that_nf4_cannot_hold_are_named() -> None:

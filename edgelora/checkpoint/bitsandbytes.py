@@ -29,7 +29,7 @@ from edgelora.checkpoint.safetensors import (
 )
 from edgelora.config import ModelConfig
 from edgelora.layout import expected_tensors
-from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix
+from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix, round_to
 
 _COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -38,8 +38,7 @@ class BitsAndBytesCheckpoint:
     """A folder that transformers saved with load_in_4bit. See `Checkpoint`.
 
     `read` gives what bitsandbytes' dequantize_4bit gives: with a state of dtype bfloat16 or float16
-    each weight is rounded to it. `read_quantized` gives the codes themselves, whose values are not
-    rounded: `rounded_to` names the dtype by whose rounding the two differ.
+    each weight is rounded to it. `read_quantized` gives codes that dequantize to the same.
     """
 
     def __init__(self, path: Path, name: str, config: ModelConfig) -> None:
@@ -78,12 +77,6 @@ class BitsAndBytesCheckpoint:
     def stored_as(self, name: str) -> StoredAs | None:
         return "nf4" if name in self._states and self.obstacle(name) is None else None
 
-    def rounded_to(self, name: str) -> str | None:
-        """The 16-bit dtype that bitsandbytes rounds the values of these nf4 codes to, if any."""
-        if self.stored_as(name) is None or self._states[name].dtype == "float32":
-            return None
-        return self._states[name].dtype
-
     def obstacle(self, name: str) -> str | None:
         """What our nf4 cannot hold of a 4-bit matrix; None where it can, and for floats."""
         state = self._states.get(name)
@@ -99,6 +92,7 @@ class BitsAndBytesCheckpoint:
             nested_absmax=read_float(self._tensors[f"{name}.nested_absmax"]).reshape(-1),
             absmax_offset=np.float32(state.nested_offset),
             absmax_table=read_float(self._tensors[f"{name}.nested_quant_map"]).reshape(-1),
+            rounded_to=state.dtype,
         )
 
     def _codes(self, name: str) -> NDArray[np.uint8]:
@@ -148,14 +142,3 @@ def _obstacle(state: QuantState) -> str | None:
     if state.nested_block_size != NF4_GROUP:
         return f"absmax groups of {state.nested_block_size}"
     return None
-
-
-def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """float32 values rounded to `dtype` (to nearest, ties to even) and back. Changes `values`."""
-    if dtype == "float16":
-        return values.astype(np.float16).astype(np.float32)
-    if dtype == "bfloat16":
-        bits = values.view(np.uint32)
-        bits += 0x7FFF + (bits >> 16 & 1)
-        bits &= 0xFFFF0000
-    return values

@@ -64,11 +64,13 @@ def _nbits(matrix: StoredMatrix, arrays: Mapping[str, NDArray[Any]]) -> NBitsLin
 def _packed(
     matrix: StoredMatrix, arrays: Mapping[str, NDArray[Any]], slices: Sequence[int]
 ) -> PackedLinear:
-    """Inverse of PackedLinear.arrays."""
+    """Inverse of PackedLinear.arrays and kind."""
     named: dict[str, Any] = dict(arrays)
-    if matrix.format == "nf4":
+    name, _, rounded_to = matrix.format.partition("_")
+    if name == "nf4":
+        named["rounded_to"] = rounded_to or "float32"
         named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")
     elif "zero_points" in named and named["zero_points"].dtype == np.float16:
         named["offsets"] = named.pop("zero_points")
-    shape = (matrix.format, matrix.block_size, matrix.in_features, tuple(slices))
+    shape = (name, matrix.block_size, matrix.in_features, tuple(slices))
     return PackedLinear(*shape, **named)

@@ -23,7 +23,7 @@ class StoredTensor:
 class StoredMatrix:
     """A packed weight: its format and the initializers that are its operator inputs, by role."""
 
-    format: str  # "int4", "int8", "nf4", "float"
+    format: str  # "int4", "int8", "nf4", "nf4_bfloat16", "nf4_float16", "float"
     block_size: int
     in_features: int
     out_features: int

@@ -20,8 +20,6 @@ from edgelora.plan.inventory import Inventory
 from edgelora.plan.memory import plan_sizes
 from edgelora.plan.options import DEFAULT_CONTEXT, ExportOptions
 
-ROUNDING = {"bfloat16": "2^-8", "float16": "2^-11"}  # half a unit in the last place, relative
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -227,12 +225,6 @@ def _carry(plan: Plan, facts: Facts, names: Iterable[str], decision: str) -> str
     if merged:
         some = f"{len(merged)} that the adapter changes ({_counts(base, merged)})"
         parts.append(f"{some} are dequantized, merged and rounded anew")
-    if any(base.stored[t] == "nf4" for t in kept):
-        parts += [
-            f"weights differ from bitsandbytes' by its rounding to {dtype}, "
-            f"at most {ROUNDING[dtype]} relative"
-            for dtype in base.rounded_to
-        ]
     return "; ".join(parts) or "the base has no codes here that could be kept"
 
 

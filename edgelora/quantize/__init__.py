@@ -2,7 +2,7 @@
 
 from edgelora.quantize.compensated import compensate_int4
 from edgelora.quantize.curvature import Curvature, Product, factorize
-from edgelora.quantize.dequantize import NF4_VALUES, dequantize
+from edgelora.quantize.dequantize import NF4_VALUES, dequantize, round_to
 from edgelora.quantize.int4 import quantize_int4
 from edgelora.quantize.int8 import quantize_int8
 from edgelora.quantize.matrix import (
@@ -42,6 +42,7 @@ __all__ = [
     "quantize_int4",
     "quantize_int8",
     "quantize_nf4",
+    "round_to",
     "same_kind",
     "to_nbits",
     "to_rows",

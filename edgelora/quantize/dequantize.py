@@ -86,6 +86,17 @@ def nf4_absmax(matrix: Nf4Matrix) -> Float32:
     return matrix.absmax_table[matrix.absmax_codes] * nested + matrix.absmax_offset
 
 
+def round_to(values: Float32, dtype: str) -> Float32:
+    """float32 values rounded to `dtype` (to nearest, ties to even) and back. Changes `values`."""
+    if dtype == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        bits += 0x7FFF + (bits >> 16 & 1)
+        bits &= 0xFFFF0000
+    return values
+
+
 def _nf4(matrix: Nf4Matrix) -> Float32:
     codes = matrix.codes.reshape(-1)
     weights = np.empty(codes.size, np.float32)
@@ -94,7 +105,8 @@ def _nf4(matrix: Nf4Matrix) -> Float32:
     def work(part: slice) -> None:
         flat = slice(part.start * NF4_BLOCK, part.stop * NF4_BLOCK)
         values = NF4_VALUES[codes[flat]]
-        weights[flat] = values * np.repeat(absmax[part], NF4_BLOCK)[: values.size]
+        product = values * np.repeat(absmax[part], NF4_BLOCK)[: values.size]
+        weights[flat] = round_to(product, matrix.rounded_to)
 
     chunks.over(work, absmax.size, NF4_BLOCK)
     return weights.reshape(matrix.codes.shape)

@@ -10,6 +10,7 @@ BLOCK_SIZES = (32, 64, 128)  # of int4 and int8
 
 NF4_BLOCK = 64  # weights that share an absmax
 NF4_GROUP = 256  # absmax codes that share a nested absmax
+ROUNDINGS = ("float32", "bfloat16", "float16")  # what bitsandbytes rounds a weight to
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Nf4Matrix:
     absmax_codes uint8 [ceil(size / 64)]; nested_absmax float32 [ceil(len(absmax_codes) / 256)];
     absmax_offset float32 scalar; absmax_table float32 [256].
     absmax[b] = absmax_table[absmax_codes[b]]·nested_absmax[b // 256] + absmax_offset, in float32.
+    rounded_to: w is rounded to it, to nearest, ties to even, as bitsandbytes' quant_state says.
     ValueError: another shape or dtype, a statistic that is not finite.
     """
 
@@ -69,8 +71,10 @@ class Nf4Matrix:
     nested_absmax: NDArray[np.float32]
     absmax_offset: np.float32
     absmax_table: NDArray[np.float32]
+    rounded_to: str = "float32"
 
     def __post_init__(self) -> None:
+        check_rounding(self.rounded_to)
         check_matrix("codes", self.codes, np.uint8)
         blocks = ceil_div(self.codes.size, NF4_BLOCK)
         check_array("absmax_codes", self.absmax_codes, np.uint8, (blocks,))
@@ -111,6 +115,12 @@ def _check_blockwise(
     check_matrix("codes", codes, dtype)
     rows, columns = codes.shape
     check_array("scales", scales, np.float16, (rows, ceil_div(columns, block_size)))
+
+
+def check_rounding(rounded_to: str) -> None:
+    """ValueError unless it is one of ROUNDINGS."""
+    if rounded_to not in ROUNDINGS:
+        raise ValueError(f"rounded_to must be one of {', '.join(ROUNDINGS)}, not {rounded_to!r}")
 
 
 def check_matrix(name: str, array: NDArray[Any], dtype: DTypeLike) -> None:

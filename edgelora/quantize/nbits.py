@@ -29,6 +29,11 @@ class NBitsLinear:
     out_features: int
     arrays: Arrays
 
+    @property
+    def kind(self) -> str:
+        """What the graph calls it."""
+        return self.format
+
 
 def to_nbits(matrix: Matrix) -> NBitsLinear:
     """ValueError for nf4, which these operators do not have."""

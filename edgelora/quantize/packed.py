@@ -17,6 +17,7 @@ from edgelora.quantize.matrix import (
     ceil_div,
     check_array,
     check_block_size,
+    check_rounding,
 )
 from edgelora.quantize.panels import K_STEP, PANEL
 
@@ -47,8 +48,10 @@ class PackedLinear:
     absmax: NDArray[np.uint8] | None = None  # [256·G], zeros after each slice's last code
     absmax_offset: NDArray[np.float32] | None = None  # [slices]
     absmax_table: NDArray[np.float32] | None = None  # [256]
+    rounded_to: str = "float32"  # nf4: as Nf4Matrix
 
     def __post_init__(self) -> None:
+        check_rounding(self.rounded_to)
         self._check_sizes()
         wanted = self._layout()
         for name, array in self._optional_arrays().items():
@@ -74,7 +77,8 @@ class PackedLinear:
 
     def _optional_arrays(self) -> dict[str, NDArray[Any] | None]:
         names = [field.name for field in fields(self)]
-        return {name: getattr(self, name) for name in names[names.index("codes") :]}
+        first, end = names.index("codes"), names.index("rounded_to")
+        return {name: getattr(self, name) for name in names[first:end]}
 
     def _layout(self) -> Layout:
         """dtype and shape of every array that this weight must have."""
@@ -109,6 +113,11 @@ class PackedLinear:
     @property
     def out_features(self) -> int:
         return sum(self.slices)
+
+    @property
+    def kind(self) -> str:
+        """What the operators call it: the format, of nf4 with what its weights are rounded to."""
+        return self.format if self.rounded_to == "float32" else f"{self.format}_{self.rounded_to}"
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -167,7 +176,7 @@ def _kind(matrix: Matrix) -> tuple[object, ...]:
         return "float", matrix.weights.shape[1]
     columns = matrix.codes.shape[1]
     if isinstance(matrix, Nf4Matrix):
-        return "nf4", columns, matrix.absmax_table.tobytes()
+        return "nf4", columns, matrix.absmax_table.tobytes(), matrix.rounded_to
     if isinstance(matrix, Int8Matrix):
         return "int8", columns, matrix.block_size
     return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None

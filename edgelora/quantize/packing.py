@@ -46,6 +46,7 @@ def pack(weights: Matrix | Slices) -> PackedLinear:
         absmax=_join([part.absmax for part in parts]),
         absmax_offset=_join([part.absmax_offset for part in parts]),
         absmax_table=parts[0].absmax_table,
+        rounded_to=parts[0].rounded_to,
     )
 
 
@@ -107,6 +108,7 @@ def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
         absmax=absmax,
         absmax_offset=np.array([matrix.absmax_offset], np.float32),
         absmax_table=matrix.absmax_table,
+        rounded_to=matrix.rounded_to,
     )
 
 
@@ -161,6 +163,7 @@ def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slic
         groups = ceil_div(blocks, NF4_GROUP)
         absmax = packed.absmax[group * NF4_GROUP : group * NF4_GROUP + blocks]
         nested = packed.nested_absmax[group : group + groups]
-        matrices.append(Nf4Matrix(codes[part], absmax, nested, offset, packed.absmax_table))
+        statistics = (absmax, nested, offset, packed.absmax_table)
+        matrices.append(Nf4Matrix(codes[part], *statistics, packed.rounded_to))
         group += groups
     return matrices

@@ -8,6 +8,7 @@
 // speed.
 #pragma once
 
+#include "kernels/nf4.h"
 #include "kernels/scratch.h"
 
 namespace edgelora::kernels {
@@ -39,6 +40,7 @@ void float_panel(const Weights& weights, const float* x, int64_t rows, int64_t p
       values = panel_codes(weights, panel) + k * kPanelRows * 4;
     } else {
       Isa::dequantize_strip(weights, panel, strip, absmax, strip_memory);
+      round_values(weights.rounding, strip_memory, strip.count * kPanelRows);
     }
     for (int64_t m = 0; m < rows; ++m) {
       Isa::add_strip(values, x + m * weights.in_features + k, strip.count, totals + m * kPanelRows);

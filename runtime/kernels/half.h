@@ -41,6 +41,15 @@ inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + even - 0x38000000u) >> 13));
 }
 
+// Rounded to bfloat16, half to even; NaN may become Inf.
+inline float round_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 inline uint16_t load_u16(const void* base, int64_t index) {  // unaligned
   uint16_t value;
   std::memcpy(&value, static_cast<const char*>(base) + 2 * index, sizeof value);

@@ -13,6 +13,9 @@ inline constexpr int kActivationBlock = 32;  // consecutive K values that share 
 
 enum class Format : uint8_t { kFloat, kInt4, kInt4ZeroPoints, kInt4Offsets, kInt8, kNf4 };
 
+// What an nf4 weight is rounded to after its product: what bitsandbytes' quant_state says.
+enum class Rounding { kNone, kBfloat16, kFloat16 };
+
 // One packed linear; every pointer into memory owned by somebody else, none needs alignment beyond
 // 2 bytes.
 struct Weights {
@@ -34,6 +37,7 @@ struct Weights {
   const float* nested_absmax;  // one for 256 absmax codes
   const float* absmax_offset;  // [slices]
   const float* absmax_table;   // [256]
+  Rounding rounding;           // of each weight, in linear_float and dequantize_row
   float scale_unit;            // a power of two, of which `scales` are multiples
   // [slice_count] out_features of each slice; nf4's blocks are counted in each anew
   const int64_t* slices;

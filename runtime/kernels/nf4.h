@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "kernels/half.h"
+#include "kernels/kernels.h"
+
 namespace edgelora::kernels {
 namespace {
 
@@ -38,6 +41,14 @@ constexpr int8_t kNf4Bytes[16] = {-124, -86, -65, -49, -35, -23, -11, 0,
 constexpr float kNf4LevelScale = 250.0f;
 alignas(16) constexpr uint8_t kNf4Levels[16] = {1,  20, 31, 39, 46, 52, 58, 64,
                                                 69, 74, 79, 85, 91, 99, 109, 126};
+
+inline void round_values(Rounding rounding, float* values, int64_t count) {
+  if (rounding == Rounding::kBfloat16) {
+    for (int64_t i = 0; i < count; ++i) values[i] = round_to_bfloat16(values[i]);
+  } else if (rounding == Rounding::kFloat16) {
+    for (int64_t i = 0; i < count; ++i) values[i] = half_to_float(float_to_half(values[i]));
+  }
+}
 
 }  // namespace
 }  // namespace edgelora::kernels

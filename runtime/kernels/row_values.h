@@ -19,6 +19,7 @@ inline void nf4_row(const Weights& weights, int64_t row, float* out) {
     const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
     out[k] = kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * out[k / step];
   }
+  round_values(weights.rounding, out, weights.in_features);
 }
 
 inline void float_row(const Weights& weights, int64_t row, float* out) {

@@ -13,6 +13,7 @@ namespace {
 
 using kernels::ceil_div;
 using kernels::Format;
+using kernels::Rounding;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
 constexpr int64_t kNf4Block = 64;
@@ -48,12 +49,28 @@ Tensor required(const NodeInfo& node, size_t index, const char* what) {
   return *tensor;
 }
 
-Format parse_format(const std::string& text) {
-  if (text == "int4") return Format::kInt4;
-  if (text == "int8") return Format::kInt8;
-  if (text == "nf4") return Format::kNf4;
-  if (text == "float") return Format::kFloat;
-  refuse("format is \"" + text + "\", expected int4, int8, nf4 or float");
+struct Kind {
+  const char* name;
+  Format format;
+  Rounding rounding;
+};
+
+constexpr Kind kKinds[] = {
+    {"int4", Format::kInt4, Rounding::kNone},
+    {"int8", Format::kInt8, Rounding::kNone},
+    {"nf4", Format::kNf4, Rounding::kNone},
+    {"nf4_bfloat16", Format::kNf4, Rounding::kBfloat16},
+    {"nf4_float16", Format::kNf4, Rounding::kFloat16},
+    {"float", Format::kFloat, Rounding::kNone},
+};
+
+const Kind& parse_kind(const std::string& text) {
+  std::string names;
+  for (const Kind& kind : kKinds) {
+    if (text == kind.name) return kind;
+    names += std::string(names.empty() ? "" : ", ") + kind.name;
+  }
+  refuse("format is \"" + text + "\", expected one of " + names);
 }
 
 int64_t dimension(const NodeInfo& node, const char* attribute) {
@@ -81,7 +98,9 @@ int64_t read_block_size(const NodeInfo& node, Format format) {
 
 PackedWeights::PackedWeights(const NodeInfo& node, size_t codes_index, std::vector<int64_t> slices)
     : slices_(std::move(slices)) {
-  weights_.format = parse_format(node.text("format"));
+  const Kind& kind = parse_kind(node.text("format"));
+  weights_.format = kind.format;
+  weights_.rounding = kind.rounding;
   weights_.in_features = dimension(node, "in_features");
   weights_.out_features = dimension(node, "out_features");
   weights_.block_size = read_block_size(node, weights_.format);

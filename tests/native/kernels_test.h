@@ -30,6 +30,7 @@ void test_linear_room(const std::vector<TestedIsa>& isas);
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas);
 void test_linear_float(const std::vector<TestedIsa>& isas);
 void test_unpack_absmax(const std::vector<TestedIsa>& isas);
+void test_nf4_rounding(const std::vector<TestedIsa>& isas);
 void test_dequantize_row(const std::vector<TestedIsa>& isas);
 void test_quantize_activations(const std::vector<TestedIsa>& isas);
 void test_side_branch(const std::vector<TestedIsa>& isas);

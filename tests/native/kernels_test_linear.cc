@@ -440,6 +440,41 @@ void test_unpack_absmax(const std::vector<TestedIsa>& isas) {
   }
 }
 
+// Products as numpy rounds them, then to 16 bits: exact, by linear_float of unit vectors.
+void check_rounding(const TestedIsa& isa, Rounding rounding, double unit) {
+  constexpr int64_t kFeatures = 160;
+  Matrix w({Format::kNf4, kFeatures, {48}, 64}, Fill::kRandom, 11);
+  Weights packed = w.packed();
+  packed.rounding = rounding;
+  Scratch scratch(packed);
+  std::vector<float> row(kFeatures), unit_vector(kFeatures), y(48);
+  for (int64_t k : {0, 33, 159}) {
+    unit_vector.assign(kFeatures, 0.0f);
+    unit_vector[k] = 1.0f;
+    isa.table->linear_float(packed, unit_vector.data(), 1, 0, 3, y.data(), 48,
+                            scratch.memory.as<void>());
+    for (int64_t n = 0; n < 48; ++n) {
+      const double exact = w.weight(n, k), found = y[n], difference = std::fabs(found - exact);
+      int exponent;
+      std::frexp(found, &exponent);
+      const double smallest = rounding == Rounding::kFloat16 ? 0x1p-24 : 0.0;
+      const double last = std::fmax(std::ldexp(unit, exponent), smallest);  // place of 16 bits
+      KERNELS_CHECK(difference <= last / 2 && std::remainder(found, last) == 0.0, "%s rounds %g to %g",
+                    isa.name.c_str(), exact, found);
+      isa.table->dequantize_row(packed, n, row.data());
+      KERNELS_CHECK(row[k] == y[n], "%s: a row has %g, a product %g", isa.name.c_str(),
+                    static_cast<double>(row[k]), found);
+    }
+  }
+}
+
+void test_nf4_rounding(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    check_rounding(isa, Rounding::kBfloat16, 0x1p-8);
+    check_rounding(isa, Rounding::kFloat16, 0x1p-11);
+  }
+}
+
 void test_dequantize_row(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
                         Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
