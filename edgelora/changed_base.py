@@ -12,7 +12,7 @@ from edgelora.checkpoint import Checkpoint, StoredAs
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import EMBEDDING, expected_tensors
-from edgelora.quantize.matrix import Int4Matrix, Int8Matrix, Nf4Matrix
+from edgelora.quantize.matrix import CodedMatrix
 
 ROWS_IN, ROWS_OUT = f"{EMBEDDING}.weight", "lm_head.weight"
 SHOWN = 8  # of the problems in an error's line
@@ -47,7 +47,7 @@ class ChangedBase:
     def stored_as(self, name: str) -> StoredAs | None:
         return self.source.stored_as(self._source_name(name)) if self._is_kept(name) else None
 
-    def read_quantized(self, name: str) -> Int4Matrix | Int8Matrix | Nf4Matrix | None:
+    def read_quantized(self, name: str) -> CodedMatrix | None:
         return self.source.read_quantized(self._source_name(name)) if self._is_kept(name) else None
 
     def _is_kept(self, name: str) -> bool:

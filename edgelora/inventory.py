@@ -19,12 +19,15 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
     """Reads no weight."""
     stored = {name: checkpoint.stored_as(name) for name in checkpoint.names()}
     foreign: Counter[str] = Counter()
+    plain: frozenset[str] = frozenset()
     source = source_of(checkpoint)
     if isinstance(source, BitsAndBytesCheckpoint):
         foreign = Counter(why for name in source.names() if (why := source.obstacle(name)))
+        plain = frozenset(n.removesuffix(_SUFFIX) for n in source.names() if source.is_plain(n))
     return Inventory(
         stored={name.removesuffix(_SUFFIX): kind for name, kind in stored.items() if kind},
         offsets=_with_offsets(source),
+        plain=plain,
         foreign=dict(foreign),
         adapters={
             name: {t: branch.rank for t, branch in adapter.branches.items() if branch.rank}

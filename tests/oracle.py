@@ -223,6 +223,8 @@ class BundleWeights:
 
         Blocks of 64 of the flattened slice.
         """
+        if not inputs[2]:
+            return self._plain_nf4(codes, slices, self.array(inputs[1]))
         nested, absmax, offsets, table = (self.array(name) for name in inputs[1:5])
         parts, row, group = [], 0, 0
         for rows, offset in zip(slices, offsets, strict=True):
@@ -235,6 +237,20 @@ class BundleWeights:
             wide = np.repeat(scale, 64)[: part.size].reshape(part.shape)
             parts.append(self.nf4[part] * wide)
             row, group = row + rows, group + groups
+        return np.concatenate(parts)
+
+    def _plain_nf4(
+        self, codes: NDArray[np.intp], slices: list[int], absmax: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The same without double quantization: each slice's absmax begins at a multiple of 256."""
+        parts, row, start = [], 0, 0
+        for rows in slices:
+            part = codes[row : row + rows]
+            blocks = -(-part.size // 64)
+            scale = self._nf4_scale(absmax[start : start + blocks])
+            wide = np.repeat(scale, 64)[: part.size].reshape(part.shape)
+            parts.append(self.nf4[part] * wide)
+            row, start = row + rows, start + -(-blocks // 256) * 256
         return np.concatenate(parts)
 
     def _nf4_scale(self, absmax: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from edgelora.checkpoint.bitsandbytes import BitsAndBytesCheckpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.inventory import take_inventory
 from edgelora.quantize import dequantize
-from edgelora.quantize.matrix import Nf4Matrix
+from edgelora.quantize.matrix import Nf4Matrix, PlainNf4Matrix
 from tiny import tiny_bitsandbytes
 
 WEIGHTS = "model.safetensors"
@@ -38,11 +38,14 @@ def dequantized(tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
     return values.float().numpy()
 
 
-def from_codes(matrix: Nf4Matrix) -> np.ndarray:
+def from_codes(matrix: Nf4Matrix | PlainNf4Matrix) -> np.ndarray:
     """The formula of ARCHITECTURE.md, in float32, with bitsandbytes' own codebook."""
     codebook = reference.get_4bit_type("nf4", device="cpu").numpy()
-    groups = np.repeat(matrix.nested_absmax, 256)[: matrix.absmax_codes.size]
-    absmax = matrix.absmax_table[matrix.absmax_codes] * groups + matrix.absmax_offset
+    if isinstance(matrix, PlainNf4Matrix):
+        absmax = matrix.absmax
+    else:
+        groups = np.repeat(matrix.nested_absmax, 256)[: matrix.absmax_codes.size]
+        absmax = matrix.absmax_table[matrix.absmax_codes] * groups + matrix.absmax_offset
     values = codebook[matrix.codes.reshape(-1)]
     return (values * np.repeat(absmax, 64)[: values.size]).reshape(matrix.codes.shape)
 
@@ -62,7 +65,7 @@ def test_values_equal_bitsandbytes(
         **shape,
     )
     checkpoint, tensors = open_checkpoint(path), load_file(path / WEIGHTS)
-    carried = (quant_type, double_quant) == ("nf4", "nested")
+    carried = quant_type == "nf4"
     for name in checkpoint.names():
         values, wanted = checkpoint.read(name), dequantized(tensors, name)
         assert values.dtype == np.float32 and values.shape == checkpoint.shape(name)
@@ -75,7 +78,7 @@ def test_values_equal_bitsandbytes(
         matrix = checkpoint.read_quantized(name)
         assert (matrix is not None) == (carried and is_linear)
         if matrix is not None:
-            assert isinstance(matrix, Nf4Matrix)
+            assert isinstance(matrix, Nf4Matrix if double_quant else PlainNf4Matrix)
             exact = torch.from_numpy(from_codes(matrix))
             assert np.array_equal(exact.to(getattr(torch, dtype)).float().numpy(), wanted), name
 
@@ -95,7 +98,7 @@ def test_codes_with_their_rounding_are_what_bitsandbytes_dequantizes(
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [({"quant_type": "fp4"}, "FP4"), ({"double_quant": False}, "NF4 without double quantization")],
+    [({"quant_type": "fp4"}, "FP4"), ({"quant_type": "fp4", "double_quant": False}, "FP4")],
 )
 def test_obstacle_to_carrying_is_named(settings: dict[str, Any], why: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", **settings))

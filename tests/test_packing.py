@@ -11,6 +11,7 @@ from edgelora.quantize import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    PlainNf4Matrix,
     concatenate,
     dequantize,
     pack,
@@ -37,6 +38,12 @@ def random_int8(rows: int, columns: int, block_size: int) -> Int8Matrix:
     codes = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
     scales = rng.standard_normal((rows, -(-columns // block_size))).astype(np.float16)
     return Int8Matrix(codes, scales, block_size)
+
+
+def random_plain_nf4(rows: int, columns: int) -> PlainNf4Matrix:
+    nf4 = random_nf4(rows, columns)
+    absmax = np.linspace(0.1, 1, len(nf4.absmax_codes), dtype=np.float32)
+    return PlainNf4Matrix(nf4.codes, absmax, "bfloat16")
 
 
 def random_nf4(rows: int, columns: int, seed: int = 0) -> Nf4Matrix:
@@ -195,6 +202,8 @@ def test_slices_lie_in_the_panels_as_one_taller_matrix() -> None:
         [random_int8(17, 35, 32)],
         [random_int8(16, 64, 32), random_int8(48, 64, 32)],
         [random_nf4(37, 96)],
+        [random_plain_nf4(37, 96)],
+        [random_plain_nf4(512, 96), random_plain_nf4(16, 96)],
         [random_nf4(512, 96, 1), random_nf4(16, 96, 2)],
         [random_float(33, 7)],
         [random_float(16, 31), random_float(32, 31)],

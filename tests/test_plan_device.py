@@ -170,6 +170,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / "mixed.gguf", {"blk.0.attn_k.weight": "Q8_0", "": "Q4_1"}, source=source
         ),
         "nf4": tiny.tiny_bitsandbytes(folder / "nf4"),
+        "plain nf4": tiny.tiny_bitsandbytes(folder / "plain", double_quant=False),
     }
 
 
@@ -195,6 +196,7 @@ SIZED: list[tuple[str, dict[str, Any]]] = [
     ("Q8_0", {"flavor": "ort"}),
     ("mixed", {}),
     ("nf4", {}),
+    ("plain nf4", {}),
     ("nf4", {"flavor": "ort"}),
 ]
 

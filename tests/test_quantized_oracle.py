@@ -178,8 +178,9 @@ def test_gguf_codes_are_carried_losslessly(kind: str, tmp_path: Path) -> None:
             assert np.array_equal(weights, checkpoint.read(name)), name
 
 
-def test_bitsandbytes_folder_is_carried_bit_for_bit(tmp_path: Path) -> None:
-    base = tiny.tiny_bitsandbytes(tmp_path / "base")
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bitsandbytes_folder_is_carried_bit_for_bit(tmp_path: Path, *, double_quant: bool) -> None:
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", double_quant=double_quant)
     edgelora.export(base, tmp_path / "bundle")
     checkpoint = open_checkpoint(base)
     assert checkpoint.stored_as("model.layers.0.mlp.down_proj.weight") == "nf4"
@@ -200,10 +201,26 @@ def test_bitsandbytes_logits_equal_transformers(tmp_path: Path) -> None:
         oracle.assert_close(runtime.logits(TOKENS), oracle.logits(theirs, TOKENS), EXACT_SHARE)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96}], ids=["whole", "across rows"])
+def test_nf4_without_double_quantization_equals_the_simulation(
+    sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """Both paths, with an adapter."""
+    path = tmp_path / "base"
+    base = tiny.tiny_bitsandbytes(path, double_quant=False, **sizes)
+    source = path.with_name("base-source")
+    adapter = make_adapter(source, tmp_path / "a", target_modules="all-linear")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
+    check(tmp_path / "bundle", oracle.float_model(source), adapter)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_bitsandbytes_logits_equal_transformers(dtype: str, tmp_path: Path) -> None:
+def test_16_bit_bitsandbytes_logits_equal_transformers(
+    dtype: str, tmp_path: Path, *, double_quant: bool
+) -> None:
     """bitsandbytes rounds each weight to the quant_state's dtype, and so does the bundle."""
-    base = tiny.tiny_bitsandbytes(tmp_path / "base", dtype=dtype)
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", dtype=dtype, double_quant=double_quant)
     adapter = make_adapter(tmp_path / "base-source", tmp_path / "a", target_modules="all-linear")
     report = edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
     assert report.plan.format == "nf4"

@@ -29,7 +29,7 @@ from edgelora.checkpoint.safetensors import (
 )
 from edgelora.config import ModelConfig
 from edgelora.layout import expected_tensors
-from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix, round_to
+from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix, PlainNf4Matrix, round_to
 
 _COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -82,10 +82,18 @@ class BitsAndBytesCheckpoint:
         state = self._states.get(name)
         return _obstacle(state) if state else None
 
-    def read_quantized(self, name: str) -> Nf4Matrix | None:
+    def is_plain(self, name: str) -> bool:
+        """Whether it is in NF4 whose absmax is not quantized in its turn."""
+        state = self._states.get(name)
+        return state is not None and state.nested_block_size is None and not _obstacle(state)
+
+    def read_quantized(self, name: str) -> Nf4Matrix | PlainNf4Matrix | None:
         if self.stored_as(name) is None:
             return None
         state = self._states[name]
+        if self.is_plain(name):
+            codes = self._codes(name).reshape(state.shape)
+            return PlainNf4Matrix(codes, self._absmax(name), state.dtype)
         return Nf4Matrix(
             codes=self._codes(name).reshape(state.shape),
             absmax_codes=self._tensors[f"{name}.absmax"].raw(),
@@ -132,13 +140,11 @@ class BitsAndBytesCheckpoint:
 
 
 def _obstacle(state: QuantState) -> str | None:
-    """Our nf4 holds NF4 in blocks of 64, double-quantized in groups of 256, and nothing else."""
+    """Our nf4 holds NF4 in blocks of 64, double-quantized in groups of 256 or not at all."""
     if state.kind != "nf4":
         return state.kind.upper()
     if state.block_size != NF4_BLOCK:
         return f"blocks of {state.block_size}"
-    if state.nested_block_size is None:
-        return "NF4 without double quantization"
-    if state.nested_block_size != NF4_GROUP:
+    if state.nested_block_size not in (None, NF4_GROUP):
         return f"absmax groups of {state.nested_block_size}"
     return None

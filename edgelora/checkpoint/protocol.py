@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.config import ModelConfig
-from edgelora.quantize.matrix import Int4Matrix, Int8Matrix, Nf4Matrix
+from edgelora.quantize.matrix import CodedMatrix
 
 StoredAs = Literal["int4", "int8", "nf4"]
 
@@ -35,5 +35,5 @@ class Checkpoint(Protocol):
     def stored_as(self, name: str) -> StoredAs | None:
         """The format that `read_quantized` gives; None where it gives None. Reads nothing."""
 
-    def read_quantized(self, name: str) -> Int4Matrix | Int8Matrix | Nf4Matrix | None:
+    def read_quantized(self, name: str) -> CodedMatrix | None:
         """The codes as the file holds them, where our formats carry them losslessly; else None."""

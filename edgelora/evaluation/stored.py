@@ -69,7 +69,10 @@ def _packed(
     name, _, rounded_to = matrix.format.partition("_")
     if name == "nf4":
         named["rounded_to"] = rounded_to or "float32"
-        named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")
+        if "zero_points" in named:
+            named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")
+        else:
+            named["plain_absmax"] = named.pop("scales")
     elif "zero_points" in named and named["zero_points"].dtype == np.float16:
         named["offsets"] = named.pop("zero_points")
     shape = (name, matrix.block_size, matrix.in_features, tuple(slices))

@@ -60,7 +60,7 @@ class Kind:
 
     format: str
     block_size: int
-    extra: str = ""  # "zero_points" or "offsets" of int4
+    extra: str = ""  # "zero_points" or "offsets" of int4, "plain" of nf4: absmax in float32
 
 
 def is_carried(plan: Plan, base: Inventory, target: str) -> bool:
@@ -86,7 +86,7 @@ def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
     if is_carried(plan, base, target):
         stored = base.stored[target]
         if stored == "nf4":
-            return Kind("nf4", 64)
+            return Kind("nf4", 64, "plain" if target in base.plain else "")
         return Kind(stored, CARRIED_BLOCK, "offsets" if target in base.offsets else "")
     match plan.wanted(target):
         case "float":

@@ -11,6 +11,7 @@ class Inventory:
     stored: Mapping[str, str] = field(default_factory=dict)
     """Matrices that the base holds in codes of ours → "int4" (blocks of 32), "int8" or "nf4"."""
     offsets: frozenset[str] = frozenset()  # those in int4 that have offsets: GGUF's Q4_1
+    plain: frozenset[str] = frozenset()  # those in nf4 whose absmax is float32
     foreign: Mapping[str, int] = field(default_factory=dict)
     """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
     adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -74,7 +74,7 @@ def _projection_bytes(projection: Projection, plan: Plan, base: Inventory) -> in
 
 
 def _tables(kinds: Iterable[Kind]) -> int:
-    return sum(_NF4_TABLE for kind in kinds if kind.format == "nf4")
+    return sum(_NF4_TABLE for kind in kinds if kind.format == "nf4" and not kind.extra)
 
 
 def _matrix_bytes(kind: Kind, shape: tuple[int, int], flavor: str) -> int:
@@ -87,7 +87,8 @@ def _matrix_bytes(kind: Kind, shape: tuple[int, int], flavor: str) -> int:
             return rows * shape[1] * 4
         case "nf4":
             groups = _ceil_div(shape[0] * shape[1], _NF4_GROUP)
-            return rows * columns // 2 + groups * (256 + 4) + 4
+            group = 256 * 4 if kind.extra == "plain" else 256 + 4
+            return rows * columns // 2 + groups * group + 4
         case "int8":
             return rows * columns + rows * _ceil_div(shape[1], kind.block_size) * 2
     statistics = rows * _ceil_div(shape[1], kind.block_size) * (2 + _EXTRA_BYTES[kind.extra])

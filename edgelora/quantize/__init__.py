@@ -13,6 +13,7 @@ from edgelora.quantize.matrix import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    PlainNf4Matrix,
 )
 from edgelora.quantize.nbits import NBitsLinear, dequantize_nbits, to_nbits, to_rows
 from edgelora.quantize.nf4 import quantize_nf4
@@ -31,6 +32,7 @@ __all__ = [
     "NBitsLinear",
     "Nf4Matrix",
     "PackedLinear",
+    "PlainNf4Matrix",
     "Product",
     "Slices",
     "compensate_int4",

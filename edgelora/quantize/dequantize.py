@@ -12,6 +12,7 @@ from edgelora.quantize.matrix import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    PlainNf4Matrix,
 )
 
 # QLoRA (Dettmers et al., arXiv:2305.14314), appendix E: quantiles of N(0, 1) scaled to [-1, 1].
@@ -44,7 +45,7 @@ def dequantize(matrix: Matrix) -> Float32:
     """float32 [out_features, in_features]; for FloatMatrix the weights themselves, not a copy."""
     if isinstance(matrix, FloatMatrix):
         return matrix.weights
-    if isinstance(matrix, Nf4Matrix):
+    if isinstance(matrix, Nf4Matrix | PlainNf4Matrix):
         return _nf4(matrix)
     return _scaled(matrix)
 
@@ -80,8 +81,10 @@ def _spread(
     return np.repeat(per_block.astype(np.float32), block_size, axis=1)[:, :columns]
 
 
-def nf4_absmax(matrix: Nf4Matrix) -> Float32:
+def nf4_absmax(matrix: Nf4Matrix | PlainNf4Matrix) -> Float32:
     """absmax float32 [ceil(size / 64)]: product, then sum, each rounded to float32."""
+    if isinstance(matrix, PlainNf4Matrix):
+        return matrix.absmax
     nested = np.repeat(matrix.nested_absmax, NF4_GROUP)[: matrix.absmax_codes.size]
     return matrix.absmax_table[matrix.absmax_codes] * nested + matrix.absmax_offset
 
@@ -97,7 +100,7 @@ def round_to(values: Float32, dtype: str) -> Float32:
     return values
 
 
-def _nf4(matrix: Nf4Matrix) -> Float32:
+def _nf4(matrix: Nf4Matrix | PlainNf4Matrix) -> Float32:
     codes = matrix.codes.reshape(-1)
     weights = np.empty(codes.size, np.float32)
     absmax = nf4_absmax(matrix)

@@ -85,6 +85,23 @@ class Nf4Matrix:
 
 
 @dataclass(frozen=True)
+class PlainNf4Matrix:
+    """bitsandbytes' NF4 without double quantization: w = nf4[code]·absmax, as Nf4Matrix else.
+
+    codes uint8 [out_features, in_features] in 0…15; absmax float32 [ceil(size / 64)].
+    """
+
+    codes: NDArray[np.uint8]
+    absmax: NDArray[np.float32]
+    rounded_to: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounded_to)
+        check_matrix("codes", self.codes, np.uint8)
+        check_array("absmax", self.absmax, np.float32, (ceil_div(self.codes.size, NF4_BLOCK),))
+
+
+@dataclass(frozen=True)
 class FloatMatrix:
     """weights float32 [out_features, in_features]."""
 
@@ -94,7 +111,9 @@ class FloatMatrix:
         check_matrix("weights", self.weights, np.float32)
 
 
-Matrix = Int4Matrix | Int8Matrix | Nf4Matrix | FloatMatrix
+CodedMatrix = Int4Matrix | Int8Matrix | Nf4Matrix | PlainNf4Matrix
+"""What a base can hold in codes of ours."""
+Matrix = CodedMatrix | FloatMatrix
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -14,6 +14,7 @@ from edgelora.quantize.matrix import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    PlainNf4Matrix,
     ceil_div,
     check_array,
     check_block_size,
@@ -48,6 +49,7 @@ class PackedLinear:
     absmax: NDArray[np.uint8] | None = None  # [256·G], zeros after each slice's last code
     absmax_offset: NDArray[np.float32] | None = None  # [slices]
     absmax_table: NDArray[np.float32] | None = None  # [256]
+    plain_absmax: NDArray[np.float32] | None = None  # [256·G], in place of the four above
     rounded_to: str = "float32"  # nf4: as Nf4Matrix
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class PackedLinear:
     def _nf4_statistics(self) -> Layout:
         blocks = [ceil_div(rows * self.in_features, NF4_BLOCK) for rows in self.slices]
         groups = sum(ceil_div(count, NF4_GROUP) for count in blocks)
+        if self.plain_absmax is not None:
+            return {"plain_absmax": (np.float32, (groups * NF4_GROUP,))}
         return {
             "nested_absmax": (np.float32, (groups,)),
             "absmax": (np.uint8, (groups * NF4_GROUP,)),
@@ -124,7 +128,7 @@ class PackedLinear:
         """What is there, by the name and in the order of Linear's inputs 2…6."""
         inputs: dict[str, NDArray[Any] | None] = {
             "codes": self.codes,
-            "scales": self.nested_absmax if self.scales is None else self.scales,
+            "scales": _first(self.scales, self.nested_absmax, self.plain_absmax),
             "zero_points": _first(self.zero_points, self.offsets, self.absmax),
             "absmax_offset": self.absmax_offset,
             "absmax_table": self.absmax_table,
@@ -177,6 +181,8 @@ def _kind(matrix: Matrix) -> tuple[object, ...]:
     columns = matrix.codes.shape[1]
     if isinstance(matrix, Nf4Matrix):
         return "nf4", columns, matrix.absmax_table.tobytes(), matrix.rounded_to
+    if isinstance(matrix, PlainNf4Matrix):
+        return "plain nf4", columns, matrix.rounded_to
     if isinstance(matrix, Int8Matrix):
         return "int8", columns, matrix.block_size
     return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None

@@ -15,6 +15,7 @@ from edgelora.quantize.matrix import (
     Int8Matrix,
     Matrix,
     Nf4Matrix,
+    PlainNf4Matrix,
     ceil_div,
 )
 from edgelora.quantize.packed import PackedLinear, Slices
@@ -46,6 +47,7 @@ def pack(weights: Matrix | Slices) -> PackedLinear:
         absmax=_join([part.absmax for part in parts]),
         absmax_offset=_join([part.absmax_offset for part in parts]),
         absmax_table=parts[0].absmax_table,
+        plain_absmax=_join([part.plain_absmax for part in parts]),
         rounded_to=parts[0].rounded_to,
     )
 
@@ -63,6 +65,8 @@ def _pack_one(matrix: Matrix) -> PackedLinear:
         return _pack_int8(matrix)
     if isinstance(matrix, Nf4Matrix):
         return _pack_nf4(matrix)
+    if isinstance(matrix, PlainNf4Matrix):
+        return _pack_plain_nf4(matrix)
     rows, columns = matrix.weights.shape
     return PackedLinear("float", 0, columns, (rows,), panels.interleave(matrix.weights))
 
@@ -112,6 +116,19 @@ def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
     )
 
 
+def _pack_plain_nf4(matrix: PlainNf4Matrix) -> PackedLinear:
+    rows, columns = matrix.codes.shape
+    return PackedLinear(
+        format="nf4",
+        block_size=NF4_BLOCK,
+        in_features=columns,
+        slices=(rows,),
+        codes=panels.pack_nibbles(matrix.codes),
+        plain_absmax=np.pad(matrix.absmax, (0, -len(matrix.absmax) % NF4_GROUP)),
+        rounded_to=matrix.rounded_to,
+    )
+
+
 def unpack(packed: PackedLinear) -> list[Matrix]:
     """Inverse of pack: one matrix for each slice."""
     rows, columns, codes = packed.out_features, packed.in_features, packed.codes
@@ -154,6 +171,8 @@ def _unpack_int4(
 
 
 def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slice]) -> list[Matrix]:
+    if packed.plain_absmax is not None:
+        return _unpack_plain_nf4(packed, packed.plain_absmax, codes, parts)
     assert packed.nested_absmax is not None and packed.absmax is not None  # checked, as above
     assert packed.absmax_offset is not None and packed.absmax_table is not None
     matrices: list[Matrix] = []
@@ -166,4 +185,20 @@ def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slic
         statistics = (absmax, nested, offset, packed.absmax_table)
         matrices.append(Nf4Matrix(codes[part], *statistics, packed.rounded_to))
         group += groups
+    return matrices
+
+
+def _unpack_plain_nf4(
+    packed: PackedLinear,
+    absmax: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    parts: list[slice],
+) -> list[Matrix]:
+    matrices: list[Matrix] = []
+    start = 0  # of this slice's absmax
+    for part in parts:
+        blocks = ceil_div((part.stop - part.start) * packed.in_features, NF4_BLOCK)
+        own = absmax[start : start + blocks]
+        matrices.append(PlainNf4Matrix(codes[part], own, packed.rounded_to))
+        start += ceil_div(blocks, NF4_GROUP) * NF4_GROUP
     return matrices

@@ -33,8 +33,8 @@ struct Weights {
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;
   // nf4 only
-  const uint8_t* absmax;       // codes, slices padded to multiples of 256
-  const float* nested_absmax;  // one for 256 absmax codes
+  const uint8_t* absmax;       // codes, slices padded to multiples of 256; null: not quantized
+  const float* nested_absmax;  // one for 256 absmax codes; without codes absmax itself, padded so
   const float* absmax_offset;  // [slices]
   const float* absmax_table;   // [256]
   Rounding rounding;           // of each weight, in linear_float and dequantize_row

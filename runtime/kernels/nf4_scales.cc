@@ -19,14 +19,20 @@ int64_t groups_of(const Weights& weights) {
   return groups;
 }
 
+// No absmax is greater.
+float absmax_bound(const Weights& weights) {
+  const int64_t groups = groups_of(weights);
+  if (weights.absmax == nullptr) return most(weights.nested_absmax, groups * kNf4Group);
+  return most(weights.absmax_table, 256) * most(weights.nested_absmax, groups) +
+         most(weights.absmax_offset, weights.slice_count);
+}
+
 }  // namespace
 
 int64_t nf4_panel_scales(const Weights& weights) { return scale_blocks(weights) * kPanelRows; }
 
 float nf4_scale_unit(const Weights& weights) {
-  const float bound = most(weights.absmax_table, 256) *
-                          most(weights.nested_absmax, groups_of(weights)) +
-                      most(weights.absmax_offset, weights.slice_count);
+  const float bound = absmax_bound(weights);
   if (!std::isfinite(bound) || bound == 0.0f) return 1.0f;
   int exponent = 0;  // bound < 2^exponent
   std::frexp(bound, &exponent);

@@ -77,13 +77,14 @@ struct Nf4Slice {
 };
 
 inline Nf4Slice nf4_slice(const Weights& weights, int64_t row) {
-  Nf4Slice slice{0, 0, weights.absmax_offset[0]};
+  const bool plain = weights.absmax == nullptr;
+  Nf4Slice slice{0, 0, plain ? 0.0f : weights.absmax_offset[0]};
   for (int64_t i = 0; i + 1 < weights.slice_count; ++i) {
     if (row < slice.first_row + weights.slices[i]) break;
     const int64_t blocks = ceil_div(weights.slices[i] * weights.in_features, kNf4Block);
     slice.first_row += weights.slices[i];
     slice.first_block += ceil_div(blocks, kNf4Group) * kNf4Group;
-    slice.offset = weights.absmax_offset[i + 1];
+    if (!plain) slice.offset = weights.absmax_offset[i + 1];
   }
   return slice;
 }
@@ -98,6 +99,11 @@ inline void decode_absmax_row(const Weights& weights, int64_t row, float factor,
       kNf4Block / step;  // steps in a block: 1, or 2 where a row may start in one
   const int64_t end = weights.in_features / step;
   int64_t at = (row - slice.first_row) * weights.in_features / step;  // steps before, in the slice
+  if (weights.absmax == nullptr) {
+    const float* plain = weights.nested_absmax + slice.first_block;
+    for (int64_t i = 0; i < end; ++i) out[i * stride] = plain[(at + i) / halves] * factor;
+    return;
+  }
   for (int64_t i = 0; i < end;) {
     const int64_t group = (slice.first_block + at / halves) / kNf4Group;
     const float nested = weights.nested_absmax[group];
@@ -156,7 +162,7 @@ inline void decode_full_absmax_panel(const Weights& weights, int64_t panel, floa
 // factor · absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
 inline void decode_absmax_panel(const Weights& weights, int64_t panel, float factor, float* out) {
   const int64_t rows = panel_rows(weights, panel);
-  if (rows == kPanelRows && weights.in_features % kNf4Block == 0) {
+  if (rows == kPanelRows && weights.in_features % kNf4Block == 0 && weights.absmax != nullptr) {
     return decode_full_absmax_panel(weights, panel, factor, out);
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -189,6 +189,10 @@ void PackedWeights::read_nf4(const NodeInfo& node, size_t index) {
     return static_cast<const float*>(
         expect(required(node, i, what), what, kFloat, shape_of({count})));
   };
+  if (!node.has_input(index + 1)) {  // absmax is not quantized
+    weights_.nested_absmax = floats(index, "absmax", groups * kNf4Group);
+    return refuse_surplus(node, index + 2, {"absmax_offset", "absmax_table"});
+  }
   weights_.nested_absmax = floats(index, "nested_absmax", groups);
   weights_.absmax = static_cast<const uint8_t*>(expect(
       required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kNf4Group})));
