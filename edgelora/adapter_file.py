@@ -182,10 +182,9 @@ def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float
 def _check_names(
     tensors: Mapping[str, StoredTensor], scaling: Mapping[str, float], source: str
 ) -> None:
-    factored = [target for target in scaling if not _has_bias_alone(tensors, target)]
+    factored = [target for target in scaling if not _has_no_factors(tensors, target)]
     expected = {f"{target}.{factor}" for target in factored for factor in ("lora_a", "lora_b")}
-    optional = {f"{target}.row_factor" for target in factored}
-    optional |= {f"{target}.bias" for target in scaling}
+    optional = {f"{target}.{rows}" for target in scaling for rows in ("row_factor", "bias")}
     if wrong := sorted(expected ^ (tensors.keys() - optional)):
         raise EdgeLoraError(f"{source}: missing or unexpected tensors: {', '.join(wrong)}")
     dtypes = {tensors[name].dtype for name in expected}
@@ -195,17 +194,21 @@ def _check_names(
         )
 
 
-def _has_bias_alone(tensors: Mapping[str, StoredTensor], target: str) -> bool:
+def _has_no_factors(tensors: Mapping[str, StoredTensor], target: str) -> bool:
+    """A target needs both, unless it has a float for each row and neither."""
     has_factor = any(f"{target}.{factor}" in tensors for factor in ("lora_a", "lora_b"))
-    return f"{target}.bias" in tensors and not has_factor
+    has_rows = any(f"{target}.{rows}" in tensors for rows in ("row_factor", "bias"))
+    return has_rows and not has_factor
 
 
 def _stored_branch(
     tensors: Mapping[str, StoredTensor], target: str, scaling: float, source: str
 ) -> Branch:
     bias = _stored_rows(tensors, f"{target}.bias", source)
-    if bias is not None and _has_bias_alone(tensors, target):
-        return _bias_alone(bias, 0)
+    row_factor = _stored_rows(tensors, f"{target}.row_factor", source)
+    if _has_no_factors(tensors, target):
+        rows = len(next(each for each in (row_factor, bias) if each is not None))
+        return Branch.of_rank_0((rows, 0), row_factor=row_factor, bias=bias)
     a, b = tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"]
     if (
         len(a.shape) != 2
@@ -216,18 +219,12 @@ def _stored_branch(
         raise EdgeLoraError(
             f"{source}: {target} has lora_a {list(a.shape)} and lora_b {list(b.shape)}"
         )
-    row_factor = _stored_rows(tensors, f"{target}.row_factor", source)
     branch = Branch(
         a.values(), unpack_panels(b.values()), scaling, row_factor=row_factor, bias=bias
     )
     if not np.isfinite(branch.lora_a).all() or not np.isfinite(branch.lora_b).all():
         raise EdgeLoraError(f"{source}: {target} holds NaN or infinity")
     return branch
-
-
-def _bias_alone(bias: NDArray[np.float32], columns: int) -> Branch:
-    lora_a, lora_b = np.zeros((0, columns), np.float32), np.zeros((len(bias), 0), np.float32)
-    return Branch(lora_a, lora_b, 1.0, bias=bias)
 
 
 def _stored_rows(
@@ -257,8 +254,9 @@ def _fit(
             raise EdgeLoraError(
                 f"{source}: {target}.{name} has {len(values)} values, the base {rows}"
             )
-    if branch.bias is not None and branch.rank == 0:
-        return _bias_alone(branch.bias, columns)
+    if branch.rank == 0:
+        size = (rows, columns)
+        return Branch.of_rank_0(size, row_factor=branch.row_factor, bias=branch.bias)
     if branch.lora_a.shape[1] != columns or len(branch.lora_b) != math.ceil(rows / PANEL) * PANEL:
         found = f"[{len(branch.lora_b)}, {branch.lora_a.shape[1]}]"
         raise EdgeLoraError(f"{source}: {target} is for {found}, the base has [{rows}, {columns}]")

@@ -1,19 +1,23 @@
 """One more adapter for a bundle that is there already; the base is not needed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from edgelora.adapter import (
     Branch,
     compare_base_name,
     read_adapter,
+    refuse_input_factors,
     refuse_parts,
     refuse_replaced,
     valid_adapter_names,
 )
 from edgelora.adapter_file import read_adapter_file, write_adapter
+from edgelora.binding import bound_without_base
 from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path, locked
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import bound_adapter_file, read_manifest
@@ -80,8 +84,10 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
         return _read_bound(bundle, manifest, file, targets)
     adapter = read_adapter(path, targets)
     refuse_replaced(adapter, path)
+    refuse_input_factors(adapter, path)
     why = "that takes the base: export the bundle again with it"
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
+    adapter = bound_without_base(adapter, path, _biased(bundle, targets))
     data = write_adapter(
         adapter,
         name=name,
@@ -91,6 +97,21 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     warning = compare_base_name(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
     return _NewAdapter(data, adapter.branches, adapter.fingerprint, base, warning)
+
+
+def _biased(bundle: Path, targets: Iterable[str]) -> set[str]:
+    """The targets whose outputs get a bias, by the names of the graph's constants."""
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    names = {each.name for each in graph.initializer}
+    return {t for t in targets if names & {f"{t}.bias", f"{_packed(t)}.bias"}}
+
+
+def _packed(target: str) -> str:
+    """The projection that a linear may share with others (`layout.projections`)."""
+    path, _, name = target.rpartition(".")
+    shared = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    shared |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    return f"{path}.{shared.get(name, name)}"
 
 
 def _read_bound(

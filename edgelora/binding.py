@@ -1,6 +1,6 @@
 """An adapter meets its base's tensors: merged into them, or bound to what it takes of them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,18 @@ from edgelora.checkpoint import Checkpoint
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import expected_tensors, weight_name
-from edgelora.merge import merge, row_factors
+from edgelora.merge import merge, row_factors, scaled
 
 Float32 = NDArray[np.float32]
 
 
 def merged(target: str, weight: Float32, branch: Branch) -> Float32:
     """The weight [out_features, in_features] with the branch in it. Raises EdgeLoraError."""
-    if branch.rank == 0:
+    if not branch.changes_weight:
         return weight
     with _naming(target):
+        if branch.rank == 0:
+            return scaled(weight, branch.output_factor, branch.input_factor)
         return merge(weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
 
 
@@ -30,6 +32,9 @@ def merged_bias(target: str, bias: Float32, branch: Branch) -> Float32:
     """The bias, [out_features] or [0] for none, with the branch's in it. Raises EdgeLoraError."""
     if branch.trained_bias is not None:
         bias = branch.trained_bias.astype(np.float32)
+    if branch.output_factor is not None:
+        with _naming(target), np.errstate(over="ignore"):
+            return _finite(bias * branch.output_factor) if bias.size else bias
     if branch.bias is None:
         return bias
     with _naming(target), np.errstate(over="ignore"):
@@ -48,8 +53,8 @@ def check_biases(adapter: Adapter, path: Path, config: ModelConfig) -> None:
 
 
 def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """Its magnitudes (DoRA) as factors of this base's rows, its trained biases as changes of this
-    base's, which are read for them.
+    """Its magnitudes (DoRA) and output factors ((IA)³) as factors of this base's rows, its trained
+    biases as changes of this base's, which are read for them.
 
     Raises EdgeLoraError.
     """
@@ -60,10 +65,32 @@ def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     return replace(adapter, branches=branches)
 
 
-def _with_bias(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
-    if branch.trained_bias is None:
+def bound_without_base(adapter: Adapter, path: Path, biased: Collection[str]) -> Adapter:
+    """Its output factors as factors of rows; biased: targets whose biases they would change.
+
+    Raises EdgeLoraError for those.
+    """
+    found = {t for t, branch in adapter.branches.items() if branch.output_factor is not None}
+    if changed := sorted(found.intersection(biased)):
+        raise EdgeLoraError(
+            f"{path}: (IA)³ multiplies {len(changed)} biases of the base, {changed[0]}.bias first: "
+            "that takes the base: export the bundle again with it"
+        )
+    branches = {target: _scaled_rows(branch) for target, branch in adapter.branches.items()}
+    return replace(adapter, branches=branches)
+
+
+def _scaled_rows(branch: Branch) -> Branch:
+    if branch.output_factor is None:
         return branch
-    base = checkpoint.read(f"{target}.bias")
+    return replace(branch, output_factor=None, row_factor=branch.output_factor)
+
+
+def _with_bias(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
+    name, factor = f"{target}.bias", branch.output_factor
+    if branch.trained_bias is None and (factor is None or name not in checkpoint.names()):
+        return branch
+    base = checkpoint.read(name)
     with _naming(target), np.errstate(over="ignore"):
         change = _finite(merged_bias(target, base, branch) - base)
     return replace(branch, bias=change, trained_bias=None)
@@ -77,7 +104,7 @@ def _finite(bias: Float32) -> Float32:
 
 def _with_row_factors(target: str, branch: Branch, checkpoint: Checkpoint) -> Branch:
     if branch.magnitude is None:
-        return branch
+        return _scaled_rows(branch)
     weight = checkpoint.read(weight_name(checkpoint.config, target))
     with _naming(target):
         factors = row_factors(

@@ -35,6 +35,9 @@ def settle(options: ExportOptions, adapters: Mapping[str, Adapter]) -> Choice:
     if any(adapter.replaced for adapter in adapters.values()):
         reason = "the adapter saved whole modules or tokens, which only merging can apply"
         return Choice(replace(options, mode="merge"), {"mode": reason})
+    if any(b.input_factor is not None for a in adapters.values() for b in a.branches.values()):
+        reason = "the adapter multiplies inputs of linears, which only merging can apply"
+        return Choice(replace(options, mode="merge"), {"mode": reason})
     return Choice(options)
 
 

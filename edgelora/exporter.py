@@ -153,7 +153,7 @@ def _write_weights(
         (adapter,) = request.adapters.values()
         branches = dict(adapter.branches)
     windows = request.calibration.windows if request.calibration else None
-    changed = {target for target, branch in branches.items() if branch.rank}
+    changed = {target for target, branch in branches.items() if branch.changes_weight}
     rounding = Rounding(checkpoint, request.plan, changed, windows)
     file, fingerprint = WeightFile(folder), FingerprintBuilder()
     writer = WeightWriter(checkpoint, request.plan, branches, rounding, file, fingerprint, advance)

@@ -1,7 +1,7 @@
 """Base and adapters → what the plan needs to know of them, from their headers alone."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from edgelora.adapter import Adapter, Branch
 from edgelora.changed_base import source_of
@@ -30,22 +30,28 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
         plain=plain,
         foreign=dict(foreign),
         adapters={
-            name: {t: branch.rank for t, branch in adapter.branches.items() if branch.rank}
+            name: {t: b.rank for t, b in adapter.branches.items() if b.changes_weight}
             for name, adapter in adapters.items()
         },
         magnitudes={
-            name: frozenset(t for t, b in adapter.branches.items() if b.magnitude is not None)
+            name: frozenset(t for t, b in adapter.branches.items() if _has_row_factors(b))
             for name, adapter in adapters.items()
         },
         biases={
-            name: frozenset(t for t, b in adapter.branches.items() if _has_bias(b))
+            name: frozenset(t for t, b in adapter.branches.items() if _has_bias(t, b, stored))
             for name, adapter in adapters.items()
         },
     )
 
 
-def _has_bias(branch: Branch) -> bool:
-    return branch.bias is not None or branch.trained_bias is not None
+def _has_row_factors(branch: Branch) -> bool:
+    return branch.magnitude is not None or branch.output_factor is not None
+
+
+def _has_bias(target: str, branch: Branch, names: Collection[str]) -> bool:
+    """Output factors change the base's bias; names: the base's tensors."""
+    changes = branch.output_factor is not None and f"{target}.bias" in names
+    return changes or branch.bias is not None or branch.trained_bias is not None
 
 
 def _with_offsets(checkpoint: Checkpoint) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""W0 + scaling·B·A, its rows scaled for DoRA: an adapter written into a base weight."""
+"""W0 + scaling·B·A, its rows scaled for DoRA; W0 scaled for (IA)³: adapters in base weights."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +50,22 @@ def merge(
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(work, range(0, len(weight), step)))
     return merged
+
+
+def scaled(weight: Float32, output_factor: Float32 | None, input_factor: Float32 | None) -> Float32:
+    """output_factor [out_features] ⊙ weight ⊙ input_factor [in_features] ((IA)³), a new float32.
+
+    ValueError: factors that do not fit, a result that is not finite.
+    """
+    result = weight
+    with np.errstate(over="ignore", invalid="ignore"):
+        for factor, shape in ((output_factor, (-1, 1)), (input_factor, (1, -1))):
+            if factor is not None:
+                result = result * factor.reshape(shape)
+    if result.shape != weight.shape:
+        raise ValueError(f"weight {list(weight.shape)} and its factors do not fit")
+    _refuse_nonfinite(result, 0)
+    return result
 
 
 def row_factors(

@@ -11,6 +11,7 @@ from edgelora.adapter import (
     Adapter,
     compare_base_name,
     read_adapter,
+    refuse_input_factors,
     refuse_parts,
     refuse_replaced,
     valid_adapter_names,
@@ -137,6 +138,7 @@ def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
     if options.mode == "merge":
         return
     refuse_replaced(adapter, path)
+    refuse_input_factors(adapter, path)
     if options.flavor == "ort":
         why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"
         refuse_parts(adapter, path, PARTS, why)

@@ -60,6 +60,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": "16"}, "lora_alpha"),
     ({"use_rslora": 1}, "use_rslora"),
     ({"use_dora": 1}, "use_dora"),
+    ({"use_qalora": 1}, "use_qalora = 1"),
+    ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size = 0"),
+    ({"use_qalora": True, "qalora_group_size": 1}, "qalora_group_size: 1: not to be told"),
+    ({"use_qalora": True, "use_dora": True}, "use_dora: PEFT allows it only without use_qalora"),
+    ({"use_qalora": True, "lora_bias": True}, "lora_bias: PEFT's QA-LoRA computes without it"),
     ({"use_dora": True}, f"{V0}: has no lora_magnitude_vector"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
     ({"rank_pattern": {"o_proj": 8}}, "rank_pattern 'o_proj': matches no target"),
@@ -94,15 +99,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"alora_invocation_tokens": []}, "alora_invocation_tokens"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
 ]
-BAD_FIELDS += [
-    ({name: True}, name) for name in ("use_qalora", "fan_in_fan_out", "ensure_weight_tying")
-]
+BAD_FIELDS += [({name: True}, name) for name in ("fan_in_fan_out", "ensure_weight_tying")]
 BAD_FIELDS += [
     ({name: {}}, name)
     for name in ("arrow_config", "kasa_config", "use_bdlora", "monteclora_config", "velora_config")
 ]
 BAD_FIELDS += [
-    ({"init_lora_weights": name}, f'init_lora_weights = "{name}": belongs to a changed base')
+    ({"init_lora_weights": name}, f'init_lora_weights = "{name}": made another base')
     for name in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
 ]
 
@@ -252,10 +255,10 @@ def test_ledger_says_what_becomes_of_biases(folder: Path) -> None:
 
 
 def test_all_problems_are_raised_at_once(folder: Path) -> None:
-    change_config(folder, use_qalora=True, layer_replication=[[0, 1]])
+    change_config(folder, fan_in_fan_out=True, layer_replication=[[0, 1]])
     save_file(good_tensors() | {QA: np.full((8, 64), np.nan, np.float32)}, folder / WEIGHTS)
     text = refusal(folder)
-    assert all(each in text for each in ("use_qalora", "layer_replication", QA))
+    assert all(each in text for each in ("fan_in_fan_out", "layer_replication", QA))
 
 
 def test_names_with_an_adapter_name_are_read(folder: Path) -> None:
@@ -345,7 +348,7 @@ def test_damaged_bytes_raise_only_our_error(folder: Path) -> None:
 
 
 def test_ledger_lists_every_field_and_tensor_once(folder: Path) -> None:
-    change_config(folder, use_qalora=True)
+    change_config(folder, fan_in_fan_out=True)
     save_file(good_tensors() | {"stray": np.ones(1, np.float32)}, folder / WEIGHTS)
     for targets in (TARGETS, None):
         ledger = adapter_ledger(folder, targets)
@@ -354,7 +357,7 @@ def test_ledger_lists_every_field_and_tensor_once(folder: Path) -> None:
         for name in [*json.loads((folder / CONFIG).read_text()), *load_file(folder / WEIGHTS)]:
             assert fields.count(name) == 1
         refused = [each.item for each in ledger if each.verdict == "refused"]
-        assert refused == ["use_qalora = true", "stray"]
+        assert refused == ["fan_in_fan_out = true", "stray"]
 
 
 def test_ledger_says_when_a_branch_changes_nothing(folder: Path) -> None:

@@ -124,8 +124,8 @@ def test_replaced_tensors_are_refused(
         ({"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head': the file has nothing of it"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: the file has nothing of it"),
         ({"target_parameters": ["experts"]}, "LoRA on bare parameters"),
-        ({"init_lora_weights": "pissa"}, "belongs to a changed base"),
-        ({"peft_type": "IA3"}, "only LORA is supported"),
+        ({"init_lora_weights": "pissa"}, "made another base"),
+        ({"peft_type": "LOHA"}, "LoHa is not supported"),
     ],
 )
 def test_what_export_refuses_is_refused(

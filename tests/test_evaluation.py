@@ -34,6 +34,10 @@ from test_float_oracle import ARCHITECTURES, SHARE, make_adapter, with_adapter
 KINDS = {
     "lora": {"target_modules": "all-linear", "use_rslora": True},
     "biases": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True, "bias": "all"},
+    "ia3": {
+        "target_modules": ["v_proj", "o_proj", "up_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
     "dora_lm_head": {"target_modules": ["lm_head", "v_proj", "down_proj"], "use_dora": True},
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 import edgelora
@@ -46,20 +46,35 @@ ADAPTERS = {
     "bias_of_all": {"target_modules": ["o_proj", "down_proj"], "bias": "all"},
     "bias_of_targets": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
     "bias_of_all_and_its_own": {"target_modules": ["v_proj"], "bias": "all", "lora_bias": True},
+    "ia3": {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "ia3_of_up_and_down": {
+        "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        "feedforward_modules": ".*down_proj",
+    },
+    "ia3_lm_head": {"target_modules": ["lm_head", "gate_proj"], "feedforward_modules": []},
     "dora_and_bias": {"target_modules": ["q_proj", "up_proj"], "bias": "all", "use_dora": True},
 }
 
 
 def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
-    """A PEFT folder with random factors that float16 can hold, B not zero."""
+    """A PEFT folder with random factors that float16 can hold, B not zero; (IA)³ where settings
+    name feedforward_modules.
+    """
     model = oracle.float_model(base)
-    settings = {"r": 4, "lora_alpha": 12, **settings}
+    if "feedforward_modules" in settings:
+        config: PeftConfig = IA3Config(task_type="CAUSAL_LM", **settings)
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, **settings})
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on a tied lm_head
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted = get_peft_model(model, config)
     torch.manual_seed(7)
-    for values in adapted.parameters():
+    for name, values in adapted.named_parameters():
         if values.requires_grad:
-            values.data = (0.2 * torch.randn_like(values)).half().float()
+            around = 1.0 if ".ia3_l" in name else 0.0
+            values.data = (around + 0.2 * torch.randn_like(values)).half().float()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on lora_bias
         adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
@@ -170,10 +185,21 @@ def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
                     module.get_base_layer().weight += weight * module.get_delta_weight(name)
 
 
-@pytest.mark.parametrize("kind", ["all_linear", "dora", *(k for k in ADAPTERS if "bias" in k)])
+ADAPTERS_TO_MERGE = {k: v for k, v in ADAPTERS.items() if "bias" in k or "ia3" in k}
+ADAPTERS_TO_MERGE |= {k: ADAPTERS[k] for k in ("all_linear", "dora")}
+ADAPTERS_TO_MERGE["ia3_of_inputs"] = {
+    "target_modules": ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj"],
+    "feedforward_modules": ["q_proj", "gate_proj", "o_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS_TO_MERGE)
 def test_merged_equals_peft_merge(base: Path, kind: str, tmp_path: Path) -> None:
-    """PEFT merges no bias of lora_B into a base that has none: there its forward alone is asked."""
-    adapter = make_adapter(base, tmp_path / "a", **ADAPTERS[kind])
+    """PEFT merges no bias of lora_B into a base that has none, and a tied head into the embedding
+    too: there its forward alone is asked.
+    """
+    settings = ADAPTERS_TO_MERGE[kind]
+    adapter = make_adapter(base, tmp_path / "a", **settings)
     edgelora.export(
         base, tmp_path / "bundle", adapters={"a": adapter}, format="float", mode="merge"
     )
@@ -181,5 +207,5 @@ def test_merged_equals_peft_merge(base: Path, kind: str, tmp_path: Path) -> None
         ours = model.logits(TOKENS)
     theirs = with_adapter(oracle.float_model(base), adapter)
     oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
-    if "lora_bias" not in ADAPTERS[kind]:
+    if "lora_bias" not in settings and "lm_head" not in settings["target_modules"]:
         oracle.assert_close(ours, oracle.logits(theirs.merge_and_unload(), TOKENS), SHARE)

@@ -1,29 +1,24 @@
-"""A PEFT LoRA folder as `Adapter`: scaling resolved, factors oriented, nothing left unaccounted."""
+"""A PEFT folder as `Adapter`: scaling resolved, factors oriented, nothing left unaccounted."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgelora.adapter.biases import bias_targets, is_trained_bias, read_biases
-from edgelora.adapter.branches import Branch, Pairs, check_targets, pair_factors, read_branch
+from edgelora.adapter.branches import Branch
+from edgelora.adapter.families import family_of, is_adapter_hub, refuse_adapter_hub
+from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, refusals
 from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
 from edgelora.adapter.replaced import (
     Replaced,
     Rows,
-    is_replaced,
     is_saved,
-    read_replaced,
     tokens_of,
 )
-from edgelora.adapter.settings import Settings, read_settings
-from edgelora.adapter.targets import check_patterns
-from edgelora.adapter.tensors import Factor, StoredTensor, parse_safetensors, unique_object
+from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
 
 __all__ = [
@@ -40,10 +35,12 @@ __all__ = [
     "adapter_of",
     "base_key",
     "compare_base_name",
+    "is_adapter_hub",
     "is_saved",
     "model_name",
     "read_adapter",
     "read_folder",
+    "refuse_input_factors",
     "refuse_parts",
     "refuse_replaced",
     "tokens_of",
@@ -55,12 +52,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
-Targets = Mapping[str, tuple[int, int]]  # module path → (out_features, in_features)
-
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One named LoRA set, as trained; nothing of PEFT's configuration is left to interpret."""
+    """One named adapter, as trained; nothing of PEFT's configuration is left to interpret."""
 
     source: str  # the folder's name
     base_model_name_or_path: str | None
@@ -91,8 +86,7 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
 
 def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     """As `read_adapter`; without `targets`, all modules in the file are taken."""
-    path, known = folder.path, _own_targets(folder.tensors) if targets is None else targets
-    branches, replaced, ledger = _judge(folder, known)
+    path, (branches, replaced, ledger) = folder.path, _judge(folder, targets)
     if problems := refusals(ledger):
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
@@ -100,10 +94,18 @@ def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     return Adapter(name, base, branches, folder.fingerprint, entries, replaced)
 
 
+def _judge(folder: PeftFolder, targets: Targets | None) -> Judged:
+    family = family_of(folder.config, folder.path)
+    known = family.own_targets(folder.config, folder.tensors) if targets is None else targets
+    return family.judge(folder.config, folder.tensors, known)
+
+
 PARTS = {
     "magnitude": "DoRA scales the rows of {} base weights",
     "trained_bias": "{} biases take the place of the base's",
     "bias": "lora_B has a bias in {} targets",
+    "output_factor": "(IA)³ multiplies the outputs of {} linears",
+    "input_factor": "(IA)³ multiplies the inputs of {} linears",
 }
 
 
@@ -113,6 +115,18 @@ def refuse_parts(adapter: Adapter, path: Path, parts: Iterable[str], why: str) -
         count = sum(getattr(branch, part) is not None for branch in adapter.branches.values())
         if count:
             raise EdgeLoraError(f"{path}: {PARTS[part].format(count)}: {why}")
+
+
+def refuse_input_factors(adapter: Adapter, path: Path) -> None:
+    """Raises EdgeLoraError if the adapter multiplies inputs, as no side branch can."""
+    names = [target for target, b in adapter.branches.items() if b.input_factor is not None]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise EdgeLoraError(
+            f"{path}: feedforward_modules: (IA)³ multiplies the inputs of {names[0]}{more}, which "
+            "no side branch can (but for down_proj, by way of up_proj): export a bundle of its own "
+            "with --mode merge"
+        )
 
 
 def refuse_replaced(adapter: Adapter, path: Path) -> None:
@@ -132,8 +146,7 @@ def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ..
 
     Raises EdgeLoraError only if the files cannot be read at all.
     """
-    folder = read_folder(path)
-    return tuple(_judge(folder, _own_targets(folder.tensors) if targets is None else targets)[2])
+    return tuple(_judge(read_folder(path), targets).ledger)
 
 
 def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:
@@ -151,78 +164,20 @@ def base_key(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
-def _own_targets(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
-    """The targets that the file itself names, with the sizes of its own factors."""
-    pairs, _ = pair_factors(_factors(tensors))
-    biases = {target: tensors[name] for target, name in bias_targets(tensors).items()}
-    alone = {target: (bias.shape[0], 0) for target, bias in biases.items() if bias.shape}
-    return alone | {
-        target: (tensors[pair["B"]].shape[0], tensors[pair["A"]].shape[-1])
-        for target, pair in pairs.items()
-        if pair.keys() >= {"A", "B"} and tensors[pair["A"]].shape and tensors[pair["B"]].shape
-    }
-
-
-def _factors(tensors: Iterable[str]) -> list[str]:
-    return [name for name in tensors if not is_trained_bias(name)]
-
-
-def _judge(
-    folder: PeftFolder, targets: Targets
-) -> tuple[dict[str, Branch], Replaced, list[LedgerEntry]]:
-    """All branches that can be read, what is replaced, and the ledger."""
-    settings, ledger = read_settings(folder.config)
-    if folder.config.get("peft_type") != "LORA":
-        return {}, Replaced(), ledger
-    if settings is None:
-        return {}, Replaced(), ledger + pair_factors(_factors(folder.tensors))[1]
-    replaced, entries = read_replaced(folder.tensors, settings)
-    tensors = {n: t for n, t in folder.tensors.items() if not is_replaced(n, settings)}
-    pairs, refused_tensors = pair_factors(_factors(tensors))
-    ledger += entries + refused_tensors
-    if bad_patterns := check_patterns(settings):
-        return {}, Replaced(), ledger + bad_patterns
-    branches, entries = _read_branches(tensors, settings, pairs, targets)
-    return branches, replaced, ledger + entries
-
-
-def _read_branches(
-    tensors: Mapping[str, StoredTensor], settings: Settings, pairs: Pairs, targets: Targets
-) -> tuple[dict[str, Branch], list[LedgerEntry]]:
-    agreed, ledger = check_targets(pairs, settings, targets)
-    branches = {}
-    for target in agreed:
-        branch, entries = read_branch(tensors, pairs[target], settings, target, targets[target])
-        ledger += entries
-        if branch is not None:
-            branches[target] = branch
-    biases, entries = read_biases(tensors, settings, pairs, targets)
-    return _with_biases(branches, biases, targets), ledger + entries
-
-
-def _with_biases(
-    branches: Mapping[str, Branch], biases: Mapping[str, Factor], targets: Targets
-) -> dict[str, Branch]:
-    """Sorted; a target that has a bias alone gets a branch of rank 0."""
-    result = dict(branches)
-    for target, bias in biases.items():
-        rows, columns = targets[target]
-        nothing = Branch(np.zeros((0, columns), np.float32), np.zeros((rows, 0), np.float32), 1.0)
-        result[target] = replace(result.get(target, nothing), trained_bias=bias)
-    return dict(sorted(result.items()))
-
-
 def read_folder(path: Path) -> PeftFolder:
     if not path.is_dir():
         raise EdgeLoraError(
             f"{path}: no such folder; give the folder that PEFT's save_pretrained wrote"
         )
+    refuse_adapter_hub(path)
+    config_bytes = _read(path, CONFIG)
+    config = _parse_config(config_bytes, path / CONFIG)
+    family_of(config, path)
     if not (path / WEIGHTS).is_file() and (path / PICKLE).is_file():
         raise EdgeLoraError(
             f"{path / PICKLE}: pickle files can run code and are not read; save it as safetensors"
         )
-    config_bytes, weight_bytes = _read(path, CONFIG), _read(path, WEIGHTS)
-    config = _parse_config(config_bytes, path / CONFIG)
+    weight_bytes = _read(path, WEIGHTS)
     tensors, _ = parse_safetensors(weight_bytes, str(path / WEIGHTS))
     return PeftFolder(path, config, tensors, _fingerprint(config_bytes, weight_bytes))
 

@@ -1,13 +1,15 @@
 """Tensors of adapter_model.safetensors → one `Branch` a target, checked against config and base."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
+from edgelora.adapter.qalora import expanded, inputs_of_a_mean
 from edgelora.adapter.settings import Settings
 from edgelora.adapter.targets import (
     implied_targets,
@@ -24,7 +26,8 @@ class Branch:
 
     With a magnitude (DoRA, Liu et al. 2024) each row of W is then brought to that length. Bound
     to a base that is row_factor ⊙ W0 + scaling · lora_b · lora_a, its lora_b scaled already.
-    Outputs may get a bias. A target that has nothing but a bias is of rank 0.
+    Outputs may get a bias. (IA)³ has no delta but factors: W = output_factor ⊙ W0 ⊙ input_factor,
+    and output_factor times the base's bias. What has no delta is of rank 0.
     """
 
     lora_a: Factor  # [rank, in_features]
@@ -34,10 +37,25 @@ class Branch:
     row_factor: NDArray[np.float32] | None = None  # [out_features]
     bias: NDArray[np.float32] | None = None  # [out_features], added to the base's, if it has one
     trained_bias: Factor | None = None  # [out_features], takes the place of the base's
+    output_factor: NDArray[np.float32] | None = None  # [out_features]
+    input_factor: NDArray[np.float32] | None = None  # [in_features]
+
+    @classmethod
+    def of_rank_0(cls, size: tuple[int, int], **parts: Any) -> "Branch":
+        """size: (out_features, in_features)."""
+        rows, columns = size
+        none = np.zeros((0, columns), np.float32), np.zeros((rows, 0), np.float32)
+        return cls(*none, 1.0, **parts)
 
     @property
     def rank(self) -> int:
         return len(self.lora_a)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Not only outputs' biases."""
+        factors = (self.row_factor, self.output_factor, self.input_factor)
+        return self.rank > 0 or any(each is not None for each in factors)
 
 
 # `lora_A.weight` as PEFT saves it, `lora_A.default.weight` as it is named inside a model
@@ -121,7 +139,7 @@ def check_targets(
     wanted = _wanted(settings)
     complete = {target for target, pair in pairs.items() if pair.keys() >= set(wanted)}
     agreed = sorted(complete & implied & known)
-    ledger = _foreign_modules(pairs.keys() | implied, pairs, known)
+    ledger = foreign_modules(pairs.keys() | implied, pairs, known)
     ledger += [refused(each, NOT_IN_FILE) for each in sorted(implied & known - pairs.keys())]
     ledger += [refused(each, NOT_IN_CONFIG) for each in sorted(pairs.keys() & known - implied)]
     for target, pair in sorted(pairs.items()):
@@ -138,9 +156,11 @@ def _wanted(settings: Settings) -> tuple[str, ...]:
     return ("A", "B", *(factor for factor, is_used in optional.items() if is_used))
 
 
-def _foreign_modules(named: set[str], pairs: Pairs, known: set[str]) -> list[LedgerEntry]:
-    matching = len(pairs.keys() & known)
-    hint = f"{matching} of the adapter's {len(pairs)} modules match"
+def foreign_modules(
+    named: set[str], in_file: Collection[str], known: set[str]
+) -> list[LedgerEntry]:
+    matching = len(known.intersection(in_file))
+    hint = f"{matching} of the adapter's {len(in_file)} modules match"
     if not matching:
         hint = "none of the adapter's modules match; made for another architecture?"
     reason = f"the base has no linear of this name that takes an adapter ({hint})"
@@ -157,7 +177,9 @@ def read_branch(
     """One target's branch (None if a tensor is bad) and its tensors' ledger; size: (out, in)."""
     rank, scaling = rank_and_scaling(settings, target)
     rows, columns = size
-    shapes = {"A": (rank, columns), "B": (rows, rank), MAGNITUDE: (rows,), BIAS: (rows,)}
+    width = (tensors[pair["A"]].shape or (0,))[-1]
+    group = inputs_of_a_mean(width, columns, settings.qalora_group_size)
+    shapes = {"A": (rank, columns // group), "B": (rows, rank), MAGNITUDE: (rows,), BIAS: (rows,)}
     names = {factor: pair[factor] for factor in shapes if factor in pair}
     bad = [check_tensor(name, tensors[name], shapes[factor]) for factor, name in names.items()]
     if any(bad):
@@ -166,8 +188,10 @@ def read_branch(
     bias = _scaled(values.get(BIAS), scaling)
     if bias is not None and not np.isfinite(bias).all():
         return None, [refused(pair[BIAS], f"times scaling {scaling:g} is not finite")]
-    branch = Branch(values["A"], values["B"], scaling, values.get(MAGNITUDE), bias=bias)
-    reason = f"rank {rank}, scaling {scaling:g}{_what_else(branch)}"
+    lora_a = expanded(values["A"], group) if group > 1 else values["A"]
+    branch = Branch(lora_a, values["B"], scaling, values.get(MAGNITUDE), bias=bias)
+    pooled = ", of means of inputs (QA-LoRA)" if group > 1 else ""
+    reason = f"rank {rank}, scaling {scaling:g}{pooled}{_what_else(branch)}"
     return branch, [exported(name, reason) for name in names.values()]
 
 

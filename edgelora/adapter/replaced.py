@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
-from edgelora.adapter.settings import TOKEN_MODULES, Settings, Tokens
+from edgelora.adapter.settings import TOKEN_MODULES, Targeting, Tokens
 from edgelora.adapter.tensors import Factor, StoredTensor
 
 PREFIX = "base_model.model."
+FACTOR = re.compile(r"\.(lora_|ia3_l)")
 ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
@@ -46,15 +47,15 @@ def is_saved(tensor: str, modules_to_save: Iterable[str]) -> bool:
     return any(path.endswith(name) for path in paths for name in modules_to_save)
 
 
-def is_replaced(tensor: str, settings: Settings) -> bool:
+def is_replaced(tensor: str, settings: Targeting) -> bool:
     """Whether a tensor of the file is one of these, not part of a branch."""
-    factor = ".lora_" in tensor or not tensor.startswith(PREFIX)
+    factor = FACTOR.search(tensor) is not None or not tensor.startswith(PREFIX)
     saved = is_saved(tensor, settings.modules_to_save)
     return ROWS.fullmatch(tensor) is not None or (saved and not factor)
 
 
 def read_replaced(
-    tensors: Mapping[str, StoredTensor], settings: Settings
+    tensors: Mapping[str, StoredTensor], settings: Targeting
 ) -> tuple[Replaced, list[LedgerEntry]]:
     """The good ones, and the ledger of all. What the base must have is not asked yet."""
     saved: dict[str, StoredTensor] = {}
@@ -80,7 +81,7 @@ def tokens_of(module: str, tokens: Tokens) -> tuple[int, ...]:
     return next((ids for name, ids in tokens.items() if module.endswith(name)), ())
 
 
-def _unmatched(tensors: Iterable[str], settings: Settings) -> list[LedgerEntry]:
+def _unmatched(tensors: Iterable[str], settings: Targeting) -> list[LedgerEntry]:
     """A refusal for every name that has nothing in the file."""
     tensors = list(tensors)
     saved, tokens = settings.modules_to_save, settings.trainable_token_indices
@@ -97,7 +98,7 @@ def _obstacle(tensor: StoredTensor) -> str | None:
     return None if np.isfinite(tensor.values()).all() else "holds NaN or infinity"
 
 
-def _no_rows(module: str, tensor: StoredTensor, settings: Settings) -> str | None:
+def _no_rows(module: str, tensor: StoredTensor, settings: Targeting) -> str | None:
     tokens = tokens_of(module, settings.trainable_token_indices)
     if module not in TOKEN_MODULES or not tokens:
         return "the config's trainable_token_indices name no rows of this module"

@@ -3,42 +3,64 @@
 Field names, defaults and meanings are those of PEFT 0.21.2 (`peft/tuners/lora/config.py`).
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
+from edgelora.adapter.fields import (
+    Check,
+    Fields,
+    is_alpha,
+    is_broken,
+    is_flag,
+    is_layers,
+    is_map_of,
+    is_names,
+    is_rank,
+    is_text_or_names,
+)
+from edgelora.adapter.ledger import LedgerEntry, harmless, refused
 
 Tokens = Mapping[str, tuple[int, ...]]  # end of a module's path → token ids
 
 
 @dataclass(frozen=True)
-class Settings:
+class Targeting:
+    """Which modules an adapter changes: what the configs of several families have in common."""
+
+    target_modules: str | tuple[str, ...]  # a string is a regex or "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Tokens = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Targeting):
     """The fields that decide the arithmetic, under PEFT's names where they keep PEFT's meaning."""
 
     rank: int
     alpha: float
     use_rslora: bool
     use_dora: bool
+    qalora_group_size: int | None  # None: not QA-LoRA
     bias: str  # "none", "all" or "lora_only": whose biases were trained
     lora_bias: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    target_modules: str | tuple[str, ...]  # a string is a regex or "all-linear"
-    exclude_modules: str | tuple[str, ...]
-    layers_to_transform: int | tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
-    modules_to_save: tuple[str, ...]
-    trainable_token_indices: Tokens
 
 
-Check = Callable[[Any], bool]
-
-CHANGED_BASE = (
-    "belongs to a changed base; PEFT's save_pretrained makes it plain LoRA if it is given "
-    "path_initial_model_for_weight_conversion"
+CHANGED_BASE = "made another base of the one it was given, and belongs to that"
+CONVERT = (
+    "in the process that trained it, model.save_pretrained(FOLDER, "
+    "path_initial_model_for_weight_conversion=UNTRAINED) makes plain LoRA of it (UNTRAINED: the "
+    "adapter saved before training, with init_lora_weights = True)"
+)
+KEEP_BASE = (
+    "model.unload().save_pretrained(BASE) saves that base: export it, with init_lora_weights set "
+    "to true in adapter_config.json"
 )
 
 HARMLESS = {
@@ -52,7 +74,6 @@ HARMLESS = {
     "loftq_config": "used only by init_lora_weights = loftq",
     "megatron_core": "used only with megatron_config",
     "peft_version": "for people",
-    "qalora_group_size": "used only with use_qalora",
     "revision": "for people; the fingerprint binds the base",
     "runtime_config": "ignored by PEFT too",
     "task_type": "chooses a wrapper class of PEFT",
@@ -75,40 +96,12 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "monteclora_config": ((None,), "MonteCLoRA is not supported"),
     "target_parameters": ((None, []), "LoRA on bare parameters (experts) is not supported"),
     "use_bdlora": ((None, False), "block-diagonal LoRA is not supported"),
-    "use_qalora": ((False, None), "QA-LoRA is not supported"),
     "velora_config": ((None,), "VeLoRA is not supported"),
 }
 
 # PEFT subtracts what these start with from the base weights: the adapter fits that base only.
 BASE_CHANGING_INITS = re.compile(r"(pissa.*|olora|corda.*|loftq|lora_ga)", re.IGNORECASE)
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_alpha(value: Any) -> bool:
-    """False for NaN and for what float32 cannot hold."""
-    return type(value) in (int, float) and 0 < value < 1e38
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_text_or_names(value: object) -> bool:
-    return isinstance(value, str) or _is_names(value)
-
-
-def _is_layers(value: object) -> bool:
-    return type(value) is int or (
-        isinstance(value, list) and all(type(index) is int for index in value)
-    )
 
 
 TOKEN_MODULES = ("model.embed_tokens", "lm_head")  # that have a row for each token
@@ -128,34 +121,32 @@ def _is_token_list(value: object) -> bool:
     return len(set(value)) == len(value) and all(0 <= token < 2**31 for token in value)
 
 
-def _is_map_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(check(each) for each in value.values())
-
-
 # field: (PEFT's default, check, what the value must be)
 EXPORTED: dict[str, tuple[Any, Check, str]] = {
     "peft_type": (None, lambda value: value == "LORA", "only LORA is supported"),
-    "r": (8, _is_rank, "the rank must be a positive integer"),
-    "lora_alpha": (8, _is_alpha, "must be a positive finite number"),
-    "use_rslora": (False, _is_flag, "must be true or false"),
-    "use_dora": (False, _is_flag, "must be true or false"),
+    "r": (8, is_rank, "the rank must be a positive integer"),
+    "lora_alpha": (8, is_alpha, "must be a positive finite number"),
+    "use_rslora": (False, is_flag, "must be true or false"),
+    "use_dora": (False, is_flag, "must be true or false"),
+    "use_qalora": (False, is_flag, "must be true or false"),
+    "qalora_group_size": (16, is_rank, "must be a positive integer"),
     "bias": (
         "none",
         lambda value: value in ("none", "all", "lora_only"),
         "must be none, all or lora_only",
     ),
-    "lora_bias": (False, _is_flag, "must be true or false"),
-    "rank_pattern": ({}, _is_map_of(_is_rank), "must map patterns to positive integers"),
-    "alpha_pattern": ({}, _is_map_of(_is_alpha), "must map patterns to positive finite numbers"),
+    "lora_bias": (False, is_flag, "must be true or false"),
+    "rank_pattern": ({}, is_map_of(is_rank), "must map patterns to positive integers"),
+    "alpha_pattern": ({}, is_map_of(is_alpha), "must map patterns to positive finite numbers"),
     "target_modules": (
         None,
-        _is_text_or_names,
+        is_text_or_names,
         "must be a list of names or a regex; save the adapter with PEFT again",
     ),
-    "exclude_modules": ([], _is_text_or_names, "must be a list of names or a regex"),
-    "layers_to_transform": ([], _is_layers, "must be a layer index or a list of them"),
-    "layers_pattern": ([], _is_text_or_names, "must be a name or a list of names"),
-    "modules_to_save": ([], _is_names, "must be a list of names"),
+    "exclude_modules": ([], is_text_or_names, "must be a list of names or a regex"),
+    "layers_to_transform": ([], is_layers, "must be a layer index or a list of them"),
+    "layers_pattern": ([], is_text_or_names, "must be a name or a list of names"),
+    "modules_to_save": ([], is_names, "must be a list of names"),
     "trainable_token_indices": (
         [],
         _is_tokens,
@@ -166,47 +157,23 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
 
 def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[LedgerEntry]]:
     """Settings (None if a field that they need is bad) and the ledger of every field."""
-    values = {
-        name: _or_default(config.get(name), default) for name, (default, _, _) in EXPORTED.items()
-    }
-    ledger = [_check_exported(name, value) for name, value in values.items()]
-    ledger += [
-        _check_other(name, value) for name, value in sorted(config.items()) if name not in EXPORTED
-    ]
-    ledger += _check_together(config, values)
-    broken = {entry.item.split(" ")[0] for entry in ledger if entry.verdict == "refused"}
-    return (None if broken & EXPORTED.keys() else _settings(values)), ledger
-
-
-def _or_default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _check_exported(name: str, value: Any) -> LedgerEntry:
-    _, check, expected = EXPORTED[name]
-    item = f"{name} = {_short(value)}"
-    return exported(item, "resolved as PEFT does") if check(value) else refused(item, expected)
-
-
-def _check_other(name: str, value: Any) -> LedgerEntry:
-    item = f"{name} = {_short(value)}"
-    if name == "init_lora_weights":
-        return _check_init(item, value)
-    if name in HARMLESS:
-        return harmless(item, HARMLESS[name])
-    if name not in REFUSED_UNLESS_OFF:
-        return refused(item, "not a field of PEFT 0.21.2's LoraConfig, so its meaning is unknown")
-    off, reason = REFUSED_UNLESS_OFF[name]
-    is_off = any(type(value) is type(each) and value == each for each in off)
-    return harmless(item, "off") if is_off else refused(item, reason)
+    values = FIELDS.values(config)
+    ledger = FIELDS.ledger(config) + _check_together(config, values)
+    return (None if is_broken(FIELDS, ledger) else _settings(values)), ledger
 
 
 def _check_init(item: str, value: Any) -> LedgerEntry:
     if isinstance(value, str) and BASE_CHANGING_INITS.fullmatch(value):
-        return refused(item, CHANGED_BASE)
+        ways = [KEEP_BASE] if value.lower() == "loftq" else [CONVERT, KEEP_BASE]
+        return refused(item, f"{CHANGED_BASE}: {'; or '.join(ways)}")
     if value is None or (isinstance(value, bool | str) and value in PLAIN_INITS):
         return harmless(item, "leaves the base as it is")
     return refused(item, "an unknown initialization may have changed the base")
+
+
+FIELDS = Fields(
+    "LoraConfig", EXPORTED, HARMLESS, REFUSED_UNLESS_OFF, {"init_lora_weights": _check_init}
+)
 
 
 def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> list[LedgerEntry]:
@@ -214,12 +181,25 @@ def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> lis
     entries = []
     if values["use_dora"] is True and values["lora_bias"] is True:
         entries.append(refused("lora_bias", "PEFT allows it only without use_dora"))
+    if values["use_qalora"] is True:
+        entries += _check_qalora(values)
     is_regex = isinstance(values["target_modules"], str)
     for name in ("layers_to_transform", "layers_pattern"):
         if is_regex and config.get(name) is not None:
             entries.append(refused(name, "PEFT allows it only with a list of target_modules"))
     if values["layers_pattern"] and config.get("layers_to_transform") is None:
         entries.append(refused("layers_pattern", "PEFT allows it only with layers_to_transform"))
+    return entries
+
+
+def _check_qalora(values: Mapping[str, Any]) -> list[LedgerEntry]:
+    reasons = {
+        "use_dora": "PEFT allows it only without use_qalora",
+        "lora_bias": "PEFT's QA-LoRA computes without it",
+    }
+    entries = [refused(name, why) for name, why in reasons.items() if values[name] is True]
+    if values["qalora_group_size"] == 1:
+        entries.append(refused("qalora_group_size", "1: not to be told from plain LoRA"))
     return entries
 
 
@@ -231,12 +211,13 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         alpha=float(values["lora_alpha"]),
         use_rslora=values["use_rslora"],
         use_dora=values["use_dora"],
+        qalora_group_size=values["qalora_group_size"] if values["use_qalora"] else None,
         bias=values["bias"],
         lora_bias=values["lora_bias"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
-        target_modules=_frozen(values["target_modules"]),
-        exclude_modules=_frozen(values["exclude_modules"]),
+        target_modules=frozen(values["target_modules"]),
+        exclude_modules=frozen(values["exclude_modules"]),
         layers_to_transform=layers if isinstance(layers, int) else (tuple(layers) or None),
         layers_pattern=((pattern,) if pattern else ())
         if isinstance(pattern, str)
@@ -252,10 +233,5 @@ def _tokens(value: list[int] | dict[str, list[int]]) -> Tokens:
     return {name: tuple(tokens) for name, tokens in by_module.items() if tokens}
 
 
-def _frozen(value: str | list[str]) -> str | tuple[str, ...]:
+def frozen(value: str | list[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

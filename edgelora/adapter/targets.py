@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from edgelora.adapter.ledger import LedgerEntry, harmless, refused
-from edgelora.adapter.settings import Settings
+from edgelora.adapter.settings import Settings, Targeting
 
 Value = TypeVar("Value", int, float)
 
@@ -19,16 +19,18 @@ ALL_LINEAR = "all-linear"
 NOT_IN_ALL_LINEAR = ("lm_head", "model.embed_tokens")
 
 
-def check_patterns(settings: Settings) -> list[LedgerEntry]:
+def check_patterns(settings: Targeting) -> list[LedgerEntry]:
     """A refusal for every regex that Python cannot compile where PEFT uses it."""
-    patterns = [(f"rank_pattern {key!r}", _ending(key)) for key in settings.rank_pattern]
-    patterns += [(f"alpha_pattern {key!r}", _ending(key)) for key in settings.alpha_pattern]
+    patterns = []
+    if isinstance(settings, Settings):
+        patterns += [(f"rank_pattern {key!r}", _ending(key)) for key in settings.rank_pattern]
+        patterns += [(f"alpha_pattern {key!r}", _ending(key)) for key in settings.alpha_pattern]
     patterns += [(f"layers_pattern {key!r}", _layer(key)) for key in settings.layers_pattern]
     for name in ("target_modules", "exclude_modules"):
         value = getattr(settings, name)
         patterns += [(f"{name} {value!r}", value)] if isinstance(value, str) else []
     patterns += [(f"modules_to_save {key!r}", _saved(key)) for key in settings.modules_to_save]
-    bad = [item for item, expression in patterns if not _compiles(expression)]
+    bad = [item for item, expression in patterns if not compiles(expression)]
     return [refused(item, "not a valid regex") for item in bad]
 
 
@@ -44,7 +46,7 @@ def _saved(pattern: str) -> str:
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
-def _compiles(pattern: str) -> bool:
+def compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
     except (re.error, RecursionError):
@@ -52,7 +54,7 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
+def implied_targets(settings: Targeting, modules: Iterable[str]) -> list[str]:
     """The modules, of those given, that PEFT would adapt."""
     wanted = settings.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
@@ -68,7 +70,7 @@ def implied_targets(settings: Settings, modules: Iterable[str]) -> list[str]:
     ]
 
 
-def _is_excluded(settings: Settings, module: str) -> bool:
+def _is_excluded(settings: Targeting, module: str) -> bool:
     """What is saved whole is no target either (`check_target_module_exists`)."""
     if any(re.match(_saved(name), module) for name in settings.modules_to_save):
         return True
@@ -81,7 +83,7 @@ def _ends_with_one_of(module: str, names: Iterable[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _is_targeted(settings: Settings, module: str) -> bool:
+def _is_targeted(settings: Targeting, module: str) -> bool:
     if isinstance(settings.target_modules, str):
         return re.fullmatch(settings.target_modules, module) is not None
     if module in settings.target_modules:  # a full path is taken whatever the layers
@@ -89,7 +91,7 @@ def _is_targeted(settings: Settings, module: str) -> bool:
     return _ends_with_one_of(module, settings.target_modules) and _is_in_layers(settings, module)
 
 
-def _is_in_layers(settings: Settings, module: str) -> bool:
+def _is_in_layers(settings: Targeting, module: str) -> bool:
     wanted = settings.layers_to_transform
     if wanted is None:
         return True
@@ -126,7 +128,7 @@ def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[Ledge
     ]
 
 
-def unmatched_names(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
+def unmatched_names(settings: Targeting, modules: Iterable[str]) -> list[LedgerEntry]:
     """An entry for every listed name that ends no module path."""
     modules = list(modules)
     names = () if isinstance(settings.target_modules, str) else settings.target_modules

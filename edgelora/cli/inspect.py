@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgelora.checkpoint import Checkpoint
 
 LAYER = re.compile(r"\S*\blayers\.\d+\.\S+")
-FACTOR = re.compile(r"\.lora_[AB](\.\w+)*$")
+FACTOR = re.compile(r"\.(lora_[AB]|ia3_l)(\.\w+)*$")
 MATRIX = 2  # dimensions; norms and biases have one
 
 
@@ -35,11 +35,13 @@ def inspect(path: Path, *, as_json: bool) -> None:
     \b
     Example:  edgelora inspect adapters/pirate
     """
+    from edgelora.adapter import CONFIG, is_adapter_hub
+
     if not path.exists():
         raise EdgeLoraError(f"{path}: no such file or folder")
     if (path / NAME).is_file():
         _show_bundle(path, read_manifest(path), as_json=as_json)
-    elif (path / "adapter_config.json").is_file():
+    elif (path / CONFIG).is_file() or is_adapter_hub(path):
         _show_adapter(path, as_json=as_json)
     else:
         _show_base(path, as_json=as_json)
@@ -80,14 +82,18 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
     out.print(f"weights    {plan['format']}, block size {plan['block_size']}, mode {plan['mode']}")
     for kind in ("adapters", "merged"):
         for name, entry in manifest[kind].items():
-            ranks = "/".join(map(str, entry["ranks"]))
-            scalings = "/".join(f"{scaling:g}" for scaling in entry["scalings"])
-            out.print(
-                f"{kind.removesuffix('s'):11}{name}: rank {ranks}, scaling {scalings}, "
-                f"{entry['targets']} targets",
-            )
+            label = kind.removesuffix("s")
+            out.print(f"{label:11}{name}: {_factors(entry)}{entry['targets']} targets")
     for name, entry in manifest["files"].items():
         out.print(f"file       {name}  {entry['size'] / 1e6:.1f} MB")
+
+
+def _factors(entry: dict[str, Any]) -> str:
+    """Of an adapter's line in the manifest; (IA)³ and biases alone have none."""
+    if not entry["ranks"]:
+        return ""
+    ranks = "/".join(map(str, entry["ranks"]))
+    return f"rank {ranks}, scaling {'/'.join(f'{each:g}' for each in entry['scalings'])}, "
 
 
 def _show_adapter(path: Path, *, as_json: bool) -> None:

@@ -92,6 +92,11 @@ def _read_part(path: Path, weight: float) -> Part:
     )
     settings, _ = read_settings(folder.config)
     assert settings is not None, "adapter_of refuses what has none"
+    if settings.qalora_group_size is not None:
+        raise EdgeLoraError(
+            f"{path}: use_qalora: only the base tells which factors are of pooled inputs: weigh it "
+            "at run time (--adapter)"
+        )
     return Part(path, float(weight), adapter, settings, folder.config)
 
 

@@ -13,7 +13,7 @@ from edgelora.binding import merged, merged_bias
 from edgelora.checkpoint import Checkpoint
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.layout import EMBEDDING, Linear, weight_name
-from edgelora.merge import merge
+from edgelora.merge import merge, scaled
 from edgelora.plan import Plan
 from edgelora.quantize import Matrix, dequantize, quantize_nf4
 from edgelora.rounding import Rounding
@@ -102,7 +102,8 @@ class LinearWeights:
     def survival(self, variant: Variant) -> Survival | None:
         """Of the adapter's delta; None where it has none or nothing is merged."""
         branch = self._branch(variant.adapter)
-        if variant.kind not in ("merged", "merged_nf4") or branch is None or branch.rank == 0:
+        changed = branch is not None and branch.changes_weight
+        if variant.kind not in ("merged", "merged_nf4") or not changed:
             return None
         delta = self._float(variant.adapter) - self._source
         base = self._rounded_anew if variant.kind == "merged" else self._rounded_nf4
@@ -132,10 +133,12 @@ class LinearWeights:
 
     def _beside(self, base: Float32, adapter: str | None) -> Float32:
         branch = self._branch(adapter, bound=True)
-        if branch is None or branch.rank == 0:
+        if branch is None:
             return base
-        if branch.row_factor is not None:
-            base = base * branch.row_factor[:, None]
+        if branch.row_factor is not None or branch.input_factor is not None:
+            base = scaled(base, branch.row_factor, branch.input_factor)
+        if branch.rank == 0:
+            return base
         return merge(base, branch.lora_a, branch.lora_b, branch.scaling)
 
     @cached_property

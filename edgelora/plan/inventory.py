@@ -15,9 +15,9 @@ class Inventory:
     foreign: Mapping[str, int] = field(default_factory=dict)
     """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
     adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Adapter → target → rank, of those whose weights it changes."""
+    """Adapter → target → rank (0 for (IA)³), of those whose weights it changes."""
     magnitudes: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Adapter → targets that have a magnitude for each row (DoRA)."""
+    """Adapter → targets that have a factor for each row (DoRA, (IA)³)."""
     biases: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Adapter → targets that get a bias."""
 

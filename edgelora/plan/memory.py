@@ -51,7 +51,7 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
 
 
 def _vectors(base: Inventory, adapter: str) -> list[str]:
-    """The targets that have row factors (DoRA), and those that have a bias."""
+    """The targets that have row factors, and those that have a bias."""
     return [*base.magnitudes.get(adapter, ()), *base.biases.get(adapter, ())]
 
 

@@ -178,10 +178,10 @@ void read_factors(const std::string& path, const SafeTensors& file, const std::s
   }
 }
 
-// A target needs both factors, unless it has a bias and neither.
-bool has_bias_alone(const SafeTensors& file, const std::string& target) {
-  return file.tensors.count(target + ".bias") != 0 && file.tensors.count(target + ".lora_a") == 0 &&
-         file.tensors.count(target + ".lora_b") == 0;
+// A target needs both factors, unless it has a float for each row and neither.
+bool has_rows_alone(const SafeTensors& file, const std::string& target) {
+  const auto has = [&](const char* tensor) { return file.tensors.count(target + tensor) != 0; };
+  return (has(".bias") || has(".row_factor")) && !has(".lora_a") && !has(".lora_b");
 }
 
 SideBranch make_branch(const std::string& path, const SafeTensors& file, const std::string& target,
@@ -191,12 +191,8 @@ SideBranch make_branch(const std::string& path, const SafeTensors& file, const s
   branch.out_features = size.second;
   branch.scaling = scaling;
   branch.bias = read_rows(path, file, target + ".bias", size.second);
-  if (has_bias_alone(file, target)) {
-    if (file.tensors.count(target + ".row_factor") != 0) refuse(path, target + " has no factors");
-    return branch;
-  }
-  read_factors(path, file, target, &branch);
   branch.row_factors = read_rows(path, file, target + ".row_factor", size.second);
+  if (!has_rows_alone(file, target)) read_factors(path, file, target, &branch);
   return branch;
 }
 

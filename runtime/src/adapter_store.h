@@ -23,7 +23,7 @@ struct SideBranch {
   int64_t in_features;   // K
   int64_t out_features;  // N
   float scaling;            // of the factors
-  const void* row_factors;  // DoRA: float32 [N], unaligned, of each row of W·x; null: all 1
+  const void* row_factors;  // DoRA, (IA)³: float32 [N], unaligned, of each row of W·x; null: all 1
   const void* bias;         // float32 [N], unaligned; null: none
 };
 

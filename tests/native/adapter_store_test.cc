@@ -122,10 +122,10 @@ const Wrong kWrong[] = {
        f.tensor("down.lora_a", {1, 20}, counting(20));
        f.scaling("down", 1);
      }},
-    {"down has no factors",
+    {"down.lora_a is missing",
      [](auto& f) {
-       f.tensor("down.bias", {3}, {1, 2, 3});
        f.tensor("down.row_factor", {3}, {1, 2, 3});
+       f.tensor("down.lora_b", {1, 1, 16}, counting(16));
        f.scaling("down", 1);
      }},
     {"factor of no target",

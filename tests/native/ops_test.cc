@@ -51,8 +51,10 @@ void test_linear_scales_rows_and_adds_biases_of_each_sequence_s_own(const Tempor
   ops::AdapterCache cache = linear.cache();
   const Lora q = linear.lora_with_rows(0, 8, 3), k = linear.lora_with_rows(1, 0, 4);
   const Lora v = linear.lora(2, 5, 5);
+  Lora factors = linear.lora(2, 0, 6);
+  factors.rows = random_values(64, 7);
   const int64_t parts[] = {linear.load(folder, {&q, &v}), linear.load(folder, {&k}),
-                           linear.load(folder, {&q, &k})};
+                           linear.load(folder, {&q, &k}), linear.load(folder, {&factors})};
   const float weights[] = {0.5F, -2.0F, 0.25F};
   const int64_t sum = AdapterStore::instance().compose(parts, weights, 3);
   const Terms first{{&q, 1}, {&v, 1}}, alone{{&k, 1}};
@@ -61,7 +63,8 @@ void test_linear_scales_rows_and_adds_biases_of_each_sequence_s_own(const Tempor
     const LinearInputs mixed = inputs(linear, {0, parts[0], sum, parts[1], parts[0]},
                                       {{}, first, all, alone, first}, sequence);
     const LinearInputs bias_alone = inputs(linear, {parts[1]}, {alone}, sequence);
-    for (const LinearInputs& in : {mixed, bias_alone}) {
+    const LinearInputs factors_alone = inputs(linear, {parts[3]}, {{{&factors, 1}}}, sequence);
+    for (const LinearInputs& in : {mixed, bias_alone, factors_alone}) {
       check_rows(expected_rows(linear, in), run_linear(linear, cache, in, &crews()),
                  "rows, sequence " + std::to_string(sequence));
     }

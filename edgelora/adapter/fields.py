@@ -1,0 +1,96 @@
+"""A PEFT config's fields: each exported, harmless or refused by name."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
+
+Check = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Of one class of PEFT's configs; all that it knows is here."""
+
+    owner: str  # the class
+    exported: Mapping[str, tuple[Any, Check, str]]  # PEFT's default, check, what it must be
+    harmless: Mapping[str, str]  # why
+    off: Mapping[str, tuple[tuple[object, ...], str]]  # values that mean off; else why refused
+    judged: Mapping[str, Callable[[str, Any], LedgerEntry]] = field(default_factory=dict)
+
+    def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those exported, null and absent ones as PEFT's default."""
+        return {
+            name: default if config.get(name) is None else config[name]
+            for name, (default, _, _) in self.exported.items()
+        }
+
+    def ledger(self, config: Mapping[str, Any]) -> list[LedgerEntry]:
+        """An entry for each field that is in the config or decides the arithmetic."""
+        entries = [self._check_exported(*each) for each in self.values(config).items()]
+        others = sorted(config.items())
+        return entries + [
+            self._check_other(*each) for each in others if each[0] not in self.exported
+        ]
+
+    def _check_exported(self, name: str, value: Any) -> LedgerEntry:
+        _, check, expected = self.exported[name]
+        item = f"{name} = {_short(value)}"
+        return exported(item, "resolved as PEFT does") if check(value) else refused(item, expected)
+
+    def _check_other(self, name: str, value: Any) -> LedgerEntry:
+        item = f"{name} = {_short(value)}"
+        if name in self.judged:
+            return self.judged[name](item, value)
+        if name in self.harmless:
+            return harmless(item, self.harmless[name])
+        if name not in self.off:
+            reason = f"not a field of PEFT 0.21.2's {self.owner}, so its meaning is unknown"
+            return refused(item, reason)
+        off, reason = self.off[name]
+        is_off = any(type(value) is type(each) and value == each for each in off)
+        return harmless(item, "off") if is_off else refused(item, reason)
+
+
+def is_broken(fields: Fields, ledger: list[LedgerEntry]) -> bool:
+    """Whether a field that decides the arithmetic is refused."""
+    names = {entry.item.split(" ")[0] for entry in ledger if entry.verdict == "refused"}
+    return bool(names & fields.exported.keys())
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_alpha(value: Any) -> bool:
+    """False for NaN and for what float32 cannot hold."""
+    return type(value) in (int, float) and 0 < value < 1e38
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def is_text_or_names(value: object) -> bool:
+    return isinstance(value, str) or is_names(value)
+
+
+def is_layers(value: object) -> bool:
+    return type(value) is int or (
+        isinstance(value, list) and all(type(index) is int for index in value)
+    )
+
+
+def is_map_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(each) for each in value.values())

@@ -1,0 +1,18 @@
+"""What a family's reader makes of a PEFT folder."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from edgelora.adapter.branches import Branch
+from edgelora.adapter.ledger import LedgerEntry
+from edgelora.adapter.replaced import Replaced
+
+Targets = Mapping[str, tuple[int, int]]  # module path → (out_features, in_features)
+
+
+class Judged(NamedTuple):
+    """All branches that can be read, what is replaced, and the ledger of every field and tensor."""
+
+    branches: Mapping[str, Branch]  # by target, sorted
+    replaced: Replaced
+    ledger: list[LedgerEntry]
