@@ -22,7 +22,7 @@ from edgelora.bundle import (
 )
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
-from edgelora.evaluation import StoredWeights
+from edgelora.evaluation import StoredWeights, Subject, exported_variants
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.layout import targets
 from edgelora.onnx_adapter import write_onnx_adapter
@@ -30,6 +30,8 @@ from edgelora.plan import ExportOptions, Plan
 from edgelora.reporting import subject_of, write_up
 from edgelora.request import Progress, Request, prepare, silently
 from edgelora.rounding import Rounding
+from edgelora.selfcheck import NAME as SELFCHECK
+from edgelora.selfcheck import selfcheck_json
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter
 from edgelora.whole_folder import check_target, new_folder
@@ -104,21 +106,33 @@ def write_bundle(
         adapter_of_base = bound(adapter, request.checkpoint)
         _write_adapter(folder, name, adapter_of_base, fingerprint, request.plan)
     request.tokenizer.write(folder)
-    warnings = _write_report(folder, request, writer, partial(progress, "report"))
-    write_manifest(folder, _fields(request, fingerprint, side, merged))
-    return _bits_per_weight(writer), warnings
-
-
-def _write_report(
-    folder: Path, request: Request, writer: WeightWriter, progress: Callable[[int, int], None]
-) -> tuple[str, ...]:
-    """report.json and report.html; returns warnings."""
-    if request.report_text is None:
-        return ()
     stored = StoredWeights(
         writer.file.path, writer.file.tensors, writer.matrices, request.plan.flavor
     )
     subject = subject_of(request.checkpoint, request.plan, request.adapters)
+    _write_selfcheck(folder, subject, stored)
+    warnings = _write_report(folder, request, subject, stored, partial(progress, "report"))
+    write_manifest(folder, _fields(request, fingerprint, side, merged))
+    return _bits_per_weight(writer), warnings
+
+
+def _write_selfcheck(folder: Path, subject: Subject, stored: StoredWeights) -> None:
+    merge, base = subject.plan.mode == "merge", subject.plan.merge_base or "float"
+    exported = exported_variants(subject.adapters, merge=merge, merge_base=base)
+    variants = sorted(exported, key=lambda variant: variant.adapter or "")
+    (folder / SELFCHECK).write_bytes(selfcheck_json(subject, stored, variants))
+
+
+def _write_report(
+    folder: Path,
+    request: Request,
+    subject: Subject,
+    stored: StoredWeights,
+    progress: Callable[[int, int], None],
+) -> tuple[str, ...]:
+    """report.json and report.html; returns warnings."""
+    if request.report_text is None:
+        return ()
     report = write_up(subject, request.report_text, stored, progress)
     (folder / "report.json").write_bytes(report.json)
     (folder / "report.html").write_bytes(report.html)
@@ -181,7 +195,9 @@ def _fields(
             for name, shape in shapes.items()
         ],
         "plan": asdict(plan),
-        "adapters": _entries(side, plan.flavor),
+        "adapters": {
+            name: entry | {"selfcheck": True} for name, entry in _entries(side, plan.flavor).items()
+        },
         "merged": _entries(merged, plan.flavor),
         "tools": {name: version(name) for name in ("edgelora", "numpy", "onnx")},
     }

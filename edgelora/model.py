@@ -61,6 +61,28 @@ class ModelInfo:
         )
 
 
+@dataclass(frozen=True)
+class SelfcheckResult:
+    """Of the base (adapter None) or of an adapter, within its tolerance; not checked: an adapter
+    that was added after the export, of which nothing is known.
+    """
+
+    adapter: str | None
+    accuracy: Literal["int8", "float"]
+    checked: bool
+    logits: int  # that were compared
+    error: float  # root mean square of their differences from the expected ones
+    tolerance: float
+
+    @classmethod
+    def of(cls, struct: native.Selfcheck) -> "SelfcheckResult":
+        """From the C struct."""
+        adapter = None if struct.adapter is None else struct.adapter.decode()
+        accuracy: Literal["int8", "float"] = "float" if struct.exact else "int8"
+        figures = (struct.logits, struct.error, struct.tolerance)
+        return cls(adapter, accuracy, struct.checked, *figures)
+
+
 def load(
     bundle: str | Path,
     *,
@@ -229,6 +251,21 @@ class Model:
         """Logits after each of the tokens, float32 [len(token_ids), vocab_size]."""
         with self.session(adapter=adapter) as session:
             return session.logits(token_ids)
+
+    def selfcheck(self) -> tuple[SelfcheckResult, ...]:
+        """Whether base and adapters compute on this machine what the export foresaw: in float, for
+        which the bundle is loaded once more (not in flavor ort), then as this model does.
+
+        Raises EdgeLoraError, naming the adapter and a logit, if one does not, or if the bundle has
+        no selfcheck.json.
+        """
+        results: list[SelfcheckResult] = []
+        callback = native.SelfcheckCallback(
+            lambda result, _: results.append(SelfcheckResult.of(result.contents))
+        )
+        status = self.library.edgelora_model_selfcheck(self.pointer, callback, None)
+        native.check(self.library, status)
+        return tuple(results)
 
     def chat_or_text(self, prompt: str) -> Prompt:
         """`prompt` as a user's message if the bundle has a chat template, else as it is."""

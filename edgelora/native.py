@@ -59,6 +59,23 @@ class ModelInfo(ctypes.Structure):
     )
 
 
+class Selfcheck(ctypes.Structure):
+    """EdgeLoraSelfcheck."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("adapter", c_char_p),
+        ("exact", c_bool),
+        ("checked", c_bool),
+        ("logits", c_int32),
+        ("error", c_double),
+        ("tolerance", c_double),
+    )
+
+
+SelfcheckCallback = ctypes.CFUNCTYPE(None, POINTER(Selfcheck), ctypes.c_void_p)
+
+
 class SessionOptions(ctypes.Structure):
     """EdgeLoraSessionOptions."""
 
@@ -107,6 +124,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # name → result type, 
     "model_load": (c_int32, (c_char_p, POINTER(ModelOptions), POINTER(ModelPointer))),
     "model_free": (None, (ModelPointer,)),
     "model_info": (c_int32, (ModelPointer, POINTER(ModelInfo))),
+    "model_selfcheck": (c_int32, (ModelPointer, SelfcheckCallback, ctypes.c_void_p)),
     "adapter_load": (c_int32, (ModelPointer, c_char_p, POINTER(c_int64))),
     "adapter_load_file": (c_int32, (ModelPointer, c_char_p, POINTER(c_int64))),
     "adapter_compose": (c_int32, (POINTER(c_int64), _FLOATS, c_size_t, POINTER(c_int64))),

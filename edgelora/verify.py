@@ -8,7 +8,9 @@ from typing import Any
 
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import NAME, read_manifest, sha256_file
-from edgelora.model import load
+from edgelora.model import Model, SelfcheckResult, load
+
+SELFCHECK = "selfcheck.json"
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ def verify(bundle: Path) -> Iterator[Check]:
     """Yields each check as it passes; raises EdgeLoraError at the first that fails.
 
     Manifest and its digest, the SHA-256 of every file, no file that the manifest does not name,
-    every adapter bound to the base's fingerprint (flavor ort: its adapters name none), and one
-    token computed with the base and with every adapter.
+    every adapter bound to the base's fingerprint (flavor ort: its adapters name none), and the
+    self-check of the base and of every adapter, in float (not flavor ort) and in int8.
     """
     manifest = read_manifest(bundle)
     yield Check(NAME, "whole, digest matches")
@@ -37,9 +39,32 @@ def verify(bundle: Path) -> Iterator[Check]:
     _refuse_strangers(bundle, manifest["files"])
     yield Check("base", _check_bound(bundle, manifest))
     with load(bundle) as model:
-        for name in [None, *model.adapters]:
-            model.logits([0], adapter=name)
-            yield Check(f"adapter {name}" if name else "model", "loads, one token computed")
+        if SELFCHECK not in manifest["files"]:
+            for name in [None, *model.adapters]:
+                yield _compute_one(model, name, f"exported without {SELFCHECK}")
+            return
+        results = model.selfcheck()
+        yield from (_passed(each) for each in results if each.checked)
+        for name in dict.fromkeys(each.adapter for each in results if not each.checked):
+            yield _compute_one(model, name, "added after the export")
+
+
+def _passed(result: SelfcheckResult) -> Check:
+    error, tolerance = result.error, result.tolerance
+    return Check(
+        f"{_named(result.adapter)} in {result.accuracy}",
+        f"self-check: {result.logits} logits off by {error:.2g}, {tolerance:.2g} allowed",
+    )
+
+
+def _compute_one(model: Model, name: str | None, why: str) -> Check:
+    """Of what no logits are known."""
+    model.logits([0], adapter=name)
+    return Check(_named(name), f"not self-checked: {why}; loads, one token computed")
+
+
+def _named(adapter: str | None) -> str:
+    return f"adapter {adapter}" if adapter else "model"
 
 
 def _check_bound(bundle: Path, manifest: dict[str, Any]) -> str:

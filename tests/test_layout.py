@@ -44,6 +44,7 @@ WRITERS = {
     ("exporter.py", "_write_adapter"),
     ("composition/folder.py", "write_folder"),
     ("exporter.py", "_write_report"),
+    ("exporter.py", "_write_selfcheck"),
     ("onnx_adapter.py", "write_onnx_adapter"),  # ORT writes to a path only
     ("tokenizer.py", "write"),
 }

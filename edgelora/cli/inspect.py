@@ -51,7 +51,8 @@ def inspect(path: Path, *, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def verify(bundle: Path, *, as_json: bool) -> None:
-    """Checks every byte: digests, fingerprints, and one token of the base and of each adapter.
+    """Checks every byte: digests, fingerprints, and that the base and each adapter compute here
+    the logits that the export foresaw.
 
     Exit code 1 and one line saying what is wrong otherwise.
 

@@ -10,7 +10,7 @@ from edgelora.evaluation.scores import Score, Tally
 from edgelora.evaluation.stored import StoredWeights
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.evaluation.text import EvaluationText, read_evaluation_text
-from edgelora.evaluation.variants import Kind, Subject, Variant
+from edgelora.evaluation.variants import Kind, LinearWeights, Subject, Variant
 from edgelora.evaluation.walk import LinearResult, Walk
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EvaluationText",
     "Kind",
     "LinearResult",
+    "LinearWeights",
     "Score",
     "StoredWeights",
     "Subject",

@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 from edgelora.graph import StoredMatrix
 from edgelora.graph.tensors import StoredTensor
-from edgelora.layout import Projection
-from edgelora.quantize import NBitsLinear, PackedLinear, dequantize, dequantize_nbits, unpack
+from edgelora.layout import EMBEDDING, Projection
+from edgelora.quantize import (
+    NBitsLinear,
+    PackedLinear,
+    dequantize,
+    dequantize_nbits,
+    dequantize_rows,
+    unpack,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -47,7 +54,8 @@ class StoredWeights:
             role: self._array(tensor) for role, tensor in matrix.inputs.items() if role != "bias"
         }
         if self.flavor == "ort":
-            return [dequantize_nbits(_nbits(matrix, arrays))]
+            values = dequantize_rows if name == EMBEDDING else dequantize_nbits
+            return [values(_nbits(matrix, arrays))]
         return [dequantize(each) for each in unpack(_packed(matrix, arrays, slices))]
 
     def _array(self, name: str) -> NDArray[Any]:

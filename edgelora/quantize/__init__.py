@@ -15,7 +15,13 @@ from edgelora.quantize.matrix import (
     Nf4Matrix,
     PlainNf4Matrix,
 )
-from edgelora.quantize.nbits import NBitsLinear, dequantize_nbits, to_nbits, to_rows
+from edgelora.quantize.nbits import (
+    NBitsLinear,
+    dequantize_nbits,
+    dequantize_rows,
+    to_nbits,
+    to_rows,
+)
 from edgelora.quantize.nf4 import quantize_nf4
 from edgelora.quantize.packed import PackedLinear, Slices, same_kind
 from edgelora.quantize.packing import concatenate, pack, unpack
@@ -39,6 +45,7 @@ __all__ = [
     "concatenate",
     "dequantize",
     "dequantize_nbits",
+    "dequantize_rows",
     "factorize",
     "pack",
     "quantize_int4",

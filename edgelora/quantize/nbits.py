@@ -108,16 +108,23 @@ def _blocks(codes: NDArray[np.uint8], block_size: int, zero: int) -> NDArray[np.
 
 
 def dequantize_nbits(stored: NBitsLinear) -> NDArray[np.float32]:
-    """float32 [out_features, in_features] of what `to_nbits` or `to_rows` made."""
+    """float32 [out_features, in_features] of what `to_nbits` made."""
     rows, columns, codes = stored.out_features, stored.in_features, stored.arrays["codes"]
     if stored.format == "float":
-        return np.asarray(codes if codes.shape == (rows, columns) else codes.T, np.float32)
+        return np.ascontiguousarray(codes.T, np.float32)
     if stored.format == "int4":
         codes = np.stack([codes & 15, codes >> 4], axis=-1)
     values = codes.reshape(rows, -1)[:, :columns].astype(np.float32)
     zeros = stored.arrays.get("zero_points")
     values -= (8 if stored.format == "int4" else 128) if zeros is None else _wide(stored, zeros)
     return np.asarray(values * _wide(stored, stored.arrays["scales"]))
+
+
+def dequantize_rows(stored: NBitsLinear) -> NDArray[np.float32]:
+    """float32 [out_features, in_features] of what `to_rows` made."""
+    if stored.format == "float":
+        return np.asarray(stored.arrays["codes"], np.float32)
+    return dequantize_nbits(stored)
 
 
 def _wide(stored: NBitsLinear, per_block: NDArray[np.float32]) -> NDArray[np.float32]:

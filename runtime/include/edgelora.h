@@ -50,7 +50,8 @@ typedef enum EdgeLoraStatus {
                                     system gave no threads */
   EDGELORA_CANCELLED = 6,        /* edgelora_session_cancel was called */
   EDGELORA_OUT_OF_MEMORY = 7,
-  EDGELORA_INTERNAL = 8
+  EDGELORA_INTERNAL = 8,
+  EDGELORA_SELFCHECK_FAILED = 9  /* the model computes other logits than its bundle expects */
 } EdgeLoraStatus;
 
 /* Handle of an adapter; 0 is the base. Handles are never reused. */
@@ -106,6 +107,33 @@ typedef struct EdgeLoraModelInfo {
 
 EDGELORA_API EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model,
                                                 EdgeLoraModelInfo* info);
+
+/* What a self-check found of the base or of one adapter. */
+typedef struct EdgeLoraSelfcheck {
+  size_t size;         /* sizeof(EdgeLoraSelfcheck) */
+  const char* adapter; /* UTF-8, NULL: the base; lives as long as the callback's call */
+  bool exact;          /* computed with float32 activations, else as the model does */
+  bool checked;        /* false: added after the export, so that nothing is known of it */
+  int32_t logits;      /* that were compared */
+  double error;        /* root mean square of their differences from the expected ones */
+  double tolerance;    /* that this may have */
+} EdgeLoraSelfcheck;
+
+/* Called on the checking thread; may call whatever takes a model, a session or an adapter, and must
+ * return: neither a C++ exception nor longjmp may leave it. */
+typedef void (*EdgeLoraSelfcheckCallback)(const EdgeLoraSelfcheck* result, void* user_data);
+
+/* Computes the prompts of the bundle's selfcheck.json with the base, then with each adapter of the
+ * bundle, and compares their greatest logits with those computed at export: first with float32
+ * activations, for which the bundle is loaded once more until the call ends (not in flavor ort, nor
+ * if the model is exact itself) and which shows any change of weights or factors; then with the
+ * model as it is, within the error of int8. Sessions of the model may run meanwhile. callback (may
+ * be NULL) gets each result, of the first that fails too, with which the check ends.
+ * EDGELORA_SELFCHECK_FAILED: the message names the adapter and the logit that is farthest off.
+ * EDGELORA_NOT_FOUND: the bundle has no selfcheck.json. */
+EDGELORA_API EdgeLoraStatus edgelora_model_selfcheck(const EdgeLoraModel* model,
+                                                     EdgeLoraSelfcheckCallback callback,
+                                                     void* user_data);
 
 /* ---- adapters ---- */
 

@@ -11,6 +11,7 @@
 #include "src/adapter_store.h"
 #include "src/error.h"
 #include "src/model.h"
+#include "src/selfcheck.h"
 #include "src/session.h"
 
 struct EdgeLoraModel {
@@ -164,6 +165,15 @@ EdgeLoraStatus edgelora_model_info(const EdgeLoraModel* model, EdgeLoraModelInfo
   return guard([&] {
     require(model, "model");
     require_struct(info, "info") = model_info(*model->model);
+  });
+}
+
+EdgeLoraStatus edgelora_model_selfcheck(const EdgeLoraModel* model,
+                                        EdgeLoraSelfcheckCallback callback, void* user_data) {
+  return guard([&] {
+    edgelora::selfcheck(require(model, "model").model, [&](const EdgeLoraSelfcheck& result) {
+      if (callback != nullptr) callback(&result, user_data);
+    });
   });
 }
 

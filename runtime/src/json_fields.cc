@@ -1,5 +1,6 @@
 #include "src/json_fields.h"
 
+#include <cmath>
 #include <utility>
 
 #include "src/error.h"
@@ -61,6 +62,22 @@ int64_t JsonFields::integer(const Json& value, const std::string& where, int64_t
 
 int64_t JsonFields::integer(const std::string& key, int64_t low, int64_t high) const {
   return integer(at(key), where(key), low, high);
+}
+
+double JsonFields::number(const Json& value, const std::string& where) {
+  if (!value.is_number() || !std::isfinite(value.get<double>())) {
+    refuse(where, "is not a finite number");
+  }
+  return value.get<double>();
+}
+
+double JsonFields::number(const std::string& key) const { return number(at(key), where(key)); }
+
+bool JsonFields::flag(const std::string& key) const {
+  const auto found = object_.find(key);
+  if (found == object_.end()) return false;
+  if (!found->is_boolean()) refuse(where(key), "is neither true nor false");
+  return found->get<bool>();
 }
 
 }  // namespace edgelora

@@ -26,6 +26,13 @@ class JsonFields {
   // The same for a value that is not a member of an object.
   static int64_t integer(const Json& value, const std::string& where, int64_t low, int64_t high);
 
+  // A finite number.
+  double number(const std::string& key) const;
+  static double number(const Json& value, const std::string& where);
+
+  // true or false; false if it is not there.
+  bool flag(const std::string& key) const;
+
   // The members of the object itself.
   const Json& value() const { return object_; }
   std::string where(const std::string& key) const { return where_ + ": " + key; }

@@ -126,9 +126,11 @@ void require_file(const Manifest& manifest, const std::string& relative, const s
 void read_adapters(const JsonFields& root, Manifest* manifest) {
   const JsonFields adapters = root.object("adapters");
   for (const auto& [name, entry] : adapters.value().items()) {
-    const std::string relative = JsonFields(entry, adapters.where(name)).text("path");
+    const JsonFields adapter(entry, adapters.where(name));
+    const std::string relative = adapter.text("path");
     require_file(*manifest, relative, adapters.where(name));
     manifest->adapters[name] = relative;
+    if (adapter.flag("selfcheck")) manifest->selfchecked.insert(name);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -34,6 +35,7 @@ struct Manifest {
   std::unordered_map<std::string, std::pair<int64_t, int64_t>>
       targets;                                  // name → {in_features, out_features}
   std::map<std::string, std::string> adapters;  // name → relative path of its file
+  std::set<std::string> selfchecked;            // those that selfcheck.json knows
   std::map<std::string, ManifestFile> files;    // by relative path
 
   // Absolute or caller-relative path of a file of the bundle.

@@ -76,6 +76,7 @@ std::string known_names(const Manifest& manifest) {
 
 Model::Model(const std::string& bundle, const ModelOptions& options)
     : process_(getpid()),
+      options_(options),
       manifest_(read_manifest(bundle)),
       adapter_names_(name_pointers(manifest_)),
       flavor_(make_flavor(manifest_)),

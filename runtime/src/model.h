@@ -31,6 +31,7 @@ class Model {
   const Flavor& flavor() const { return *flavor_; }
   OrtSession* ort_session() const { return session_.get(); }
   int threads() const { return threads_; }
+  const ModelOptions& options() const { return options_; }
 
   // Throws Error in a process forked after loading, where the threads are missing.
   void check_process() const;
@@ -49,6 +50,7 @@ class Model {
 
  private:
   const int64_t process_;  // that loaded it
+  const ModelOptions options_;
   Manifest manifest_;
   std::vector<const char*> adapter_names_;  // keys of manifest_.adapters
   std::unique_ptr<const Flavor> flavor_;

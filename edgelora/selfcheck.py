@@ -1,0 +1,164 @@
+"""What a bundle must compute, written into it: a few prompts' greatest logits and how far a device
+may be from them. Computed by an arithmetic that shares nothing with the runtime.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.calibration import Arithmetic, Stream
+from edgelora.config import ModelConfig
+from edgelora.errors import EdgeLoraError
+from edgelora.evaluation import LinearWeights, StoredWeights, Subject, Variant
+from edgelora.layout import EMBEDDING, Projection, projections
+
+NAME = "selfcheck.json"
+FORMAT, FORMAT_VERSION = "edgelora-selfcheck", 1
+PROMPTS, TOKENS = 2, 10  # tokens of a prompt
+POSITIONS = 6  # at the end of each prompt, whose logits are compared
+TOP = 8  # greatest logits of a position
+FLOAT_SHARE = 2e-5  # of the largest logit: float32 sums in another order (3e-7 was seen)
+INT8_MARGIN = 3  # × the error of rounded activations: another machine's is another sample of it
+BLOCK = 32  # values of an activation that share a scale; of flavor ort the weight's
+
+Float32 = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+class RoundedArithmetic(Arithmetic):
+    """The inputs of each linear rounded to int8; with a kv_cache in int8 queries, keys and values
+    too, before the keys are rotated, which comes to the same.
+    """
+
+    def __init__(
+        self, config: ModelConfig, positions: int, block_size: int, *, kv_int8: bool
+    ) -> None:
+        super().__init__(config, positions)
+        self.block_size, self.kv_int8 = block_size, kv_int8
+
+    def linear(self, x: Float32, weight: Float32, bias: Float32) -> Float32:
+        """Of the rounded x."""
+        return super().linear(rounded(x, self.block_size), weight, bias)
+
+    def attention(self, q: Float32, k: Float32, v: Float32) -> Float32:
+        """As the kv_cache of its flavor keeps them."""
+        if self.kv_int8:
+            size = self.config.head_dim
+            q, k, v = (
+                rounded(x.reshape(-1, size), block).reshape(x.shape)
+                for x, block in ((q, BLOCK), (k, BLOCK), (v, size))
+            )
+        return super().attention(q, k, v)
+
+
+def rounded(x: Float32, block_size: int) -> Float32:
+    """[rows, features] as int8 codes with a scale for each block_size features hold it."""
+    rows, features = x.shape
+    blocks = np.pad(x, ((0, 0), (0, -features % block_size))).reshape(rows, -1, block_size)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(blocks / np.where(scales == 0, np.float32(1), scales))
+    return np.ascontiguousarray((codes * scales).reshape(rows, -1)[:, :features], np.float32)
+
+
+def spread_prompts(vocab_size: int, context_length: int) -> NDArray[np.int64]:
+    """Token ids [prompts, tokens] spread over the vocabulary, the same for every base."""
+    tokens = min(TOKENS, context_length)
+    golden = (5**0.5 - 1) / 2  # multiples of it modulo 1 lie evenly and in no order
+    shares = np.arange(1, PROMPTS * tokens + 1) * golden % 1
+    return (shares * vocab_size).astype(np.int64).reshape(PROMPTS, tokens)
+
+
+@dataclass
+class Rehearsal:
+    """The prompts' way through the bundle's own weights: in float, and with rounded activations."""
+
+    subject: Subject
+    stored: StoredWeights
+    variants: Sequence[Variant]
+    windows: NDArray[np.int64]  # token ids [prompts, tokens]
+    streams: list[list[Stream]] = field(default_factory=list)  # of each variant: float, rounded
+
+    def run(self) -> list[list[Float32]]:
+        """Of each variant the logits [prompts, positions, vocab_size] in float and as rounded.
+
+        Raises EdgeLoraError.
+        """
+        checkpoint = self.subject.checkpoint
+        config, table = checkpoint.config, self.stored.matrix(EMBEDDING)
+        self.streams = [
+            [Stream(config, each, self.windows, table, checkpoint.read) for each in self._both()]
+            for _ in self.variants
+        ]
+        *inner, head = projections(config)
+        for projection in inner:
+            self._through(projection, Stream.advance)
+        return self._through(head, self._head)
+
+    def _both(self) -> tuple[Arithmetic, Arithmetic]:
+        plan, config = self.subject.plan, self.subject.checkpoint.config
+        positions, ours = self.windows.shape[1], plan.flavor == "edgelora"
+        exact = Arithmetic(config, positions)
+        if plan.format == "float":
+            return exact, exact
+        block_size = BLOCK if ours else plan.block_size
+        return exact, RoundedArithmetic(config, positions, block_size, kv_int8=ours)
+
+    def _through(
+        self,
+        projection: Projection,
+        step: Callable[[Stream, list[Float32], list[Float32]], Result],
+    ) -> list[list[Result]]:
+        stored = self.stored.linears(projection)
+        linears = [LinearWeights(self.subject, linear) for linear in projection.linears]
+        results = []
+        for variant, streams in zip(self.variants, self.streams, strict=True):
+            pairs = zip(linears, stored, strict=True)
+            weights = [linear.weight(variant, matrix) for linear, matrix in pairs]
+            biases = [linear.bias(variant) for linear in linears]
+            results.append([step(stream, weights, biases) for stream in streams])
+        return results
+
+    def _head(self, stream: Stream, weights: list[Float32], biases: list[Float32]) -> Float32:
+        prompts, tokens = self.windows.shape
+        inputs = stream.inputs.reshape(prompts, tokens, -1)[:, -POSITIONS:]
+        rows = np.ascontiguousarray(inputs.reshape(-1, inputs.shape[-1]))
+        logits = stream.arithmetic.linear(rows, weights[0], biases[0])
+        return logits.reshape(*inputs.shape[:2], -1)
+
+
+def selfcheck_json(subject: Subject, stored: StoredWeights, variants: Sequence[Variant]) -> bytes:
+    """The file, for the variants that the bundle holds. Raises EdgeLoraError."""
+    vocab_size = subject.checkpoint.config.vocab_size
+    windows = spread_prompts(vocab_size, subject.plan.context_length)
+    expected, errors = [], []
+    for variant, logits in zip(
+        variants, Rehearsal(subject, stored, variants, windows).run(), strict=True
+    ):
+        _refuse_nonfinite(variant, logits)
+        tokens = np.argsort(-logits[0], axis=-1, kind="stable")[..., :TOP]
+        exact, rough = (np.take_along_axis(each, tokens, axis=-1) for each in logits)
+        errors.append(np.mean(np.square(rough - exact, dtype=np.float64)))
+        expected.append(
+            {
+                "adapter": variant.adapter if variant.kind == "side" else None,
+                "float_tolerance": FLOAT_SHARE * float(np.abs(logits[0]).max()),
+                "tokens": tokens.tolist(),
+                "logits": [[[round(x, 5) for x in row] for row in p] for p in exact.tolist()],
+            }
+        )
+    noise = INT8_MARGIN * float(np.sqrt(np.mean(errors)))
+    for each in expected:
+        each["int8_tolerance"] = max(noise, each["float_tolerance"])
+    fields = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    fields |= {"prompts": windows.tolist(), "expected": expected}
+    return (json.dumps(fields) + "\n").encode()
+
+
+def _refuse_nonfinite(variant: Variant, logits: Sequence[Float32]) -> None:
+    if not all(np.isfinite(each).all() for each in logits):
+        whose = f"adapter {variant.adapter}" if variant.adapter else "the base"
+        raise EdgeLoraError(f"{whose}: computes logits that are not finite: train it again")
