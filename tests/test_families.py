@@ -13,12 +13,15 @@ from peft.tuners.ia3 import IA3Model
 from safetensors.numpy import load_file, save_file
 
 import edgelora
+import oracle
 import tiny
 from edgelora.adapter import adapter_ledger, read_adapter
 from edgelora.adapter.families import ADAPTER_HUB, FAMILIES, REFUSED
 from edgelora.adapter.ia3 import FIELDS, is_feedforward
 from edgelora.adding import add_adapter
+from edgelora.checkpoint import open_checkpoint
 from edgelora.errors import EdgeLoraError
+from edgelora.layout import targets
 from edgelora.manifest import read_manifest
 from test_adapter import CONFIG, MODULES, PREFIX, TARGETS, WEIGHTS, change_config
 from test_float_oracle import TOKENS, make_adapter
@@ -172,6 +175,22 @@ def test_output_factors_in_flavor_ort_are_merged_or_refused(tmp_path: Path) -> N
     with pytest.raises(EdgeLoraError, match=r"the outputs of 6 linears.*--mode merge"):
         edgelora.export(base, tmp_path / "ort", adapters={"a": adapter}, flavor="ort")
     edgelora.export(base, tmp_path / "o", adapters={"a": adapter}, flavor="ort", mode="merge")
+
+
+def test_a_base_s_own_codes_are_not_kept_where_factors_are_merged(tmp_path: Path) -> None:
+    base = tiny.tiny_gguf(tmp_path / "base.gguf", "Q4_0")
+    adapter = make_adapter(tmp_path / "base-source", tmp_path / "a", **IA3)
+    edgelora.export(base, tmp_path / "plain", report=False)
+    options = {"adapters": {"a": adapter}, "mode": "merge", "report": False}
+    edgelora.export(base, tmp_path / "merged", **options)
+    plain, merged = (
+        dict(oracle.BundleWeights(tmp_path / name).matrices()) for name in ("plain", "merged")
+    )
+    branches = read_adapter(adapter, targets(open_checkpoint(base).config)).branches
+    for name, rows in plain.items():
+        ratios = (merged[name] * rows).sum(axis=1) / (rows * rows).sum(axis=1)
+        factors = branches[name].output_factor if name in branches else 1
+        np.testing.assert_allclose(ratios, np.broadcast_to(factors, len(rows)), atol=0.03)
 
 
 def test_an_added_adapter_computes_as_an_exported_one(tmp_path: Path) -> None:

@@ -135,15 +135,18 @@ def test_weighted_sum_equals_peft_s_cat(base: Path, tmp_path: Path) -> None:
         oracle.assert_close(ours, oracle.logits(theirs, TOKENS), SHARE)
 
 
-def test_weighted_sum_with_dora_adds_each_one_s_change(base: Path, tmp_path: Path) -> None:
+def test_weighted_sum_with_dora_and_ia3_adds_each_one_s_change(base: Path, tmp_path: Path) -> None:
     folders = {
         "a": make_adapter(base, tmp_path / "a", target_modules="all-linear", use_dora=True),
         "b": make_adapter(base, tmp_path / "b", target_modules=["q_proj", "down_proj"], r=2),
         "c": make_adapter(
             base, tmp_path / "c", target_modules=["v_proj", "up_proj"], use_dora=True
         ),
+        "d": make_adapter(
+            base, tmp_path / "d", target_modules=["k_proj", "v_proj"], feedforward_modules=[]
+        ),
     }
-    weights = {"a": 0.7, "b": 0.3, "c": -0.4}
+    weights = {"a": 0.7, "b": 0.3, "c": -0.4, "d": 0.6}
     edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
     with edgelora.load(tmp_path / "bundle", threads=2) as model:
         ours = model.logits(TOKENS, adapter=weights)
