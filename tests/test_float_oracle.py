@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 import edgelora
@@ -55,17 +55,20 @@ ADAPTERS = {
         "feedforward_modules": ".*down_proj",
     },
     "ia3_lm_head": {"target_modules": ["lm_head", "gate_proj"], "feedforward_modules": []},
+    "adalora": {"target_modules": "all-linear", "init_r": 6, "total_step": 10},
     "dora_and_bias": {"target_modules": ["q_proj", "up_proj"], "bias": "all", "use_dora": True},
 }
 
 
 def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
     """A PEFT folder with random factors that float16 can hold, B not zero; (IA)³ where settings
-    name feedforward_modules.
+    name feedforward_modules, AdaLoRA where they name init_r.
     """
     model = oracle.float_model(base)
     if "feedforward_modules" in settings:
         config: PeftConfig = IA3Config(task_type="CAUSAL_LM", **settings)
+    elif "init_r" in settings:
+        config = AdaLoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": 12, **settings})
     else:
         config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, **settings})
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT on a tied lm_head
@@ -189,7 +192,7 @@ def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
 
 
 ADAPTERS_TO_MERGE = {k: v for k, v in ADAPTERS.items() if "bias" in k or "ia3" in k}
-ADAPTERS_TO_MERGE |= {k: ADAPTERS[k] for k in ("all_linear", "dora")}
+ADAPTERS_TO_MERGE |= {k: ADAPTERS[k] for k in ("all_linear", "dora", "adalora")}
 ADAPTERS_TO_MERGE["ia3_of_inputs"] = {
     "target_modules": ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj"],
     "feedforward_modules": ["q_proj", "gate_proj", "o_proj", "down_proj"],

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgelora.adapter import ia3, lora
+from edgelora.adapter import adalora, ia3, lora
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.tensors import StoredTensor
 from edgelora.errors import EdgeLoraError
@@ -21,6 +21,7 @@ class Family(NamedTuple):
 
 FAMILIES: Mapping[str, Family] = {
     "LORA": Family(lora.own_targets, lora.judge),
+    "ADALORA": Family(adalora.own_targets, adalora.judge),
     "IA3": Family(ia3.own_targets, ia3.judge),
 }
 
@@ -35,7 +36,6 @@ BEFORE_KEYS = f"it puts trained keys and values into the kv_cache; {RETRAIN}"
 
 # peft_type: (its name, what to say); PEFT 0.21.2 knows these and FAMILIES.
 REFUSED: Mapping[str, tuple[str, str]] = {
-    "ADALORA": ("AdaLoRA", f"its ranks lie in a third factor, lora_E; {MERGE}"),
     "ADAMSS": ("AdaMSS", f"its updates lie in subspaces of the base weight; {MERGE}"),
     "ADAPTION_PROMPT": ("LLaMA-Adapter", f"it adds trained prompts inside attention; {RETRAIN}"),
     "BEFT": ("BEFT", f"it adds biases of its own; {MERGE}"),

@@ -22,7 +22,7 @@ from edgelora.adapter.fields import Fields, is_broken, is_names, is_text_or_name
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
-from edgelora.adapter.settings import HARMLESS, Targeting, frozen
+from edgelora.adapter.settings import HARMLESS, Targeting, frozen, targeting
 from edgelora.adapter.targets import check_patterns, compiles, implied_targets, unmatched_names
 from edgelora.adapter.tensors import StoredTensor
 
@@ -81,11 +81,7 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
     values, ledger = FIELDS.values(config), FIELDS.ledger(config)
     if is_broken(FIELDS, ledger):
         return Judged({}, Replaced(), ledger + _by_target(tensors)[1])
-    settings = Targeting(
-        target_modules=frozen(values["target_modules"]),
-        exclude_modules=frozen(values["exclude_modules"]),
-        modules_to_save=tuple(values["modules_to_save"]),
-    )
+    settings = targeting(values)
     feedforward = frozen(values["feedforward_modules"])
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}

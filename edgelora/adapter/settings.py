@@ -83,7 +83,8 @@ HARMLESS = {
 REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "alora_invocation_tokens": (
         (None,),
-        "activated LoRA is not supported: its branch must start at the invocation",
+        "activated LoRA is not switched on by its tokens: set this to null, and give a session the "
+        "adapter where they begin: set_adapter(name, keep_cache=True)",
     ),
     "arrow_config": ((None,), "Arrow routing is not supported"),
     "enable_lora": ((None,), "PEFT's old merged linear is not supported"),
@@ -204,9 +205,8 @@ def _check_qalora(values: Mapping[str, Any]) -> list[LedgerEntry]:
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:
-    layers = values["layers_to_transform"]
-    pattern = values["layers_pattern"]
     return Settings(
+        **vars(targeting(values)),
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
         use_rslora=values["use_rslora"],
@@ -216,14 +216,19 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         lora_bias=values["lora_bias"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
+    )
+
+
+def targeting(values: Mapping[str, Any]) -> Targeting:
+    """Of checked fields, those that a family has not left out."""
+    layers, pattern = values.get("layers_to_transform", []), values.get("layers_pattern", [])
+    return Targeting(
         target_modules=frozen(values["target_modules"]),
         exclude_modules=frozen(values["exclude_modules"]),
         layers_to_transform=layers if isinstance(layers, int) else (tuple(layers) or None),
-        layers_pattern=((pattern,) if pattern else ())
-        if isinstance(pattern, str)
-        else tuple(pattern),
+        layers_pattern=(pattern,) * bool(pattern) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(values["modules_to_save"]),
-        trainable_token_indices=_tokens(values["trainable_token_indices"]),
+        trainable_token_indices=_tokens(values.get("trainable_token_indices", [])),
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgelora.checkpoint import Checkpoint
 
 LAYER = re.compile(r"\S*\blayers\.\d+\.\S+")
-FACTOR = re.compile(r"\.(lora_[AB]|ia3_l)(\.\w+)*$")
+FACTOR = re.compile(r"\.(lora_[ABE]|ia3_l)(\.\w+)*$")
 MATRIX = 2  # dimensions; norms and biases have one
 
 

@@ -90,6 +90,8 @@ def _read_part(path: Path, weight: float) -> Part:
     refuse_parts(
         adapter, path, PARTS, "a sum of factors leaves that out: weigh it at run time (--adapter)"
     )
+    if (kind := folder.config["peft_type"]) != "LORA":
+        raise EdgeLoraError(f"{path}: peft_type {kind}: only LoRA is added: weigh it at run time")
     settings, _ = read_settings(folder.config)
     assert settings is not None, "adapter_of refuses what has none"
     if settings.qalora_group_size is not None:
