@@ -244,9 +244,11 @@ def test_kv_cache_counts_codes_and_scales(head_dim: int, options: dict[str, Any]
     ("flavor", "more"),
     [
         ("edgelora", {}),
-        ("edgelora", {"use_dora": True}),
-        ("edgelora", {"lora_bias": True}),
-        ("edgelora", {"target_modules": ["o_proj"], "bias": "all"}),
+        ("edgelora", {"r": 32, "use_dora": True}),
+        ("edgelora", {"r": 32, "lora_bias": True}),
+        ("edgelora", {"r": 32, "target_modules": ["o_proj"], "bias": "all"}),
+        ("edgelora", {"feedforward_modules": ["down_proj"]}),
+        ("edgelora", {"init_r": 8, "total_step": 10}),
         ("ort", {}),
     ],
 )
@@ -255,7 +257,7 @@ def test_predicted_adapter_bytes_are_the_real_ones(
 ) -> None:
     """A header is what the file has beside the factors."""
     base = tiny.tiny_qwen2(tmp_path / "base")
-    settings = {"target_modules": "all-linear", "r": 32, **more}
+    settings = {"target_modules": "all-linear"} | (more or {"r": 32})
     adapter = make_adapter(base, tmp_path / "a", **settings)
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, flavor=flavor)
     request = prepare(base, {"a": adapter}, ExportOptions(flavor=flavor))
