@@ -1,6 +1,7 @@
 """The real model: SmolLM2-135M-Instruct from its GGUF file, with the shipped adapters."""
 
 import importlib.util
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,15 @@ def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("lossless") / "bundle"
     edgelora.export(gguf_folder() / GGUF, bundle, adapters=dict(shipped_adapters()))
     return bundle
+
+
+def test_selfcheck_passes_within_a_second_of_two_cores(lossless: Path) -> None:
+    with edgelora.load(lossless, threads=1, spinning=False) as model:
+        started = time.process_time()
+        results = model.selfcheck()
+        assert time.process_time() - started < 2
+    assert [each.adapter for each in results] == 2 * [None, *sorted(shipped_adapters())]
+    assert all(each.checked for each in results)
 
 
 def adapted(plain: PreTrainedModel, name: str | None) -> torch.nn.Module:

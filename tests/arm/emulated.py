@@ -133,6 +133,11 @@ class Machine:
         logits.unlink()
         return Spoken(isa, [int(token) for token in tokens.split()], rows)
 
+    def selfcheck(self, cpu: str, bundle: Path) -> list[str]:
+        """The lines of its results; fails if the check does."""
+        greedy = BUILD / "tests" / "greedy"
+        return self.run(cpu, greedy, "--selfcheck", bundle, self.onnxruntime).splitlines()
+
 
 def _root(cpu: str) -> Path:
     """What qemu shows in place of this machine's files: the libraries and /proc/cpuinfo."""

@@ -15,15 +15,18 @@ from emulated import BUILD, ROOT, Machine, run
 import edgelora
 import oracle
 import tiny
+from edgelora.cli.demo import shipped_adapters
 from elf import MACHINES, check_release
 from test_float_oracle import make_adapter
 from test_quantized_oracle import FORMATS
+from test_selfcheck import edit_adapter, zero_b
 from test_smollm2 import NEAR_TIE, SHARE
 
 pytestmark = pytest.mark.slow
 CPUS = {"cortex-a53": "neon", "cortex-a76": "neon_dotprod", "max": "neon_i8mm"}
 NOISE = 1.5  # of this machine's int8 error, root mean square
 PROMPT = "The sea is"
+RESULTS = [["-", "float"], ["a", "float"], ["-", "int8"], ["a", "int8"]]
 TOKENS = [5, 9, 120, 300, 7, 64]
 
 
@@ -88,6 +91,21 @@ def test_tiny_bundle_is_computed_alike(machine: Machine, kind: str, tmp_path: Pa
     theirs = machine.speak("max", tmp_path / "bundle", "a", "float", TOKENS, said)
     oracle.assert_close(theirs.logits, ours, SHARE)
     assert theirs.token_ids == said
+    results = machine.selfcheck("max", tmp_path / "bundle")
+    assert [line.split()[:2] for line in results] == RESULTS
+
+
+def test_changed_bundle_fails_its_selfcheck(machine: Machine, tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, report=False)
+    edit_adapter(tmp_path / "bundle", zero_b)
+    with pytest.raises(AssertionError, match='adapter "a" computes other logits'):
+        machine.selfcheck("max", tmp_path / "bundle")
+
+
+def test_smollm2_passes_its_selfcheck(machine: Machine, smollm2: Path) -> None:
+    assert len(machine.selfcheck("max", smollm2)) == 2 * (1 + len(shipped_adapters()))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 /* greedy BUNDLE LIBONNXRUNTIME ADAPTER int8|float LOGITS PROMPT TOKEN...
  * greedy --memory BUNDLE LIBONNXRUNTIME ADAPTER THREADS PROMPT NEW
+ * greedy --selfcheck BUNDLE LIBONNXRUNTIME
  *
  * The first PROMPT tokens are prefilled, the rest follow one by one: the logits of all positions go
  * to the file LOGITS, float32 [tokens, vocab_size]. Then as many tokens as had followed are
@@ -7,7 +8,9 @@
  *
  * --memory: any PROMPT tokens are prefilled and NEW ones generated in a context that they fill.
  * Prints the bytes of the weights and of the kv_cache, then this process's memory in the lines of
- * /proc/self/status. */
+ * /proc/self/status.
+ *
+ * --selfcheck: prints a line for each result: the adapter or "-", float or int8, error, tolerance. */
 #include <edgelora.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -120,8 +123,22 @@ static int measure_memory(char** arguments) {
   return 0;
 }
 
+static void print_result(const EdgeLoraSelfcheck* result, void* user_data) {
+  (void)user_data;
+  printf("%s %s %g %g\n", result->adapter == NULL ? "-" : result->adapter,
+         result->exact ? "float" : "int8", result->error, result->tolerance);
+}
+
+static int selfcheck(const char* bundle, const char* onnxruntime) {
+  EdgeLoraModel* model = load(bundle, onnxruntime, "int8", 1);
+  check(edgelora_model_selfcheck(model, print_result, NULL));
+  edgelora_model_free(model);
+  return 0;
+}
+
 int main(int argc, char** argv) {
   if (argc == 8 && strcmp(argv[1], "--memory") == 0) return measure_memory(argv + 2);
+  if (argc == 4 && strcmp(argv[1], "--selfcheck") == 0) return selfcheck(argv[2], argv[3]);
   const int count = argc - 7;
   const long prompt = argc > 7 ? strtol(argv[6], NULL, 10) : 0;
   if (prompt < 1 || prompt > count || count > MOST_TOKENS) {
