@@ -27,7 +27,7 @@ from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.layout import targets
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan
-from edgelora.reporting import subject_of, write_up
+from edgelora.reporting import Report, subject_of, write_up
 from edgelora.request import Progress, Request, prepare, silently
 from edgelora.rounding import Rounding
 from edgelora.selfcheck import NAME as SELFCHECK
@@ -39,7 +39,11 @@ from edgelora.whole_folder import check_target, new_folder
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. Sizes in bytes; bits_per_weight over all matrices of the weight file."""
+    """What an export did. Sizes in bytes; bits_per_weight over all matrices of the weight file.
+
+    mean_kl: KL divergence from the float model on the report's text, by adapter, "" for the base;
+    empty without a report.
+    """
 
     bundle: Path
     plan: Plan
@@ -47,6 +51,7 @@ class ExportReport:
     bundle_bytes: int
     bits_per_weight: float
     seconds: float
+    mean_kl: Mapping[str, float]
     warnings: tuple[str, ...]
 
 
@@ -72,7 +77,7 @@ def export(
     progress = progress or silently
     request = prepare(Path(base), folders, ExportOptions(**options), progress)
     with new_folder(Path(out), BUNDLE, force=force) as folder:
-        bits, warnings = write_bundle(folder, request, progress)
+        bits, report = write_bundle(folder, request, progress)
     return ExportReport(
         Path(out),
         request.plan,
@@ -80,7 +85,8 @@ def export(
         _folder_bytes([Path(out)]),
         bits,
         time.perf_counter() - started,
-        request.warnings + warnings,
+        report.mean_kl if report else {},
+        request.warnings + (report.warnings if report else ()),
     )
 
 
@@ -90,10 +96,8 @@ def _ops(plan: Plan) -> OwnOps | StockOps:
     return OwnOps(kv_format="float" if plan.format == "float" else "int8")
 
 
-def write_bundle(
-    folder: Path, request: Request, progress: Progress
-) -> tuple[float, tuple[str, ...]]:
-    """Fills the folder; returns bits a weight, and warnings."""
+def write_bundle(folder: Path, request: Request, progress: Progress) -> tuple[float, Report | None]:
+    """Fills the folder; returns bits a weight, and the report that was asked for."""
     writer, fingerprint = _write_weights(folder, request, partial(progress, "weights"))
     ops = _ops(request.plan)
     model = Decoder(request.checkpoint.config, writer.matrices, ops).build(writer.file.tensors)
@@ -111,9 +115,9 @@ def write_bundle(
     )
     subject = subject_of(request.checkpoint, request.plan, request.adapters)
     _write_selfcheck(folder, subject, stored)
-    warnings = _write_report(folder, request, subject, stored, partial(progress, "report"))
+    report = _write_report(folder, request, subject, stored, partial(progress, "report"))
     write_manifest(folder, _fields(request, fingerprint, side, merged))
-    return _bits_per_weight(writer), warnings
+    return _bits_per_weight(writer), report
 
 
 def _write_selfcheck(folder: Path, subject: Subject, stored: StoredWeights) -> None:
@@ -129,14 +133,14 @@ def _write_report(
     subject: Subject,
     stored: StoredWeights,
     progress: Callable[[int, int], None],
-) -> tuple[str, ...]:
-    """report.json and report.html; returns warnings."""
+) -> Report | None:
+    """report.json and report.html."""
     if request.report_text is None:
-        return ()
+        return None
     report = write_up(subject, request.report_text, stored, progress)
     (folder / "report.json").write_bytes(report.json)
     (folder / "report.html").write_bytes(report.html)
-    return report.warnings
+    return report
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:

@@ -40,6 +40,7 @@ class Report:
 
     json: bytes
     html: bytes
+    mean_kl: Mapping[str, float]  # of what the bundle holds, by adapter; "" for the base
     warnings: tuple[str, ...]
 
 
@@ -79,7 +80,9 @@ def write_up(
     warnings, sizes = _warnings(evaluation, exported), _sizes(subject)
     title = f"{subject.checkpoint.name}, {plan.format}"
     page = report_html(evaluation, sizes, warnings, title=title, summary=_summary(plan))
-    return Report(report_json(evaluation, sizes, warnings), page, warnings)
+    held = [each for each in evaluation.results if each.exported]
+    mean_kl = {each.variant.adapter or "": each.score.mean_kl for each in held}
+    return Report(report_json(evaluation, sizes, warnings), page, mean_kl, warnings)
 
 
 def _warnings(evaluation: Evaluation, exported: Iterable[Variant]) -> tuple[str, ...]:

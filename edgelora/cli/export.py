@@ -188,6 +188,9 @@ def _show_report(report: "ExportReport", *, as_json: bool) -> None:
         f"{report.bundle}: {before:.1f} MB → {after:.1f} MB, "
         f"{report.bits_per_weight:.2f} bits a weight, {report.plan.format}, {report.seconds:.1f} s"
     )
+    if report.mean_kl:
+        losses = (f"{name or 'base'} {loss:.4f}" for name, loss in report.mean_kl.items())
+        out.print(f"mean KL from the float model: {', '.join(losses)}; more in report.html")
 
 
 @click.command("add-adapter")
