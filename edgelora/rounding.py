@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from edgelora.calibration import Arithmetic, Stream
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
-from edgelora.plan import EMBEDDING_BLOCK, Plan
+from edgelora.plan import EMBEDDING_BLOCK, INT8_BLOCK, OUTER, Plan
 from edgelora.quantize import (
     Curvature,
     FloatMatrix,
@@ -77,7 +77,7 @@ class Rounding:
     def anew(self, target: str, values: Float32, curvature: Curvature | None = None) -> Matrix:
         """As `matrix`, whatever the base holds. Raises EdgeLoraError."""
         try:
-            return self._round(values, self.plan.wanted(target), curvature)
+            return self._round(values, target, curvature)
         except ValueError as error:
             raise EdgeLoraError(f"{self.checkpoint.path}: {target}.weight: {error}") from error
 
@@ -92,12 +92,12 @@ class Rounding:
             return False
         return self.plan.carries(self.checkpoint.stored_as(name), target)
 
-    def _round(self, values: Float32, wanted: str, curvature: Curvature | None) -> Matrix:
-        match wanted:
+    def _round(self, values: Float32, target: str, curvature: Curvature | None) -> Matrix:
+        match self.plan.wanted(target):
             case "float":
                 return FloatMatrix(values)
             case "int8":
-                return quantize_int8(values, EMBEDDING_BLOCK)
+                return quantize_int8(values, EMBEDDING_BLOCK if target in OUTER else INT8_BLOCK)
             case "nf4":
                 return quantize_nf4(values)
         zero_points = self.plan.zero_points

@@ -18,7 +18,7 @@ import tiny
 from edgelora.checkpoint import open_checkpoint, read_tokenizer
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import read_manifest
-from edgelora.quantize import dequantize, quantize_int4
+from edgelora.quantize import dequantize, quantize_int4, quantize_int8
 from test_float_oracle import make_adapter
 from test_quantized_oracle import check
 
@@ -187,3 +187,22 @@ def test_head_of_carried_codes_is_compensated_alone(base: Path, text: Path, tmp_
             assert np.array_equal(values, checkpoint.read(f"{target}.weight")), target
     plain = dequantize(quantize_int4(checkpoint.read("model.embed_tokens.weight"), 32))
     assert made["lm_head"].shape == plain.shape and not np.array_equal(made["lm_head"], plain)
+
+
+def test_best_keeps_the_sensitive_linears_in_int8_and_loses_less(
+    base: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(np.random.default_rng(2).choice(WORDS, 20000)))
+    options: dict[str, Any] = {"calibration": text, "embedding_format": "int8"}
+    balanced = edgelora.export(base, tmp_path / "balanced", quality="balanced", **options)
+    best = edgelora.export(base, tmp_path / "best", quality="best", **options)
+    assert best.mean_kl[""] < 0.8 * balanced.mean_kl[""]
+    assert "v_proj and down_proj are int8" in best.plan.reasons["quality"]
+    check(tmp_path / "best", oracle.float_model(base), None)
+    own, values = weights(tmp_path / "best"), tiny.float_values(base)
+    for target, weight in own.items():
+        if "_proj" in target:
+            rounded = dequantize(quantize_int8(values[f"{target}.weight"], 128))
+            is_int8 = target.endswith(("v_proj", "down_proj"))
+            assert np.array_equal(weight, rounded) == is_int8, target

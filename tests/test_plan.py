@@ -273,7 +273,7 @@ def test_mode_says_whether_there_are_adapters() -> None:
         ({"format": "nf4", "flavor": "ort"}, "no nf4 with double quantization"),
         ({"format": "float", "head_format": "int4"}, "head format int4: with format float"),
         ({"head_format": "int2"}, "head format 'int2': one of int8, int4"),
-        ({"quality": "superb"}, "quality 'superb': one of fast, balanced"),
+        ({"quality": "superb"}, "quality 'superb': one of fast, balanced, best"),
         ({"quality": "balanced"}, "quality balanced: needs --calibration FILE, a plain text"),
         ({"calibration": "t.txt"}, "t.txt: quality fast reads no calibration text"),
         (BALANCED | {"format": "nf4"}, "quality balanced with format nf4: int4 only"),

@@ -1,6 +1,6 @@
 """The decisions of one export, made once, each with its reason."""
 
-from edgelora.plan.decisions import EMBEDDING_BLOCK, Plan, shares_head
+from edgelora.plan.decisions import EMBEDDING_BLOCK, INT8_BLOCK, OUTER, Plan, shares_head
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.making import make_plan
 from edgelora.plan.memory import plan_sizes
@@ -23,8 +23,10 @@ __all__ = [
     "EMBEDDING_FORMATS",
     "FLAVORS",
     "FORMATS",
+    "INT8_BLOCK",
     "MERGE_BASES",
     "MODES",
+    "OUTER",
     "QUALITIES",
     "ExportOptions",
     "Inventory",

@@ -8,6 +8,8 @@ from edgelora.layout import EMBEDDING
 from edgelora.plan.inventory import Inventory
 
 EMBEDDING_BLOCK = 32  # of an embedding and lm_head in int8
+INT8_BLOCK = 128  # of a linear in int8
+SENSITIVE = ("v_proj", "down_proj")  # int8 in quality best: what 4 bits hurt most
 CARRIED_BLOCK = 32  # of GGUF's codes
 OUTER = (EMBEDDING, "lm_head")  # matrices in the embedding format, not in that of the linears
 
@@ -26,7 +28,9 @@ class Plan:
     zero_points: bool
     embedding_format: str  # "int8", "int4" or "float"
     head_format: str  # likewise; a tied lm_head of the embedding's format is the same matrix
-    quality: str  # "fast": each weight is rounded for itself; "balanced": errors are compensated
+    # "fast": each weight is rounded for itself; "balanced": errors are compensated; "best": they
+    # are, and the SENSITIVE linears are int8
+    quality: str
     calibration: str | None  # what text the rounding was fitted to
     carry: str
     carry_embedding: str
@@ -39,6 +43,8 @@ class Plan:
     def wanted(self, target: str) -> str:
         """The format of `target` where it is not carried."""
         outer = {EMBEDDING: self.embedding_format, "lm_head": self.head_format}
+        if self.quality == "best" and target.endswith(SENSITIVE):
+            return "int8"
         return outer.get(target, self.format)
 
     def carries(self, stored: str | None, target: str) -> bool:
@@ -94,5 +100,5 @@ def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
         case "nf4":
             return Kind("nf4", 64)
         case "int8":
-            return Kind("int8", EMBEDDING_BLOCK)
+            return Kind("int8", EMBEDDING_BLOCK if target in OUTER else INT8_BLOCK)
     return Kind("int4", plan.block_size, "zero_points" if plan.zero_points else "")

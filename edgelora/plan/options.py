@@ -12,7 +12,7 @@ MODES = ("side", "merge", "auto")
 MERGE_BASES = ("float", "nf4", "auto")
 FLAVORS = ("edgelora", "ort")
 BLOCK_SIZES = (32, 64, 128)
-CALIBRATION_WINDOWS: Mapping[str, int] = {"fast": 0, "balanced": 32}
+CALIBRATION_WINDOWS: Mapping[str, int] = {"fast": 0, "balanced": 32, "best": 64}
 """Quality → windows of calibration text that are read for it."""
 QUALITIES = tuple(CALIBRATION_WINDOWS)
 DEFAULT_CONTEXT = 8192  # positions; longer contexts are asked for

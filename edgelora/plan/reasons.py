@@ -10,6 +10,7 @@ from edgelora.layout import EMBEDDING, targets
 from edgelora.plan.decisions import (
     CARRIED_BLOCK,
     OUTER,
+    SENSITIVE,
     Plan,
     is_carried,
     kind_of,
@@ -201,7 +202,8 @@ def _quality(plan: Plan, facts: Facts) -> str:
     count = len(rounded) - alone
     left = ", the embedding is rounded plainly" if alone else ""
     what = f"in {count} matrices the errors of weights make up for each other{left}"
-    return f"asked for: {what}; {held}"
+    best = f", {' and '.join(SENSITIVE)} are int8" if plan.quality == "best" else ""
+    return f"asked for: {what}{best}; {held}"
 
 
 def _calibration(plan: Plan) -> str:

@@ -41,6 +41,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         "head_format": "int4",
     },
     "balanced, zero points": {"quality": "balanced", "zero_points": True},
+    "best": {"quality": "best"},
+    "best, int8 embedding": {"quality": "best", "embedding_format": "int8"},
     "int4 block 32, float activations": {"format": "int4", "block_size": 32},
     "nf4, float activations": {"format": "nf4"},
 }
