@@ -150,7 +150,7 @@ def _named(adapters: dict[str, Path]) -> list[str]:
 
 
 def _bundle(peers: Peers, model: str, name: str, options: Sequence[object]) -> Step:
-    export = [*OURSELVES, "export", peers.checkpoint(model), *options, "-o"]
+    export = [*OURSELVES, "export", peers.checkpoint(model), "--no-report", *options, "-o"]
     return _command(peers.model(model) / f"edgelora-{name}", export)
 
 

@@ -147,7 +147,7 @@ def load_all(
     """The runtime's models by name of the format."""
     for name, options in formats.items():
         bundle = folder / name
-        edgelora.export(checkpoint, bundle, context_length=WINDOW, **options)
+        edgelora.export(checkpoint, bundle, context_length=WINDOW, report=False, **options)
         accuracy = "float" if name.endswith(FLOAT_PATH) else "int8"
         yield name, edgelora.load(bundle, accuracy=accuracy)
 

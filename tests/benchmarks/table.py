@@ -21,6 +21,8 @@ FORMATS = {
     "int4 block 32, int4 head": "int4, blocks of 32, embedding and head in int4 too",
     "balanced": "**int4, `--quality balanced`**, embedding and head too",
     "balanced, block 128": "int4, `--quality balanced --block-size 128`: the fastest",
+    "best": "**int4, `--quality best`**: v_proj and down_proj in int8",
+    "best, int8 embedding": "int4, `--quality best --embedding-format int8`",
 }
 LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
 MIN_DECODED = 16  # fewer new tokens say nothing of decode
