@@ -91,7 +91,9 @@ float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const 
   const float scale = block_scale(weights, panel, block, r, absmax);
   if (weights.format == Format::kNf4) {
     const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
-    return kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * scale;
+    float value = kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * scale;
+    round_values(weights.rounding, &value, 1);
+    return value;
   }
   const int value = code_value(weights, codes, r, k) - zero_point(weights, panel, block, r);
   const float product = scale * static_cast<float>(value);
