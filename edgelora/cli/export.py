@@ -164,6 +164,10 @@ def show_export(
     with stages() as progress:
         report = run_export(base, output, adapters=adapters, progress=progress, **options)
     _show_report(report, as_json=as_json)
+    if not as_json:
+        for name in ("mode", "merge_base"):
+            if options.get(name) == "auto":
+                out.print(f"{name} {getattr(report.plan, name)}: {report.plan.reasons[name]}")
 
 
 def _show_plan(plan: Plan, *, as_json: bool) -> None:
