@@ -87,16 +87,20 @@ class Rehearsal:
 
         Raises EdgeLoraError.
         """
-        checkpoint = self.subject.checkpoint
-        config, table = checkpoint.config, self.stored.matrix(EMBEDDING)
-        self.streams = [
-            [Stream(config, each, self.windows, table, checkpoint.read) for each in self._both()]
-            for _ in self.variants
-        ]
-        *inner, head = projections(config)
+        self.streams = self._start()
+        *inner, head = projections(self.subject.checkpoint.config)
         for projection in inner:
             self._through(projection, Stream.advance)
         return self._through(head, self._head)
+
+    def _start(self) -> list[list[Stream]]:
+        """The embedding's table is gone when it returns."""
+        checkpoint, table = self.subject.checkpoint, self.stored.matrix(EMBEDDING)
+        config, read = checkpoint.config, checkpoint.read
+        return [
+            [Stream(config, each, self.windows, table, read) for each in self._both()]
+            for _ in self.variants
+        ]
 
     def _both(self) -> tuple[Arithmetic, Arithmetic]:
         plan, config = self.subject.plan, self.subject.checkpoint.config

@@ -54,16 +54,10 @@ class Walk:
 
     def run(self) -> None:
         """Through everything but lm_head. Raises EdgeLoraError for weights that cannot be used."""
-        checkpoint = self.subject.checkpoint
-        config, windows = checkpoint.config, self.text.windows
-        self.arithmetic = Arithmetic(config, windows.shape[1])
+        config = self.subject.checkpoint.config
+        self.arithmetic = Arithmetic(config, self.text.windows.shape[1])
         for rounded in (False, True):
-            table = self._embedding(rounded=rounded)
-            for variant in self.variants:
-                if (variant.kind != "float") == rounded:
-                    stream = Stream(config, self.arithmetic, windows, table, checkpoint.read)
-                    self.streams[variant] = stream
-                    self.linears[variant] = {}
+            self._start(rounded=rounded)
         *inner, _ = projections(config)
         for done, projection in enumerate(inner):
             self._step(projection)
@@ -84,6 +78,16 @@ class Walk:
     def logits(self, variant: Variant, tokens: NDArray[np.int64]) -> Float32:
         """[tokens, vocab_size] of the tokens with these indices, counted over all windows."""
         return self._logits(variant, LinearWeights(self.subject, *self._head.linears), tokens)
+
+    def _start(self, *, rounded: bool) -> None:
+        """The streams that begin with this embedding, whose table is gone when it returns."""
+        checkpoint, table = self.subject.checkpoint, self._embedding(rounded=rounded)
+        for variant in self.variants:
+            if (variant.kind != "float") == rounded:
+                self.streams[variant] = Stream(
+                    checkpoint.config, self.arithmetic, self.text.windows, table, checkpoint.read
+                )
+                self.linears[variant] = {}
 
     def _embedding(self, *, rounded: bool) -> Float32:
         checkpoint = self.subject.checkpoint
