@@ -8,10 +8,6 @@
 namespace edgelora::ops {
 namespace {
 
-Error not_loaded(int64_t handle) {
-  return Error(EDGELORA_NOT_FOUND, "adapter handle " + std::to_string(handle) + " is not loaded");
-}
-
 void check_fit(const SideBranch& branch, const std::string& target, int64_t in_features,
                int64_t out_features) {
   if (branch.in_features == in_features && branch.out_features == out_features) return;

@@ -13,10 +13,6 @@ namespace {
 
 using Adapter = std::shared_ptr<const ActiveAdapter>;
 
-Error not_loaded(int64_t handle) {
-  return Error(EDGELORA_NOT_FOUND, "adapter handle " + std::to_string(handle) + " is not loaded");
-}
-
 void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum) {
   if (!sum->terms.empty() &&
       term.file->base_fingerprint() != sum->terms.front().file->base_fingerprint()) {
@@ -81,6 +77,10 @@ Adapter finished(std::shared_ptr<ActiveAdapter> sum) {
 }
 
 }  // namespace
+
+Error not_loaded(int64_t handle) {
+  return Error(EDGELORA_NOT_FOUND, "adapter handle " + std::to_string(handle) + " is not loaded");
+}
 
 const std::string& ActiveAdapter::base_fingerprint() const {
   return onnx_adapter ? onnx_adapter->base_fingerprint() : terms.front().file->base_fingerprint();

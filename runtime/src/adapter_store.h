@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "src/error.h"
 #include "src/packed_factors.h"
 
 namespace edgelora {
@@ -60,6 +61,9 @@ struct WeightedBranch {
   const SideBranch* branch;
   float weight;  // its adapter's, times scaling
 };
+
+// Of a handle that stands for no adapter, or for one that was unloaded.
+Error not_loaded(int64_t handle);
 
 class AdapterStore {
  public:

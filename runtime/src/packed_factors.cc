@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels/activation_block.h"
+#include "kernels/ceil_div.h"
 #include "kernels/half.h"
 
 namespace edgelora {
@@ -13,7 +14,7 @@ namespace {
 constexpr int64_t kPanel = kernels::kPanelRows;
 constexpr int64_t kBlock = kernels::kActivationBlock;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using kernels::ceil_div;
 
 // The largest scale of a factor is brought to 2^14 … 2^15: float16 then tells scales down to 2^−29 of
 // it apart.
