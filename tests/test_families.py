@@ -24,6 +24,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.layout import targets
 from edgelora.manifest import read_manifest
 from test_adapter import CONFIG, MODULES, PREFIX, TARGETS, WEIGHTS, change_config
+from test_adapter_refusals import refusal
 from test_float_oracle import TOKENS, make_adapter
 
 LAYER = "model.layers.0"
@@ -46,16 +47,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / CONFIG).write_text(json.dumps(config))
     save_file(good_tensors(), tmp_path / WEIGHTS)
     return tmp_path
-
-
-def refusal(folder: Path) -> str:
-    """The error's text, which must be one line."""
-    with pytest.raises(EdgeLoraError) as caught:
-        read_adapter(folder, TARGETS)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert str(folder) in text
-    return text
 
 
 def test_factors_of_down_proj_s_inputs_become_those_of_up_proj_s_outputs(folder: Path) -> None:

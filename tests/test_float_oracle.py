@@ -153,13 +153,7 @@ def test_weighted_sum_with_dora_and_ia3_adds_each_one_s_change(base: Path, tmp_p
     edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
     with edgelora.load(tmp_path / "bundle", threads=2) as model:
         ours = model.logits(TOKENS, adapter=weights)
-    summed = oracle.float_model(base)
-    plain = {name: values.clone() for name, values in summed.state_dict().items()}
-    for name, folder in folders.items():
-        merged = with_adapter(oracle.float_model(base), folder).merge_and_unload().state_dict()
-        for key, values in summed.state_dict().items():
-            values += weights[name] * (merged[key] - plain[key])
-    oracle.assert_close(ours, oracle.logits(summed, TOKENS), SHARE)
+    oracle.assert_close(ours, oracle.logits(summed(base, folders, weights), TOKENS), SHARE)
 
 
 def test_weighted_sum_with_biases_adds_each_one_s_change(base: Path, tmp_path: Path) -> None:
@@ -173,13 +167,18 @@ def test_weighted_sum_with_biases_adds_each_one_s_change(base: Path, tmp_path: P
     edgelora.export(base, tmp_path / "bundle", adapters=folders, format="float")
     with edgelora.load(tmp_path / "bundle", threads=2) as model:
         ours = model.logits(TOKENS, adapter=weights)
-    summed = oracle.float_model(base)
-    plain = {name: values.clone() for name, values in summed.state_dict().items()}
+    oracle.assert_close(ours, oracle.logits(summed(base, folders, weights), TOKENS), SHARE)
+
+
+def summed(base: Path, folders: dict[str, Path], weights: dict[str, float]) -> PreTrainedModel:
+    """The base plus the weighted changes that PEFT's merge of each adapter makes."""
+    total = oracle.float_model(base)
+    plain = {name: values.clone() for name, values in total.state_dict().items()}
     for name, folder in folders.items():
         merged = with_adapter(oracle.float_model(base), folder).merge_and_unload().state_dict()
-        for key, values in summed.state_dict().items():
+        for key, values in total.state_dict().items():
             values += weights[name] * (merged[key] - plain[key])
-    oracle.assert_close(ours, oracle.logits(summed, TOKENS), SHARE)
+    return total
 
 
 def add_scaled_deltas(model: PeftModel, weights: dict[str, float]) -> None:
