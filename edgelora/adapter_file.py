@@ -66,12 +66,15 @@ def _tensors(target: str, branch: Branch, dtype: Dtype, source: str) -> dict[str
     return tensors
 
 
-def as_stored(adapter: Adapter, dtype: Dtype) -> Adapter:
-    """The adapter as `write_adapter` writes it, its factors rounded to `dtype`."""
+def as_stored(adapter: Adapter, *, name: str, dtype: Dtype) -> Adapter:
+    """The adapter as `write_adapter` writes it, its factors rounded to `dtype`.
+
+    Raises EdgeLoraError for values that float16 cannot hold.
+    """
     branches = {}
     for target, branch in adapter.branches.items():
         if branch.rank:
-            lora_a, lora_b = _as_dtype(branch, dtype, target)
+            lora_a, lora_b = _as_dtype(branch, dtype, f"adapter {name}: {target}")
             branch = replace(branch, lora_a=lora_a, lora_b=lora_b)
         branches[target] = branch
     return replace(adapter, branches=branches)

@@ -14,6 +14,7 @@ from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import expected_tensors, weight_name
 from edgelora.merge import merge, row_factors, scaled
+from edgelora.quantize import dequantize, quantize_nf4
 
 Float32 = NDArray[np.float32]
 
@@ -26,6 +27,11 @@ def merged(target: str, weight: Float32, branch: Branch) -> Float32:
         if branch.rank == 0:
             return scaled(weight, branch.output_factor, branch.input_factor)
         return merge(weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
+
+
+def as_nf4(target: str, weight: Float32) -> Float32:
+    """The weight as a QLoRA adapter saw it in training: bitsandbytes leaves lm_head alone."""
+    return weight if target == "lm_head" else dequantize(quantize_nf4(weight))
 
 
 def merged_bias(target: str, bias: Float32, branch: Branch) -> Float32:

@@ -89,7 +89,8 @@ def _score(
             logits = model.logits(ids.tolist(), adapter=name)[part]
             wanted = logits if reference is None else reference.logits(name, done)
             ours[name].add(logits, wanted, next_ids)
-            theirs[name].add(wanted, wanted, next_ids)
+            if reference is not None:
+                theirs[name].add(wanted, wanted, next_ids)
         progress(done + 1, len(text.windows))
     return tuple(
         _row(name, ours[name].score(), None if reference is None else theirs[name].score())

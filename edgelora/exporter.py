@@ -12,7 +12,6 @@ from edgelora.adapter import (
     Adapter,
 )
 from edgelora.adapter_file import Dtype, write_adapter
-from edgelora.binding import bound
 from edgelora.bundle import (
     BUNDLE,
     WeightFile,
@@ -22,7 +21,7 @@ from edgelora.bundle import (
 )
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
-from edgelora.evaluation import StoredWeights, Subject, exported_variants
+from edgelora.evaluation import StoredWeights, Subject
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.layout import targets
 from edgelora.onnx_adapter import write_onnx_adapter
@@ -106,14 +105,13 @@ def write_bundle(folder: Path, request: Request, progress: Progress) -> tuple[fl
     merged = request.adapters if request.plan.mode == "merge" else {}
     for adapter in merged.values():
         fingerprint = merged_fingerprint(fingerprint, adapter.fingerprint)
-    for name, adapter in side.items():
-        adapter_of_base = bound(adapter, request.checkpoint)
-        _write_adapter(folder, name, adapter_of_base, fingerprint, request.plan)
+    subject = subject_of(request.checkpoint, request.plan, request.adapters)
+    for name in side:
+        _write_adapter(folder, name, subject.bound[name], fingerprint, request.plan)
     request.tokenizer.write(folder)
     stored = StoredWeights(
         writer.file.path, writer.file.tensors, writer.matrices, request.plan.flavor
     )
-    subject = subject_of(request.checkpoint, request.plan, request.adapters)
     _write_selfcheck(folder, subject, stored)
     report = _write_report(folder, request, subject, stored, partial(progress, "report"))
     write_manifest(folder, _fields(request, fingerprint, side, merged))
@@ -121,9 +119,7 @@ def write_bundle(folder: Path, request: Request, progress: Progress) -> tuple[fl
 
 
 def _write_selfcheck(folder: Path, subject: Subject, stored: StoredWeights) -> None:
-    merge, base = subject.plan.mode == "merge", subject.plan.merge_base or "float"
-    exported = exported_variants(subject.adapters, merge=merge, merge_base=base)
-    variants = sorted(exported, key=lambda variant: variant.adapter or "")
+    variants = sorted(subject.exported(), key=lambda variant: variant.adapter or "")
     (folder / SELFCHECK).write_bytes(selfcheck_json(subject, stored, variants))
 
 

@@ -16,7 +16,6 @@ from edgelora.evaluation import (
     Variant,
     Walk,
     evaluate,
-    exported_variants,
     read_evaluation_text,
 )
 from edgelora.inventory import take_inventory
@@ -57,10 +56,13 @@ def read_report_text(
 
 
 def subject_of(checkpoint: Checkpoint, plan: Plan, adapters: Mapping[str, Adapter]) -> Subject:
-    """With the adapters as their files would hold them. Raises EdgeLoraError."""
-    wide = plan.format == "float" or plan.flavor == "ort"
+    """With the adapters as their files hold them; merged they have none. Raises EdgeLoraError."""
+    wide = plan.format == "float" or plan.flavor == "ort" or plan.mode == "merge"
     dtype: Dtype = "float32" if wide else "float16"
-    stored = {name: as_stored(bound(each, checkpoint), dtype) for name, each in adapters.items()}
+    stored = {
+        name: as_stored(bound(adapter, checkpoint), name=name, dtype=dtype)
+        for name, adapter in adapters.items()
+    }
     return Subject(checkpoint, plan, adapters, stored)
 
 
@@ -74,8 +76,7 @@ def write_up(
 ) -> Report:
     """Measures every variant, those that the bundle holds with its own weights."""
     plan = subject.plan
-    merge, base = plan.mode == "merge", plan.merge_base or "float"
-    exported = exported_variants(subject.adapters, merge=merge, merge_base=base)
+    exported = subject.exported()
     evaluation = evaluate(Walk(subject, text, subject.variants(), stored, exported, progress))
     warnings, sizes = _warnings(evaluation, exported), _sizes(subject)
     title = f"{subject.checkpoint.name}, {plan.format}"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from edgelora.calibration import Arithmetic, Stream
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
-from edgelora.plan import EMBEDDING_BLOCK, INT8_BLOCK, OUTER, Plan
+from edgelora.plan import Plan, int8_block
 from edgelora.quantize import (
     Curvature,
     FloatMatrix,
@@ -97,7 +97,7 @@ class Rounding:
             case "float":
                 return FloatMatrix(values)
             case "int8":
-                return quantize_int8(values, EMBEDDING_BLOCK if target in OUTER else INT8_BLOCK)
+                return quantize_int8(values, int8_block(target))
             case "nf4":
                 return quantize_nf4(values)
         zero_points = self.plan.zero_points

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Branch
-from edgelora.binding import merged, merged_bias
+from edgelora.binding import as_nf4, merged, merged_bias
 from edgelora.bundle import WeightFile
 from edgelora.changed_base import source_of
 from edgelora.checkpoint import Checkpoint
@@ -22,9 +22,7 @@ from edgelora.quantize import (
     NBitsLinear,
     PackedLinear,
     concatenate,
-    dequantize,
     pack,
-    quantize_nf4,
     same_kind,
     to_nbits,
     to_rows,
@@ -94,9 +92,8 @@ class WeightWriter:
 
     @property
     def _shares_head(self) -> bool:
-        same = self.plan.head_format == self.plan.embedding_format
-        tied = self.checkpoint.config.tie_word_embeddings
-        return tied and same and "lm_head" not in self.branches
+        shared = self.plan.could_share_head(self.checkpoint.config)
+        return shared and "lm_head" not in self.branches
 
     def _write_head(self, projection: Projection) -> None:
         if self._shares_head:
@@ -140,8 +137,8 @@ class WeightWriter:
         return self.rounding.matrix(linear.target, values, curvature)
 
     def _merged(self, linear: Linear, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self.plan.merge_base == "nf4" and linear.target != "lm_head":
-            values = dequantize(quantize_nf4(values))
+        if self.plan.merge_base == "nf4":
+            values = as_nf4(linear.target, values)
         branch = self.branches.get(linear.target)
         return values if branch is None else merged(linear.target, values, branch)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import edgelora
 import tiny
@@ -134,6 +135,17 @@ def test_an_adapter_that_merging_loses_is_warned_of(
     assert kept.warnings == ()
     beside = edgelora.export(base, tmp_path / "beside", adapters={"a": faint})
     assert beside.warnings == ()
+
+
+def test_merging_does_not_need_factors_that_float16_can_hold(base: Path, tmp_path: Path) -> None:
+    """A side branch in float16 does, and its refusal names the adapter."""
+    folder = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], lora_alpha=12 * 2.0**80)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: values * 2.0**-40 for name, values in load_file(file).items()}, file)
+    merged = edgelora.export(base, tmp_path / "b", adapters={"a": folder}, mode="merge")
+    assert merged.plan.mode == "merge"
+    with pytest.raises(EdgeLoraError, match=r"adapter a: model.*q_proj.lora_.: .* float16"):
+        edgelora.export(base, tmp_path / "c", adapters={"a": folder})
 
 
 def test_mode_auto_merges_only_what_merging_keeps(

@@ -107,16 +107,8 @@ def _text(found: "BundleEvaluation") -> str:
 
 
 def _fields(found: "BundleEvaluation") -> dict[str, object]:
-    text = found.text
-    windows, positions = text.windows.shape
     return {
-        "text": {
-            "name": text.name,
-            "sha256": text.sha256,
-            "windows": windows,
-            "positions": positions,
-            "tokens_scored": text.tokens_scored,
-        },
+        "text": found.text.description(),
         "isa": found.isa,
         "scores": [asdict(score) for score in found.scores],
     }

@@ -4,7 +4,6 @@ from edgelora.evaluation.evaluation import (
     Evaluation,
     VariantResult,
     evaluate,
-    exported_variants,
 )
 from edgelora.evaluation.scores import Score, Tally
 from edgelora.evaluation.stored import StoredWeights
@@ -28,7 +27,6 @@ __all__ = [
     "VariantResult",
     "Walk",
     "evaluate",
-    "exported_variants",
     "read_evaluation_text",
     "survival",
 ]

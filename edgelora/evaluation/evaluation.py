@@ -1,11 +1,11 @@
 """What a base and its adapters lose in each way of shipping them, as one record."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgelora.evaluation.scores import Score
 from edgelora.evaluation.text import EvaluationText
-from edgelora.evaluation.variants import Kind, Variant
+from edgelora.evaluation.variants import Variant
 from edgelora.evaluation.walk import LinearResult, Walk
 
 MERGED = ("merged", "merged_nf4")
@@ -83,13 +83,3 @@ def evaluate(walk: Walk) -> Evaluation:
         {name: tally.score() for name, tally in walk.effects.items()},
         {name: tally.score() for name, tally in walk.unapplied.items()},
     )
-
-
-def exported_variants(
-    adapters: Iterable[str], *, merge: bool, merge_base: str = "float"
-) -> frozenset[Variant]:
-    """Those that a bundle of this plan holds."""
-    if merge:
-        kind: Kind = "merged" if merge_base == "float" else "merged_nf4"
-        return frozenset(Variant(name, kind) for name in adapters)
-    return frozenset([Variant(None, "side"), *(Variant(name, "side") for name in adapters)])

@@ -28,6 +28,17 @@ class EvaluationText:
         """The logits of this position and all after it, but the last, are scored."""
         return int(self.windows.shape[1]) // 2
 
+    def description(self) -> dict[str, str | int]:
+        """For machines: which text, and how much of it."""
+        windows, positions = self.windows.shape
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "windows": windows,
+            "positions": positions,
+            "tokens_scored": self.tokens_scored,
+        }
+
     @property
     def tokens_scored(self) -> int:
         windows, positions = self.windows.shape

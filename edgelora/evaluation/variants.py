@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch
-from edgelora.binding import merged, merged_bias
+from edgelora.binding import as_nf4, merged, merged_bias
 from edgelora.checkpoint import Checkpoint
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.layout import EMBEDDING, Linear, weight_name
 from edgelora.merge import merge, scaled
 from edgelora.plan import Plan
-from edgelora.quantize import Matrix, dequantize, quantize_nf4
+from edgelora.quantize import Matrix, dequantize
 from edgelora.rounding import Rounding
 
 Float32 = NDArray[np.float32]
@@ -66,6 +66,13 @@ class Subject:
             if not self.base_is_nf4:
                 found.append(Variant(name, "merged_nf4"))
         return found
+
+    def exported(self) -> frozenset[Variant]:
+        """Those that a bundle of this plan holds."""
+        if self.plan.mode == "merge":
+            kind: Kind = "merged_nf4" if self.plan.merge_base == "nf4" else "merged"
+            return frozenset(Variant(name, kind) for name in self.adapters)
+        return frozenset(Variant(name, "side") for name in (None, *self.adapters))
 
 
 class LinearWeights:
@@ -156,10 +163,7 @@ class LinearWeights:
 
     @cached_property
     def _nf4(self) -> Float32:
-        """The base as bitsandbytes would hold it, which leaves lm_head alone."""
-        if self.linear.target == "lm_head":
-            return self._source
-        return dequantize(quantize_nf4(self._source))
+        return as_nf4(self.linear.target, self._source)
 
     @cached_property
     def _rounded_nf4(self) -> Matrix:
@@ -183,6 +187,5 @@ class LinearWeights:
     @property
     def _stored_as(self) -> str:
         """A tied lm_head of the embedding's format is the embedding's matrix."""
-        plan, config = self.subject.plan, self.subject.checkpoint.config
-        shared = plan.head_format == plan.embedding_format and config.tie_word_embeddings
+        shared = self.subject.plan.could_share_head(self.subject.checkpoint.config)
         return EMBEDDING if self.linear.target == "lm_head" and shared else self.linear.target

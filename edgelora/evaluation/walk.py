@@ -6,6 +6,7 @@ the tokens' activations.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,10 @@ class Walk:
 
     def logits(self, variant: Variant, tokens: NDArray[np.int64]) -> Float32:
         """[tokens, vocab_size] of the tokens with these indices, counted over all windows."""
-        return self._logits(variant, LinearWeights(self.subject, *self._head.linears), tokens)
+        stored = self._stored(variant, self._stored_head, 0)
+        inputs = np.ascontiguousarray(self.streams[variant].inputs[tokens])
+        weight, bias = self._head.weight(variant, stored), self._head.bias(variant)
+        return self.arithmetic.linear(inputs, weight, bias)
 
     def _start(self, *, rounded: bool) -> None:
         """The streams that begin with this embedding, whose table is gone when it returns."""
@@ -146,11 +150,10 @@ class Walk:
             [np.arange(w * positions + first, (w + 1) * positions - 1) for w in windows]
         )
         next_ids = self.text.windows.ravel()[tokens + 1]
-        weights = LinearWeights(self.subject, *self._head.linears)
         without: dict[str, Float32] = {}  # logits of the base, float and rounded
         reference = np.zeros(0, np.float32)
         for variant in self.variants:
-            logits, adapter = self._logits(variant, weights, tokens), variant.adapter
+            logits, adapter = self.logits(variant, tokens), variant.adapter
             if adapter is None:
                 without[variant.kind] = logits
             if _leads(variant):
@@ -160,20 +163,14 @@ class Walk:
                 self.effects.setdefault(adapter, Tally()).add(without["float"], logits, next_ids)
                 self.unapplied.setdefault(adapter, Tally()).add(without["side"], logits, next_ids)
 
-    @property
-    def _head(self) -> Projection:
-        return head(self.subject.checkpoint.config)
+    @cached_property
+    def _head(self) -> LinearWeights:
+        return LinearWeights(self.subject, *head(self.subject.checkpoint.config).linears)
 
-    def _logits(
-        self, variant: Variant, weights: LinearWeights, tokens: NDArray[np.int64]
-    ) -> Float32:
-        stored = None
-        if self.stored is not None and variant in self.exported:
-            (stored,) = self.stored.linears(self._head)
-        inputs = np.ascontiguousarray(self.streams[variant].inputs[tokens])
-        return self.arithmetic.linear(
-            inputs, weights.weight(variant, stored), weights.bias(variant)
-        )
+    @cached_property
+    def _stored_head(self) -> list[Float32] | None:
+        config = self.subject.checkpoint.config
+        return None if self.stored is None else self.stored.linears(head(config))
 
 
 def _leads(variant: Variant) -> bool:

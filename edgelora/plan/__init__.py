@@ -1,6 +1,6 @@
 """The decisions of one export, made once, each with its reason."""
 
-from edgelora.plan.decisions import EMBEDDING_BLOCK, INT8_BLOCK, OUTER, Plan, shares_head
+from edgelora.plan.decisions import Plan, int8_block, shares_head
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.making import make_plan
 from edgelora.plan.memory import plan_sizes
@@ -19,18 +19,16 @@ from edgelora.plan.options import (
 __all__ = [
     "BLOCK_SIZES",
     "CALIBRATION_WINDOWS",
-    "EMBEDDING_BLOCK",
     "EMBEDDING_FORMATS",
     "FLAVORS",
     "FORMATS",
-    "INT8_BLOCK",
     "MERGE_BASES",
     "MODES",
-    "OUTER",
     "QUALITIES",
     "ExportOptions",
     "Inventory",
     "Plan",
+    "int8_block",
     "make_plan",
     "plan_sizes",
     "shares_head",

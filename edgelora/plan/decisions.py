@@ -47,6 +47,10 @@ class Plan:
             return "int8"
         return outer.get(target, self.format)
 
+    def could_share_head(self, config: ModelConfig) -> bool:
+        """Whether lm_head is the embedding's matrix unless an adapter is merged into it."""
+        return config.tie_word_embeddings and self.head_format == self.embedding_format
+
     def carries(self, stored: str | None, target: str) -> bool:
         """Whether `target`, which the base holds as `stored`, is kept code for code."""
         outer, wanted = target in OUTER, self.wanted(target)
@@ -58,6 +62,11 @@ class Plan:
         if self.flavor == "ort" and outer:
             return False  # GatherBlockQuantized has no offsets
         return carry == "any" and {stored, wanted} <= {"int4", "int8"}
+
+
+def int8_block(target: str) -> int:
+    """Block size where the plan wants int8."""
+    return EMBEDDING_BLOCK if target in OUTER else INT8_BLOCK
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,7 @@ def is_carried(plan: Plan, base: Inventory, target: str) -> bool:
 def shares_head(config: ModelConfig, plan: Plan, base: Inventory) -> bool:
     """Whether lm_head is the embedding's matrix."""
     merged = plan.mode == "merge" and "lm_head" in base.changed
-    same = plan.head_format == plan.embedding_format
-    return config.tie_word_embeddings and same and not merged
+    return plan.could_share_head(config) and not merged
 
 
 def outer_matrices(config: ModelConfig, plan: Plan, base: Inventory) -> list[str]:
@@ -100,5 +108,5 @@ def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
         case "nf4":
             return Kind("nf4", 64)
         case "int8":
-            return Kind("int8", EMBEDDING_BLOCK if target in OUTER else INT8_BLOCK)
+            return Kind("int8", int8_block(target))
     return Kind("int4", plan.block_size, "zero_points" if plan.zero_points else "")

@@ -13,18 +13,10 @@ Bytes = Mapping[tuple[str | None, str], tuple[int, int]]  # (adapter, kind) → 
 
 def report_json(evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...]) -> bytes:
     """Numbers with four digits."""
-    text = evaluation.text
-    windows, positions = text.windows.shape
     fields = {
         "format": "edgelora-report",
         "format_version": FORMAT_VERSION,
-        "text": {
-            "name": text.name,
-            "sha256": text.sha256,
-            "windows": windows,
-            "positions": positions,
-            "tokens_scored": text.tokens_scored,
-        },
+        "text": evaluation.text.description(),
         "warnings": list(warnings),
         "unapplied": {name: _score(score) for name, score in evaluation.unapplied.items()},
         "effects": {name: _score(score) for name, score in evaluation.effects.items()},
