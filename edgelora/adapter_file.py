@@ -50,6 +50,8 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
         "name": valid_adapter_name(name),
         "scaling": json.dumps(scaling),
     }
+    if adapter.invocation:
+        metadata["activation"] = json.dumps({"invocation_tokens": adapter.invocation})
     return safetensors_bytes(tensors, metadata)
 
 
@@ -122,6 +124,7 @@ class StoredAdapter:
     base_fingerprint: str
     dtype: Dtype
     branches: Mapping[str, Branch]
+    invocation: tuple[int, ...]  # token ids from which on it acts; empty: everywhere
 
 
 def read_adapter_file(
@@ -152,7 +155,22 @@ def read_adapter_file(
         metadata["base_fingerprint"],
         "float16" if is_half else "float32",
         branches,
+        _invocation(metadata, str(path)),
     )
+
+
+def _invocation(metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
+    if (text := metadata.get("activation")) is None:
+        return ()
+    try:
+        tokens = json.loads(text, object_pairs_hook=unique_object)["invocation_tokens"]
+        if not tokens or not all(type(each) is int and 0 <= each < 2**31 for each in tokens):
+            raise ValueError(tokens)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise EdgeLoraError(
+            f"{source}: activation must be a JSON object with invocation_tokens, a list of ids"
+        ) from error
+    return tuple(tokens)
 
 
 def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ import onnx
 
 from edgelora.adapter import (
     Branch,
+    check_invocation,
     compare_base_name,
     read_adapter,
     refuse_input_factors,
@@ -38,6 +39,7 @@ class AddedAdapter:
 class _NewAdapter:
     data: bytes  # of adapter.safetensors
     branches: Mapping[str, Branch]
+    invocation: tuple[int, ...]
     source: str | None = None  # fingerprint of its PEFT folder
     base: str | None = None  # the name it gave
     warning: str | None = None
@@ -56,7 +58,7 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
         _refuse(bundle, manifest, name, force=force)
         new = _read(bundle, manifest, name, path)
         place = free_adapter_path(manifest, name, new.data)
-        entry = adapter_entry(place, new.branches, new.source, new.base)
+        entry = adapter_entry(place, new.branches, new.invocation, new.source, new.base)
         adapters = manifest["adapters"] | {name: entry}
         exchange_adapter(bundle, place, new.data, manifest | {"adapters": adapters})
         return AddedAdapter(entry, len(new.data), new.warning)
@@ -85,6 +87,7 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     adapter = read_adapter(path, targets)
     refuse_replaced(adapter, path)
     refuse_input_factors(adapter, path)
+    check_invocation(adapter, path, manifest["model"]["vocab_size"])
     why = "that takes the base: export the bundle again with it"
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
     adapter = bound_without_base(adapter, path, _biased(bundle, targets))
@@ -96,7 +99,8 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     )
     warning = compare_base_name(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
-    return _NewAdapter(data, adapter.branches, adapter.fingerprint, base, warning)
+    found = (adapter.branches, adapter.invocation)
+    return _NewAdapter(data, *found, adapter.fingerprint, base, warning)
 
 
 def _biased(bundle: Path, targets: Iterable[str]) -> set[str]:
@@ -124,7 +128,8 @@ def _read_bound(
             f"{file}: made for the base {_short(stored.base_fingerprint)}, but {bundle} holds "
             f"{_short(ours)}: add it to a bundle of its own base, or give its PEFT folder"
         )
-    return _NewAdapter(file.read_bytes(), read_adapter_file(file, targets).branches)
+    fitting = read_adapter_file(file, targets)
+    return _NewAdapter(file.read_bytes(), fitting.branches, fitting.invocation)
 
 
 def _short(fingerprint: str) -> str:

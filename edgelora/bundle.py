@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,13 +72,18 @@ def adapter_path(name: str, flavor: str = "edgelora") -> str:
 
 
 def adapter_entry(
-    path: str, branches: Mapping[str, Branch], source: str | None, base: str | None
+    path: str,
+    branches: Mapping[str, Branch],
+    invocation: Sequence[int],
+    source: str | None,
+    base: str | None,
 ) -> dict[str, Any]:
     """An adapter's line in the manifest.
 
     Source: fingerprint of its PEFT folder; base: the name it gave.
     """
-    return {
+    waits = {"invocation_tokens": list(invocation)} if invocation else {}
+    return waits | {
         "path": path,
         "source": source,
         "base_model_name_or_path": None if base is None else model_name(base),

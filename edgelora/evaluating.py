@@ -86,7 +86,8 @@ def _score(
         part = slice(text.first_scored, len(ids) - 1)
         next_ids = ids[text.first_scored + 1 :]
         for name in names:
-            logits = model.logits(ids.tolist(), adapter=name)[part]
+            with model.session(adapter=name, invoked=True) as session:
+                logits = session.logits(ids.tolist())[part]
             wanted = logits if reference is None else reference.logits(name, done)
             ours[name].add(logits, wanted, next_ids)
             if reference is not None:

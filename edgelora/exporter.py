@@ -208,6 +208,7 @@ def _entries(adapters: Mapping[str, Adapter], flavor: str) -> dict[str, Any]:
         name: adapter_entry(
             adapter_path(name, flavor),
             adapter.branches,
+            adapter.invocation,
             adapter.fingerprint,
             adapter.base_model_name_or_path,
         )

@@ -243,9 +243,19 @@ class Model:
 
     # ---- computing ----
 
-    def session(self, *, adapter: Adapter = None, context_length: int | None = None) -> Session:
-        """A new sequence. Raises EdgeLoraError for an unknown adapter or too long a context."""
-        return Session(self, adapter=adapter, context_length=context_length or self._context_length)
+    def session(
+        self,
+        *,
+        adapter: Adapter = None,
+        context_length: int | None = None,
+        invoked: bool = False,
+    ) -> Session:
+        """A new sequence. invoked: activated LoRA acts from the first token on, whatever the text.
+
+        Raises EdgeLoraError for an unknown adapter or too long a context.
+        """
+        length = context_length or self._context_length
+        return Session(self, adapter=adapter, context_length=length, invoked=invoked)
 
     def logits(self, token_ids: Sequence[int], *, adapter: Adapter = None) -> NDArray[np.float32]:
         """Logits after each of the tokens, float32 [len(token_ids), vocab_size]."""

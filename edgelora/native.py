@@ -79,7 +79,7 @@ SelfcheckCallback = ctypes.CFUNCTYPE(None, POINTER(Selfcheck), ctypes.c_void_p)
 class SessionOptions(ctypes.Structure):
     """EdgeLoraSessionOptions."""
 
-    _fields_ = (("size", c_size_t), ("context_length", c_int32))
+    _fields_ = (("size", c_size_t), ("context_length", c_int32), ("invoked", c_bool))
 
 
 class Sampling(ctypes.Structure):

@@ -9,9 +9,11 @@ from pathlib import Path
 from edgelora.adapter import (
     PARTS,
     Adapter,
+    check_invocation,
     compare_base_name,
     read_adapter,
     refuse_input_factors,
+    refuse_invocation,
     refuse_parts,
     refuse_replaced,
     valid_adapter_names,
@@ -115,6 +117,7 @@ def _checked(
     for name, adapter in adapters.items():
         _check_mode(adapter, folders[name], options)
         check_biases(adapter, folders[name], checkpoint.config)
+        check_invocation(adapter, folders[name], checkpoint.config.vocab_size)
         if options.mode == "merge":
             checkpoint = changed_base(checkpoint, adapter, folders[name])
     return checkpoint
@@ -136,6 +139,8 @@ def _check_all_texts(
 def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
     """Raises EdgeLoraError for what a side branch of that flavor cannot do."""
     if options.mode == "merge":
+        why = "merged it would act on the text before them too: use --mode side"
+        refuse_invocation(adapter, path, why)
         return
     refuse_replaced(adapter, path)
     refuse_input_factors(adapter, path)

@@ -28,14 +28,17 @@ class Session:
     A failed call raises EdgeLoraError and leaves the session as it was.
     """
 
-    def __init__(self, model: "Model", *, adapter: Adapter, context_length: int | None) -> None:
-        """context_length: positions, None for the model's."""
+    def __init__(
+        self, model: "Model", *, adapter: Adapter, context_length: int | None, invoked: bool
+    ) -> None:
+        """context_length: positions, None for the model's; invoked: see `Model.session`."""
         self._model = model
         self._library = model.library
         options = native.options(
             native.SessionOptions,
             self._library.edgelora_session_options_init,
             context_length=context_length or 0,
+            invoked=invoked,
         )
         pointer = native.SessionPointer()
         self._check(
@@ -72,7 +75,11 @@ class Session:
         self.set_adapter(adapter)
 
     def set_adapter(self, adapter: Adapter, *, keep_cache: bool = False) -> None:
-        """Switches; the positions so far are computed anew at the next step unless `keep_cache`.
+        """Switches; at the next step the positions so far that are another adapter's, and those
+        behind them, are computed anew unless `keep_cache`.
+
+        Activated LoRA acts from its invocation tokens on, where they occur last in the text as it
+        is when a call begins; until then the positions are the base's, and stay.
 
         Raises EdgeLoraError for an unknown name.
         """

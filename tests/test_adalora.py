@@ -1,4 +1,4 @@
-"""AdaLoRA as PEFT itself reads its folder, pruned ranks too; activated LoRA as its refusal says."""
+"""AdaLoRA as PEFT itself reads its folder, pruned ranks too."""
 
 import dataclasses
 import warnings
@@ -135,22 +135,3 @@ def test_it_is_added_and_inspected_but_not_composed(base: Path, tmp_path: Path) 
     assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "both" / file).read_bytes()
     with pytest.raises(EdgeLoraError, match="/a: peft_type ADALORA: only LoRA is added"):
         edgelora.compose({folder: 1.0}, tmp_path / "out")
-
-
-def test_activated_lora_is_a_switch_that_keeps_the_cache(base: Path, tmp_path: Path) -> None:
-    """What the refusal tells to do is what PEFT computes."""
-    start = 8
-    settings = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
-    invocation = {"alora_invocation_tokens": TOKENS[start : start + 2]}
-    folder = make_adapter(base, tmp_path / "a", **settings, **invocation)
-    theirs = oracle.logits(with_adapter(oracle.float_model(base), folder), TOKENS)
-    with pytest.raises(EdgeLoraError, match=r"set_adapter\(name, keep_cache=True\)"):
-        edgelora.export(base, tmp_path / "bundle", adapters={"a": folder})
-    change_config(folder, alora_invocation_tokens=None)
-    options = {"format": "float", "report": False}
-    edgelora.export(base, tmp_path / "bundle", adapters={"a": folder}, **options)
-    with edgelora.load(tmp_path / "bundle") as model, model.session() as session:
-        before = session.logits(TOKENS[:start])
-        session.set_adapter("a", keep_cache=True)
-        ours = np.concatenate([before, session.logits(TOKENS[start:])])
-    oracle.assert_close(ours, theirs, SHARE)

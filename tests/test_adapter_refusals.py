@@ -95,7 +95,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"trainable_token_indices": [1.0]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),
-    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ({"alora_invocation_tokens": []}, "alora_invocation_tokens"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
 ]

@@ -18,6 +18,7 @@ from edgelora.adapter.replaced import (
     is_saved,
     tokens_of,
 )
+from edgelora.adapter.settings import INVOCATION
 from edgelora.adapter.tensors import StoredTensor, parse_safetensors, unique_object
 from edgelora.errors import EdgeLoraError
 
@@ -34,6 +35,7 @@ __all__ = [
     "adapter_ledger",
     "adapter_of",
     "base_key",
+    "check_invocation",
     "compare_base_name",
     "is_adapter_hub",
     "is_saved",
@@ -41,6 +43,7 @@ __all__ = [
     "read_adapter",
     "read_folder",
     "refuse_input_factors",
+    "refuse_invocation",
     "refuse_parts",
     "refuse_replaced",
     "tokens_of",
@@ -63,6 +66,7 @@ class Adapter:
     fingerprint: str  # of the source folder, "sha256:" + 64 hex
     ledger: tuple[LedgerEntry, ...] = ()
     replaced: Replaced = field(default_factory=Replaced)
+    invocation: tuple[int, ...] = ()  # token ids from which on it acts (aLoRA); empty: everywhere
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
     name, entries = path.resolve().name, tuple(ledger)
-    return Adapter(name, base, branches, folder.fingerprint, entries, replaced)
+    invocation = tuple(folder.config.get(INVOCATION) or ())
+    return Adapter(name, base, branches, folder.fingerprint, entries, replaced, invocation)
 
 
 def _judge(folder: PeftFolder, targets: Targets | None) -> Judged:
@@ -138,6 +143,21 @@ def refuse_replaced(adapter: Adapter, path: Path) -> None:
         raise EdgeLoraError(
             f"{path}: {kind}: {names[0]}{more} cannot be replaced beside the base: export a bundle "
             "of its own with --mode merge"
+        )
+
+
+def refuse_invocation(adapter: Adapter, path: Path, why: str) -> None:
+    """Raises EdgeLoraError for activated LoRA, which cannot be here."""
+    if adapter.invocation:
+        raise EdgeLoraError(f"{path}: {INVOCATION}: {why}")
+
+
+def check_invocation(adapter: Adapter, path: Path, vocab_size: int) -> None:
+    """Raises EdgeLoraError for tokens that no text of the base has."""
+    if beyond := [str(token) for token in adapter.invocation if token >= vocab_size]:
+        raise EdgeLoraError(
+            f"{path}: {INVOCATION}: {', '.join(beyond)}: not below vocab_size {vocab_size}: use "
+            "the base it was trained on"
         )
 
 

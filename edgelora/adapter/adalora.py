@@ -21,7 +21,14 @@ from edgelora.adapter.fields import Fields, is_broken, is_map_of
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
-from edgelora.adapter.settings import EXPORTED, HARMLESS, REFUSED_UNLESS_OFF, Targeting, targeting
+from edgelora.adapter.settings import (
+    EXPORTED,
+    HARMLESS,
+    INVOCATION,
+    REFUSED_UNLESS_OFF,
+    Targeting,
+    targeting,
+)
 from edgelora.adapter.targets import check_patterns, implied_targets, unmatched_names
 from edgelora.adapter.tensors import StoredTensor
 
@@ -81,6 +88,7 @@ FIELDS = Fields(
         "r": "AdaLoRA has init_r",
     },
     off=REFUSED_UNLESS_OFF
+    | {INVOCATION: ((None,), "not supported with AdaLoRA")}
     | {name: (off, "not supported with AdaLoRA") for name, off in _UNUSED.items()},
 )
 

@@ -52,6 +52,7 @@ class Settings(Targeting):
     alpha_pattern: Mapping[str, float]
 
 
+INVOCATION = "alora_invocation_tokens"
 CHANGED_BASE = "made another base of the one it was given, and belongs to that"
 CONVERT = (
     "in the process that trained it, model.save_pretrained(FOLDER, "
@@ -81,11 +82,6 @@ HARMLESS = {
 
 # field: (the values that mean "off", why it is refused otherwise)
 REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
-    "alora_invocation_tokens": (
-        (None,),
-        "activated LoRA is not switched on by its tokens: set this to null, and give a session the "
-        "adapter where they begin: set_adapter(name, keep_cache=True)",
-    ),
     "arrow_config": ((None,), "Arrow routing is not supported"),
     "enable_lora": ((None,), "PEFT's old merged linear is not supported"),
     "ensure_weight_tying": ((False, None), "tied embedding adapters are not supported"),
@@ -116,10 +112,11 @@ def _is_tokens(value: object) -> bool:
     return _is_token_list(value)
 
 
-def _is_token_list(value: object) -> bool:
+def _is_token_list(value: object, *, unique: bool = True) -> bool:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         return False
-    return len(set(value)) == len(value) and all(0 <= token < 2**31 for token in value)
+    distinct = not unique or len(set(value)) == len(value)
+    return distinct and all(0 <= token < 2**31 for token in value)
 
 
 # field: (PEFT's default, check, what the value must be)
@@ -137,6 +134,11 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
         "must be none, all or lora_only",
     ),
     "lora_bias": (False, is_flag, "must be true or false"),
+    INVOCATION: (
+        (),
+        lambda value: value == () or (_is_token_list(value, unique=False) and bool(value)),
+        "must be null or a list of token ids",
+    ),
     "rank_pattern": ({}, is_map_of(is_rank), "must map patterns to positive integers"),
     "alpha_pattern": ({}, is_map_of(is_alpha), "must map patterns to positive finite numbers"),
     "target_modules": (
@@ -182,6 +184,8 @@ def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> lis
     entries = []
     if values["use_dora"] is True and values["lora_bias"] is True:
         entries.append(refused("lora_bias", "PEFT allows it only without use_dora"))
+    if values[INVOCATION]:
+        entries += _check_activated(values)
     if values["use_qalora"] is True:
         entries += _check_qalora(values)
     is_regex = isinstance(values["target_modules"], str)
@@ -190,6 +194,18 @@ def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> lis
             entries.append(refused(name, "PEFT allows it only with a list of target_modules"))
     if values["layers_pattern"] and config.get("layers_to_transform") is None:
         entries.append(refused("layers_pattern", "PEFT allows it only with layers_to_transform"))
+    return entries
+
+
+def _check_activated(values: Mapping[str, Any]) -> list[LedgerEntry]:
+    """Nothing of it may act before its invocation."""
+    alone = f"PEFT allows it only without {INVOCATION}"
+    base = f"would act before {INVOCATION} too: train it without"
+    reasons = {"use_dora": alone, "use_qalora": alone}
+    reasons |= dict.fromkeys(("modules_to_save", "trainable_token_indices"), base)
+    entries = [refused(name, why) for name, why in reasons.items() if values[name]]
+    if values["bias"] != "none":
+        entries.append(refused("bias", base))
     return entries
 
 

@@ -12,6 +12,7 @@ from edgelora.adapter import (
     adapter_of,
     base_key,
     read_folder,
+    refuse_invocation,
     refuse_parts,
     refuse_replaced,
 )
@@ -87,6 +88,8 @@ def _read_part(path: Path, weight: float) -> Part:
     folder = read_folder(path)
     adapter = adapter_of(folder, None)
     refuse_replaced(adapter, path)
+    why = "PEFT's sum does not wait for them: weigh it at run time (--adapter)"
+    refuse_invocation(adapter, path, why)
     refuse_parts(
         adapter, path, PARTS, "a sum of factors leaves that out: weigh it at run time (--adapter)"
     )

@@ -59,10 +59,15 @@ class Subject:
         return any(self.checkpoint.stored_as(name) == "nf4" for name in names)
 
     def variants(self) -> list[Variant]:
-        """Grouped by adapter, each group led by what it is compared with."""
+        """Grouped by adapter, each group led by what it is compared with. Activated LoRA is never
+        merged; it is measured as if invoked before the text.
+        """
         found = [Variant(None, "float"), Variant(None, "side")]
-        for name in self.adapters:
-            found += [Variant(name, kind) for kind in ("float", "side", "merged")]
+        for name, adapter in self.adapters.items():
+            found += [Variant(name, kind) for kind in ("float", "side")]
+            if adapter.invocation:
+                continue
+            found.append(Variant(name, "merged"))
             if not self.base_is_nf4:
                 found.append(Variant(name, "merged_nf4"))
         return found

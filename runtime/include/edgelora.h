@@ -164,6 +164,9 @@ typedef struct EdgeLoraSessionOptions {
   /* Positions of the kv_cache; 0: the model's context_length. Memory is touched only as positions
    * are used. */
   int32_t context_length;
+  /* Activated LoRA acts on every position, as if its invocation tokens stood before the first: to
+   * measure it on any text. */
+  bool invoked;
 } EdgeLoraSessionOptions;
 
 EDGELORA_API void edgelora_session_options_init(EdgeLoraSessionOptions* options);
@@ -175,9 +178,14 @@ EDGELORA_API EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model,
 EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
 
 /* Adapter of the next positions. If it differs from the one that computed the last position in the
- * kv_cache, all positions are computed anew with it before the next step, unless keep_cache.
- * Setting the former one again before any step undoes that. An adapter of another base, or of a
- * model of another flavor, is refused. */
+ * kv_cache, the positions from the first that is another's on are computed anew with it before the
+ * next step, unless keep_cache. Setting the former one again before any step undoes that. An
+ * adapter of another base, or of a model of another flavor, is refused.
+ *
+ * Activated LoRA (PEFT's alora_invocation_tokens) acts from the first of its invocation tokens on,
+ * where they occur last in the session's text as it is when prefill, logits or generate begins; not
+ * at all without them. Positions before are the base's (of a sum: its other adapters'): what the
+ * kv_cache has of them stays. */
 EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session,
                                                          EdgeLoraAdapter adapter, bool keep_cache);
 

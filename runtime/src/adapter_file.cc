@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "src/error.h"
+#include "src/json_fields.h"
 #include "src/safetensors.h"
 
 namespace edgelora {
@@ -62,6 +63,15 @@ Scalings parse_scalings(const std::string& path, const SafeTensors& file) {
   }
   if (scalings.empty()) refuse(path, "it has no targets");
   return scalings;
+}
+
+std::vector<int32_t> parse_invocation(const std::string& path, const SafeTensors& file) {
+  const auto found = file.metadata.find("activation");
+  if (found == file.metadata.end()) return {};
+  const std::string& text = found->second;
+  const std::string where = path + ": activation";
+  const auto json = parse_json_object(where, text.data(), text.data() + text.size(), 2);
+  return JsonFields(json, where).tokens("invocation_tokens");
 }
 
 void check_all_known(const std::string& path, const Scalings& scalings, const Targets& targets) {
@@ -217,6 +227,7 @@ AdapterFile::AdapterFile(const std::string& path, const std::string& base_finger
   const SafeTensors file = parse_safetensors(path, file_.data(), file_.size());
   check_metadata(path, file, base_fingerprint);
   const Scalings scalings = parse_scalings(path, file);
+  invocation_ = parse_invocation(path, file);
   check_all_known(path, scalings, targets);
   check_no_others(path, file, scalings);
   for (const auto& [target, scaling] : scalings) {

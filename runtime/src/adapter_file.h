@@ -5,6 +5,7 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "src/adapter_store.h"
 #include "src/mapped_file.h"
@@ -23,9 +24,13 @@ class AdapterFile {
 
   const std::string& base_fingerprint() const { return base_fingerprint_; }
 
+  // Tokens from which on it acts; empty: everywhere.
+  const std::vector<int32_t>& invocation() const { return invocation_; }
+
  private:
   MappedFile file_;
   std::string base_fingerprint_;
+  std::vector<int32_t> invocation_;
   std::unordered_map<std::string, SideBranch> branches_;  // by target
 };
 

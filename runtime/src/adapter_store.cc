@@ -61,6 +61,21 @@ void add_branch(const std::string& target, const SideBranch& branch, float weigh
   add_rows(branch.bias, 0.0F, weight, branch.out_features, &rows.bias);
 }
 
+// Of the terms that wait for tokens: the graph has one adapter at a time, so they wait for the same.
+std::vector<int32_t> common_invocation(const std::vector<ActiveAdapter::Term>& terms) {
+  std::vector<int32_t> common;
+  for (const ActiveAdapter::Term& term : terms) {
+    const std::vector<int32_t>& tokens = term.file->invocation();
+    if (!tokens.empty() && !common.empty() && tokens != common) {
+      throw Error(EDGELORA_INVALID_ARGUMENT,
+                  "adapters that wait for different invocation tokens cannot be composed: set one "
+                  "at a time");
+    }
+    if (!tokens.empty()) common = tokens;
+  }
+  return common;
+}
+
 // Its terms are complete.
 Adapter finished(std::shared_ptr<ActiveAdapter> sum) {
   for (const ActiveAdapter::Term& term : sum->terms) {
@@ -98,12 +113,32 @@ struct AdapterStore::Impl {
     std::weak_ptr<const ActiveAdapter> held;
   };
 
-  int64_t add(Adapter adapter) {
+  int64_t add(const Adapter& adapter) { return insert({adapter, adapter}); }
+
+  int64_t insert(Entry entry) {
     const std::lock_guard<std::mutex> lock(mutex);
     forget_expired();
     const int64_t handle = ++last_handle;
-    entries[handle] = {adapter, adapter};
+    entries[handle] = std::move(entry);
     return handle;
+  }
+
+  // Its terms are complete.
+  int64_t add_sum(std::shared_ptr<ActiveAdapter> sum) {
+    sum->invocation = common_invocation(sum->terms);
+    if (!sum->invocation.empty()) add_before(sum.get());
+    return add(finished(std::move(sum)));
+  }
+
+  // What acts until the invocation: nobody's handle to set or unload.
+  void add_before(ActiveAdapter* sum) {
+    auto before = std::make_shared<ActiveAdapter>();
+    for (const ActiveAdapter::Term& term : sum->terms) {
+      if (term.file->invocation().empty()) before->terms.push_back(term);
+    }
+    if (before->terms.empty()) return;
+    sum->before = finished(std::move(before));
+    sum->before_handle = insert({nullptr, sum->before});
   }
 
   void forget_expired() {
@@ -130,12 +165,14 @@ int64_t AdapterStore::load(const std::string& path, const std::string& base_fing
   auto adapter = std::make_shared<ActiveAdapter>();
   adapter->terms.push_back(
       {std::make_shared<const AdapterFile>(path, base_fingerprint, targets), 1.0F});
-  return impl_->add(finished(std::move(adapter)));
+  return impl_->add_sum(std::move(adapter));
 }
 
 int64_t AdapterStore::add(std::shared_ptr<const OnnxAdapter> adapter) {
-  return impl_->add(
-      std::make_shared<const ActiveAdapter>(ActiveAdapter{{}, {}, std::move(adapter)}));
+  auto active = std::make_shared<ActiveAdapter>();
+  active->invocation = adapter->invocation();
+  active->onnx_adapter = std::move(adapter);
+  return impl_->add(Adapter(std::move(active)));
 }
 
 int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int64_t count) {
@@ -151,7 +188,7 @@ int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int6
   if (sum->terms.empty()) {
     throw Error(EDGELORA_INVALID_ARGUMENT, "there are no adapters to compose");
   }
-  return impl_->add(finished(std::move(sum)));
+  return impl_->add_sum(std::move(sum));
 }
 
 void AdapterStore::unload(int64_t handle) {

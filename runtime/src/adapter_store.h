@@ -49,6 +49,11 @@ struct ActiveAdapter {
   std::unordered_map<std::string, RowChange> rows;  // by target, of the whole sum
   std::shared_ptr<const OnnxAdapter> onnx_adapter;  // flavor ort, else null
 
+  // Activated LoRA: it acts from where these tokens begin; empty: everywhere.
+  std::vector<int32_t> invocation;
+  std::shared_ptr<const ActiveAdapter> before;  // the terms that do not wait; null: the base
+  int64_t before_handle = 0;                    // resolved as long as this lives
+
   // Of the base that it was made for.
   const std::string& base_fingerprint() const;
 };

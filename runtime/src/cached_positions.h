@@ -4,9 +4,24 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace edgelora {
+
+// Which adapter is to compute each position.
+struct WantedAdapters {
+  static constexpr size_t kNever = std::numeric_limits<size_t>::max();
+
+  int64_t before = 0;
+  int64_t after = 0;
+  size_t start = 0;  // the first position of `after`
+
+  int64_t at(size_t position) const { return position < start ? before : after; }
+
+  // Where the adapter of a position ends.
+  size_t end_of(size_t position) const { return position < start ? start : kNever; }
+};
 
 class CachedPositions {
  public:
@@ -15,6 +30,18 @@ class CachedPositions {
   // Whether the last position is another adapter's.
   bool ends_with_other_than(int64_t adapter) const {
     return !spans_.empty() && spans_.back().adapter != adapter;
+  }
+
+  // How many of the first positions are of whom `wanted` says.
+  size_t agreeing(const WantedAdapters& wanted) const {
+    size_t begin = 0;
+    for (const Span& span : spans_) {
+      if (wanted.at(begin) != span.adapter) return begin;
+      const size_t end = wanted.end_of(begin);
+      if (end < span.end && wanted.at(end) != span.adapter) return end;
+      begin = span.end;
+    }
+    return begin;
   }
 
   // Forgets all positions from `end` on.

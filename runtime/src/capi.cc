@@ -95,6 +95,12 @@ edgelora::ModelOptions model_options(const EdgeLoraModelOptions* given) {
   return options;
 }
 
+edgelora::SessionOptions session_options(const EdgeLoraSessionOptions* given) {
+  if (given == nullptr) return {};
+  require_struct(given, "options");
+  return {given->context_length, given->invoked};
+}
+
 EdgeLoraModelInfo model_info(const edgelora::Model& model) {
   const edgelora::ManifestModel& shape = model.manifest().model;
   EdgeLoraModelInfo info;
@@ -210,7 +216,7 @@ EdgeLoraStatus edgelora_adapter_unload(EdgeLoraAdapter adapter) {
 }
 
 void edgelora_session_options_init(EdgeLoraSessionOptions* options) {
-  if (options != nullptr) *options = {sizeof *options, 0};
+  if (options != nullptr) *options = {sizeof *options, 0, false};
 }
 
 EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const EdgeLoraSessionOptions* options,
@@ -218,10 +224,8 @@ EdgeLoraStatus edgelora_session_create(EdgeLoraModel* model, const EdgeLoraSessi
   return guard([&] {
     require(model, "model");
     require(session, "session");
-    const int32_t context_length =
-        options == nullptr ? 0 : require_struct(options, "options").context_length;
     *session = new EdgeLoraSession{
-        std::make_shared<edgelora::Session>(model->model, context_length)};
+        std::make_shared<edgelora::Session>(model->model, session_options(options))};
   });
 }
 

@@ -27,14 +27,14 @@ class OwnFlavor : public Flavor {
     return {{{"adapter_ids", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {Edge::kAny}}}}, {}};
   }
 
-  int64_t load_adapter(const OnnxRuntime&, const Manifest& manifest,
-                       const std::string& path) const override {
-    return AdapterStore::instance().load(path, manifest.base_fingerprint, manifest.targets);
+  int64_t load_adapter(const OnnxRuntime& ort, const Manifest& manifest,
+                       const ManifestAdapter& adapter) const override {
+    return load_adapter_file(ort, manifest, manifest.path(adapter.path));
   }
 
-  int64_t load_adapter_file(const OnnxRuntime& ort, const Manifest& manifest,
+  int64_t load_adapter_file(const OnnxRuntime&, const Manifest& manifest,
                             const std::string& path) const override {
-    return load_adapter(ort, manifest, path);
+    return AdapterStore::instance().load(path, manifest.base_fingerprint, manifest.targets);
   }
 
   bool takes(const OnnxRuntime&, const ActiveAdapter& adapter) const override {
@@ -78,9 +78,10 @@ class StockFlavor : public Flavor {
   }
 
   int64_t load_adapter(const OnnxRuntime& ort, const Manifest& manifest,
-                       const std::string& path) const override {
+                       const ManifestAdapter& adapter) const override {
     return AdapterStore::instance().add(std::make_shared<const OnnxAdapter>(
-        ort, path, manifest.base_fingerprint, manifest.targets));
+        ort, manifest.path(adapter.path), manifest.base_fingerprint, manifest.targets,
+        adapter.invocation));
   }
 
   int64_t load_adapter_file(const OnnxRuntime&, const Manifest&,

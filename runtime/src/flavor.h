@@ -37,9 +37,9 @@ class Flavor {
   // Where the graph takes its adapter.
   virtual AdapterEdge adapter_edge(const Manifest& manifest) const = 0;
 
-  // A handle of one of the bundle's adapter files, or of a file outside the bundle. Throws Error.
+  // A handle of one of the bundle's adapters, or of a file outside the bundle. Throws Error.
   virtual int64_t load_adapter(const OnnxRuntime& ort, const Manifest& manifest,
-                               const std::string& path) const = 0;
+                               const ManifestAdapter& adapter) const = 0;
   virtual int64_t load_adapter_file(const OnnxRuntime& ort, const Manifest& manifest,
                                     const std::string& path) const = 0;
 

@@ -1,6 +1,7 @@
 #include "src/json_fields.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "src/error.h"
@@ -72,6 +73,16 @@ double JsonFields::number(const Json& value, const std::string& where) {
 }
 
 double JsonFields::number(const std::string& key) const { return number(at(key), where(key)); }
+
+std::vector<int32_t> JsonFields::tokens(const std::string& key) const {
+  std::vector<int32_t> tokens;
+  for (const Json& token : array(key)) {
+    const int64_t high = std::numeric_limits<int32_t>::max();
+    tokens.push_back(static_cast<int32_t>(integer(token, where(key), 0, high)));
+  }
+  if (tokens.empty()) refuse(where(key), "is empty");
+  return tokens;
+}
 
 bool JsonFields::flag(const std::string& key) const {
   const auto found = object_.find(key);

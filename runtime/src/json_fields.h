@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace edgelora {
 
@@ -25,6 +26,9 @@ class JsonFields {
 
   // The same for a value that is not a member of an object.
   static int64_t integer(const Json& value, const std::string& where, int64_t low, int64_t high);
+
+  // At least one token id.
+  std::vector<int32_t> tokens(const std::string& key) const;
 
   // A finite number.
   double number(const std::string& key) const;

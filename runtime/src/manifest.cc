@@ -129,7 +129,10 @@ void read_adapters(const JsonFields& root, Manifest* manifest) {
     const JsonFields adapter(entry, adapters.where(name));
     const std::string relative = adapter.text("path");
     require_file(*manifest, relative, adapters.where(name));
-    manifest->adapters[name] = relative;
+    manifest->adapters[name] = {relative, {}};
+    if (entry.contains("invocation_tokens")) {
+      manifest->adapters[name].invocation = adapter.tokens("invocation_tokens");
+    }
     if (adapter.flag("selfcheck")) manifest->selfchecked.insert(name);
   }
 }
@@ -137,7 +140,7 @@ void read_adapters(const JsonFields& root, Manifest* manifest) {
 // Sizes of all first: a missing weight file is said before anything is hashed.
 void check_files(const Manifest& manifest) {
   std::set<std::string> adapters;
-  for (const auto& [name, relative] : manifest.adapters) adapters.insert(relative);
+  for (const auto& [name, adapter] : manifest.adapters) adapters.insert(adapter.path);
   for (const auto& [relative, file] : manifest.files)
     check_bundle_file(manifest.folder, relative, file.size);
   for (const auto& [relative, file] : manifest.files) {

@@ -27,16 +27,21 @@ struct ManifestFile {
   std::string sha256;  // 64 hex digits
 };
 
+struct ManifestAdapter {
+  std::string path;                 // relative
+  std::vector<int32_t> invocation;  // tokens from which on it acts; empty: everywhere
+};
+
 struct Manifest {
   std::string folder;
   std::string flavor;  // "edgelora" or "ort"
   ManifestModel model;
   std::string base_fingerprint;  // "sha256:" and 64 hex digits
   std::unordered_map<std::string, std::pair<int64_t, int64_t>>
-      targets;                                  // name → {in_features, out_features}
-  std::map<std::string, std::string> adapters;  // name → relative path of its file
-  std::set<std::string> selfchecked;            // those that selfcheck.json knows
-  std::map<std::string, ManifestFile> files;    // by relative path
+      targets;                                      // name → {in_features, out_features}
+  std::map<std::string, ManifestAdapter> adapters;  // by name
+  std::set<std::string> selfchecked;                // those that selfcheck.json knows
+  std::map<std::string, ManifestFile> files;        // by relative path
 
   // Absolute or caller-relative path of a file of the bundle.
   std::string path(const std::string& relative) const { return folder + "/" + relative; }

@@ -68,7 +68,7 @@ std::vector<const char*> name_pointers(const Manifest& manifest) {
 
 std::string known_names(const Manifest& manifest) {
   std::string names;
-  for (const auto& [name, path] : manifest.adapters) names += (names.empty() ? "" : ", ") + name;
+  for (const auto& [name, adapter] : manifest.adapters) names += (names.empty() ? "" : ", ") + name;
   return names.empty() ? "it has none" : "it has " + names;
 }
 
@@ -107,8 +107,8 @@ int64_t Model::load_adapter(const std::string& name) const {
     throw Error(EDGELORA_NOT_FOUND,
                 manifest_.folder + ": no adapter \"" + name + "\"; " + known_names(manifest_));
   }
-  check_content(manifest_, found->second);
-  return flavor_->load_adapter(onnxruntime_, manifest_, manifest_.path(found->second));
+  check_content(manifest_, found->second.path);
+  return flavor_->load_adapter(onnxruntime_, manifest_, found->second);
 }
 
 int64_t Model::load_adapter_file(const std::string& path) const {

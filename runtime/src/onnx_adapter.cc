@@ -1,5 +1,7 @@
 #include "src/onnx_adapter.h"
 
+#include <utility>
+
 #include "src/error.h"
 #include "src/onnx_adapter_file.h"
 
@@ -22,8 +24,10 @@ OrtHandle<OrtLoraAdapter> create_adapter(const OnnxRuntime& ort, const std::stri
 }  // namespace
 
 OnnxAdapter::OnnxAdapter(const OnnxRuntime& ort, const std::string& path,
-                         const std::string& base_fingerprint, const Targets& targets)
+                         const std::string& base_fingerprint, const Targets& targets,
+                         std::vector<int32_t> invocation)
     : base_fingerprint_(base_fingerprint),
+      invocation_(std::move(invocation)),
       api_(&ort.api()),
       adapter_(create_adapter(ort, path, targets)) {}
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "src/adapter_store.h"
 #include "src/onnxruntime_library.h"
@@ -11,11 +12,12 @@ namespace edgelora {
 class OnnxAdapter {
  public:
   // Throws Error unless every parameter is a factor of one of `targets`. The file names no base:
-  // base_fingerprint is that of the bundle it is in.
+  // base_fingerprint is that of the bundle it is in, invocation what the manifest says.
   OnnxAdapter(const OnnxRuntime& ort, const std::string& path, const std::string& base_fingerprint,
-              const Targets& targets);
+              const Targets& targets, std::vector<int32_t> invocation);
 
   const std::string& base_fingerprint() const { return base_fingerprint_; }
+  const std::vector<int32_t>& invocation() const { return invocation_; }
   const OrtLoraAdapter* get() const { return adapter_.get(); }
 
   // Two libraries in one process know nothing of each other's adapters.
@@ -23,6 +25,7 @@ class OnnxAdapter {
 
  private:
   std::string base_fingerprint_;
+  std::vector<int32_t> invocation_;
   const OrtApi* api_;
   OrtHandle<OrtLoraAdapter> adapter_;
 };

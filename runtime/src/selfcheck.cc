@@ -68,7 +68,7 @@ Comparison compare(const std::shared_ptr<const Model>& model, const Expectations
   Comparison comparison;
   for (size_t i = 0; i < expectations.prompts.size(); ++i) {
     const Tokens& prompt = expectations.prompts[i];
-    Session session(model, static_cast<int32_t>(prompt.size()));
+    Session session(model, {static_cast<int32_t>(prompt.size()), true});
     session.set_adapter(adapter.handle(), Session::Cache::kRecompute);
     const std::vector<float> logits = compute(&session, prompt, vocab_size);
     for (const ExpectedLogit& logit : expectations.entries.at(name).logits) {

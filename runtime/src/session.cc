@@ -26,6 +26,13 @@ bool contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
 
+// Where the last occurrence begins.
+size_t last_occurrence(const std::vector<int32_t>& tokens, const std::vector<int32_t>& wanted) {
+  const auto found = std::find_end(tokens.begin(), tokens.end(), wanted.begin(), wanted.end());
+  if (found == tokens.end()) return WantedAdapters::kNever;
+  return static_cast<size_t>(found - tokens.begin());
+}
+
 Error cancelled() { return {EDGELORA_CANCELLED, "cancelled"}; }
 
 }  // namespace
@@ -60,18 +67,28 @@ class Session::Call {
   const std::shared_ptr<const ActiveAdapter> adapter_;
 };
 
-Session::Session(std::shared_ptr<const Model> model, int32_t context_length)
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
     : model_(std::move(model)),
-      context_length_(choose_context(model_->manifest().model, context_length)),
+      context_length_(choose_context(model_->manifest().model, options.context_length)),
       graph_(model_, static_cast<int64_t>(context_length_)),
+      invoked_(options.invoked),
       logits_(vocabulary(*model_)),
       next_logits_(vocabulary(*model_)) {}
 
 void Session::set_adapter(int64_t adapter, Cache cache) {
   const Use use(this);
-  model_->find_adapter(adapter);
+  const std::shared_ptr<const ActiveAdapter> found = model_->find_adapter(adapter);
+  const bool waits = found && !invoked_;
+  invocation_ = waits ? found->invocation : std::vector<int32_t>();
+  wanted_ = {waits ? found->before_handle : 0, adapter, 0};
   adapter_ = adapter;
   cache_ = cache;
+  look_for_invocation();
+}
+
+// Tokens that a generate delivers do not move it until the next call, as in PEFT.
+void Session::look_for_invocation() {
+  wanted_.start = invocation_.empty() ? 0 : last_occurrence(tokens_, invocation_);
 }
 
 // A cancel from now on is for this call.
@@ -81,6 +98,16 @@ void Session::begin(const ActiveAdapter* adapter) {
   const std::lock_guard<std::mutex> lock(cancel_mutex_);
   cancelled_ = false;
   graph_.activate({adapter_, adapter});
+  active_ = adapter;
+  in_graph_ = adapter_;
+}
+
+// The adapter of the next run: the present one, or what acts before its invocation.
+void Session::activate(int64_t adapter) {
+  if (adapter == in_graph_) return;
+  const std::lock_guard<std::mutex> lock(cancel_mutex_);
+  graph_.activate({adapter, adapter == adapter_ ? active_ : active_->before.get()});
+  in_graph_ = adapter;
 }
 
 void Session::cancel() {
@@ -110,7 +137,7 @@ void Session::check_tokens(const int32_t* tokens, size_t count) const {
 // Sets the kv_cache back to where the adapter, or missing logits, make it start again.
 void Session::make_due() {
   if (is_stale()) {
-    cached_.shorten(0);
+    cached_.shorten(cached_.agreeing(wanted_));
     logits_position_ = 0;
   }
   if (!has_logits()) cached_.shorten(tokens_.size() - 1);
@@ -134,11 +161,13 @@ void Session::run_chunk(const Chunk& chunk, float* all_logits) {
 // of the last one into next_logits_.
 void Session::compute(size_t end, float* all_logits) {
   for (size_t begin; (begin = cached_.size()) < end;) {
-    const size_t count = std::min(end - begin, static_cast<size_t>(BoundGraph::kMostTokens));
+    const size_t last = std::min(end, wanted_.end_of(begin));
+    const size_t count = std::min(last - begin, static_cast<size_t>(BoundGraph::kMostTokens));
+    activate(wanted_.at(begin));
     run_chunk({tokens_.data() + begin, static_cast<int64_t>(count), static_cast<int64_t>(begin)},
               all_logits);
     if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
-    cached_.lengthen(begin + count, adapter_);
+    cached_.lengthen(begin + count, wanted_.at(begin));
     computed_ += static_cast<int64_t>(count);
   }
 }
@@ -160,7 +189,9 @@ void Session::extend(const int32_t* tokens, size_t count, float* all_logits) {
   check_tokens(tokens, count);
   const Stopwatch stopwatch;
   const size_t before = tokens_.size();
+  const size_t logits_before = has_logits() ? logits_position_ : 0;
   tokens_.insert(tokens_.end(), tokens, tokens + count);
+  look_for_invocation();
   try {
     make_due();
     if (all_logits != nullptr) {
@@ -172,7 +203,9 @@ void Session::extend(const int32_t* tokens, size_t count, float* all_logits) {
     compute(tokens_.size(), nullptr);
   } catch (...) {
     tokens_.resize(before);
+    look_for_invocation();
     cached_.shorten(before);
+    logits_position_ = logits_before;
     throw;
   }
   commit_logits();
@@ -196,11 +229,14 @@ void Session::rewind(size_t position) {
   tokens_.resize(position);
   cached_.shorten(position);
   if (logits_position_ != position) logits_position_ = 0;
+  look_for_invocation();
 }
 
 // The kv_cache is another adapter's and is not to be kept.
 bool Session::is_stale() const {
-  return cache_ == Cache::kRecompute && cached_.ends_with_other_than(adapter_);
+  if (cache_ == Cache::kKeep) return false;
+  if (invocation_.empty()) return cached_.ends_with_other_than(adapter_);
+  return cached_.agreeing(wanted_) < cached_.size();
 }
 
 bool Session::has_logits() const { return !is_stale() && logits_position_ == tokens_.size(); }
@@ -214,6 +250,7 @@ GenerateResult Session::generate(const GenerateOptions& options, int32_t* tokens
   if (tokens_.empty())
     throw Error(EDGELORA_INVALID_ARGUMENT, "nothing to generate after: prefill first");
   options.sampling.check();
+  look_for_invocation();
   const Stopwatch stopwatch;
   Sampler sampler(options.sampling, vocabulary(*model_), tokens_);
   GenerateResult result = {0, EDGELORA_FINISH_LENGTH};

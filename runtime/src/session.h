@@ -37,10 +37,15 @@ struct GenerateResult {
   EdgeLoraFinish finish;
 };
 
+struct SessionOptions {
+  int32_t context_length = 0;  // 0: the model's
+  bool invoked = false;        // no adapter waits for its invocation tokens
+};
+
 class Session {
  public:
-  // context_length 0: the model's. Throws Error.
-  Session(std::shared_ptr<const Model> model, int32_t context_length);
+  // Throws Error.
+  Session(std::shared_ptr<const Model> model, const SessionOptions& options);
 
   enum class Cache { kRecompute, kKeep };
   void set_adapter(int64_t adapter, Cache cache);
@@ -63,6 +68,8 @@ class Session {
   class Call;
 
   void begin(const ActiveAdapter* adapter);
+  void activate(int64_t adapter);
+  void look_for_invocation();
   void check_tokens(const int32_t* tokens, size_t count) const;
   void extend(const int32_t* tokens, size_t count, float* all_logits);
   void make_due();
@@ -78,8 +85,13 @@ class Session {
   BoundGraph graph_;
   std::vector<int32_t> tokens_;  // the history
   CachedPositions cached_;       // at most tokens_
-  int64_t adapter_ = 0;          // of the next positions
+  int64_t adapter_ = 0;
   Cache cache_ = Cache::kRecompute;  // what a change to adapter_ makes of the kv_cache
+  const bool invoked_;
+  std::vector<int32_t> invocation_;  // tokens that adapter_ waits for
+  WantedAdapters wanted_;            // as of tokens_ when the present call began
+  const ActiveAdapter* active_ = nullptr;  // of adapter_, for the present call
+  int64_t in_graph_ = 0;                   // the adapter of its next run
   std::vector<float> logits_;  // [vocab_size] of the last token of the first logits_position_ ones
   std::vector<float>
       next_logits_;  // [vocab_size] where runs write, so that a failed one leaves logits_ alone

@@ -25,6 +25,22 @@ void test_cached_positions_know_who_computed_the_last_one() {
   CHECK(cached.size() == 0 && !cached.ends_with_other_than(7) && !cached.ends_with_other_than(8));
 }
 
+void test_positions_agree_up_to_the_first_of_another_adapter() {
+  CachedPositions cached;
+  CHECK(cached.agreeing({0, 7, 3}) == 0);
+  cached.lengthen(10, 0);
+  CHECK(cached.agreeing({0, 7, 4}) == 4);
+  CHECK(cached.agreeing({0, 7, 10}) == 10);
+  CHECK(cached.agreeing({0, 7, WantedAdapters::kNever}) == 10);
+  CHECK(cached.agreeing({0, 7, 0}) == 0);
+  CHECK(cached.agreeing({0, 0, 4}) == 10);
+  cached.lengthen(20, 7);
+  CHECK(cached.agreeing({0, 7, 10}) == 20);
+  CHECK(cached.agreeing({0, 7, 9}) == 9);
+  CHECK(cached.agreeing({0, 7, 15}) == 10);
+  CHECK(cached.agreeing({0, 8, 10}) == 10);
+}
+
 void test_shortening_to_more_changes_nothing() {
   CachedPositions cached;
   cached.shorten(3);
@@ -71,6 +87,7 @@ void test_a_penalty_that_would_overflow_is_refused_with_its_value() {
 int main() {
   using namespace edgelora::test;
   test_cached_positions_know_who_computed_the_last_one();
+  test_positions_agree_up_to_the_first_of_another_adapter();
   test_shortening_to_more_changes_nothing();
   test_a_token_of_probability_zero_is_never_picked();
   test_a_penalty_that_would_overflow_is_refused_with_its_value();
