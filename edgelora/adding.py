@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 
 from edgelora.adapter import (
+    Adapter,
     Branch,
     check_invocation,
     compare_base_name,
@@ -17,11 +18,15 @@ from edgelora.adapter import (
     refuse_replaced,
     valid_adapter_names,
 )
-from edgelora.adapter_file import read_adapter_file, write_adapter
+from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_adapter
 from edgelora.binding import bound_without_base
-from edgelora.bundle import adapter_entry, exchange_adapter, free_adapter_path, locked
+from edgelora.bundle import adapter_entry, adapter_path, exchange, free_path, locked
+from edgelora.bundle_base import open_bundle_base
 from edgelora.errors import EdgeLoraError
-from edgelora.manifest import bound_adapter_file, read_manifest
+from edgelora.evaluation import Subject
+from edgelora.manifest import SELFCHECK, bound_adapter_file, read_manifest, selfcheck_path
+from edgelora.plan import Plan
+from edgelora.selfcheck import extended
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class AddedAdapter:
 class _NewAdapter:
     data: bytes  # of adapter.safetensors
     branches: Mapping[str, Branch]
+    stored: Mapping[str, Branch]  # as the file holds them
     invocation: tuple[int, ...]
     source: str | None = None  # fingerprint of its PEFT folder
     base: str | None = None  # the name it gave
@@ -57,11 +63,30 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
         valid_adapter_names([*manifest["adapters"], name])
         _refuse(bundle, manifest, name, force=force)
         new = _read(bundle, manifest, name, path)
-        place = free_adapter_path(manifest, name, new.data)
+        place = free_path(manifest, adapter_path(name), new.data)
         entry = adapter_entry(place, new.branches, new.invocation, new.source, new.base)
-        adapters = manifest["adapters"] | {name: entry}
-        exchange_adapter(bundle, place, new.data, manifest | {"adapters": adapters})
+        files = {adapter_path(name): (place, new.data)}
+        changed: dict[str, Any] = {}
+        if (known := selfcheck_path(manifest)) in manifest["files"]:
+            data = _selfchecked(bundle, manifest, known, name, new)
+            changed["selfcheck"] = free_path(manifest, SELFCHECK, data)
+            files[SELFCHECK] = (changed["selfcheck"], data)
+            entry |= {"selfcheck": True}
+        changed["adapters"] = manifest["adapters"] | {name: entry}
+        exchange(bundle, files, manifest | changed)
         return AddedAdapter(entry, len(new.data), new.warning)
+
+
+def _selfchecked(
+    bundle: Path, manifest: dict[str, Any], known: str, name: str, new: _NewAdapter
+) -> bytes:
+    """The self-check with the adapter's logits, computed from the bundle's own weights as the
+    export did.
+    """
+    base = open_bundle_base(bundle, manifest)
+    adapter = Adapter(name, None, new.stored, manifest["base"]["fingerprint"])
+    subject = Subject(base, Plan(**manifest["plan"]), bound={name: adapter})
+    return extended(bundle / known, subject, base.stored, name)
 
 
 def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -> None:
@@ -91,15 +116,13 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     why = "that takes the base: export the bundle again with it"
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
     adapter = bound_without_base(adapter, path, _biased(bundle, targets))
-    data = write_adapter(
-        adapter,
-        name=name,
-        base_fingerprint=manifest["base"]["fingerprint"],
-        dtype="float32" if manifest["plan"]["format"] == "float" else "float16",
-    )
+    fingerprint = manifest["base"]["fingerprint"]
+    dtype: Dtype = "float32" if manifest["plan"]["format"] == "float" else "float16"
+    data = write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
+    stored = as_stored(adapter, name=name, dtype=dtype).branches
     warning = compare_base_name(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
-    found = (adapter.branches, adapter.invocation)
+    found = (adapter.branches, stored, adapter.invocation)
     return _NewAdapter(data, *found, adapter.fingerprint, base, warning)
 
 
@@ -129,7 +152,8 @@ def _read_bound(
             f"{_short(ours)}: add it to a bundle of its own base, or give its PEFT folder"
         )
     fitting = read_adapter_file(file, targets)
-    return _NewAdapter(file.read_bytes(), fitting.branches, fitting.invocation)
+    branches = fitting.branches
+    return _NewAdapter(file.read_bytes(), branches, branches, fitting.invocation)
 
 
 def _short(fingerprint: str) -> str:

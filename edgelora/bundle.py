@@ -93,39 +93,53 @@ def adapter_entry(
     }
 
 
-def free_adapter_path(manifest: Mapping[str, Any], name: str, data: bytes) -> str:
-    """Where an adapter can be written while the bundle is in use.
+def free_path(manifest: Mapping[str, Any], path: str, data: bytes) -> str:
+    """Where a file can be written while the bundle is in use.
 
     The plain path; if the manifest holds other content there, one with digits of the SHA-256.
     """
     digest = hashlib.sha256(data).hexdigest()
-    plain = PurePosixPath(adapter_path(name))
+    plain = PurePosixPath(path)
     paths = [plain, *(plain.with_stem(f"{plain.stem}-{digest[:n]}") for n in (8, len(digest)))]
     taken = {path: entry["sha256"] for path, entry in manifest["files"].items()}
     return next(str(path) for path in paths if taken.get(str(path), digest) == digest)
 
 
-def exchange_adapter(bundle: Path, path: str, data: bytes, fields: Mapping[str, Any]) -> None:
-    """Writes an adapter's file, exchanges the manifest (`fields` of the old one, changed), and
-    only then deletes what was in the adapter's folder before.
+def exchange(bundle: Path, new: Mapping[str, tuple[str, bytes]], fields: Mapping[str, Any]) -> None:
+    """Writes new files (plain path → free path, bytes), exchanges the manifest (`fields` of the
+    old one, changed), and only then deletes what was in their places before.
 
     Killed in between, the bundle is the old or the new one, and perhaps holds a file that its
-    manifest does not name, which the next call for that adapter deletes.
+    manifest does not name, which the next call for that place deletes.
     """
-    folder = PurePosixPath(path).parent
-    files = {n: entry for n, entry in fields["files"].items() if PurePosixPath(n).parent != folder}
-    files[path] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    places = [PurePosixPath(plain) for plain in new]
+    files = {
+        name: entry
+        for name, entry in fields["files"].items()
+        if not any(_is_in_place_of(PurePosixPath(name), plain) for plain in places)
+    }
+    for path, data in new.values():
+        files[path] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     kept = {key: value for key, value in fields.items() if key not in HEAD_FIELDS}
     try:
-        _write_in_place(bundle / path, data)
-        for parent in (bundle / folder.parent, bundle):
+        for path, data in new.values():
+            _write_in_place(bundle / path, data)
+        for parent in {(bundle / path).parent.parent for path, _ in new.values() if "/" in path}:
             sync(parent)
+        sync(bundle)
         _write_in_place(
             bundle / NAME, manifest_bytes(kept | {"files": dict(sorted(files.items()))})
         )
     except OSError as error:
         raise disk_error(bundle, bundle, error) from error
-    _delete_others(bundle / path)
+    for plain, (path, _) in new.items():
+        _delete_others(bundle / plain, bundle / path)
+
+
+def _is_in_place_of(path: PurePosixPath, plain: PurePosixPath) -> bool:
+    """The plain path, or one with digits."""
+    same = path.parent == plain.parent and path.suffix == plain.suffix
+    return same and (path.stem == plain.stem or path.stem.startswith(f"{plain.stem}-"))
 
 
 @contextmanager
@@ -139,9 +153,9 @@ def locked(bundle: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _delete_others(path: Path) -> None:
-    """The earlier files of an adapter, and what a killed call left."""
-    for pattern in ("adapter*.safetensors", ".adapter*.partial"):
+def _delete_others(plain: Path, path: Path) -> None:
+    """The earlier files in its place, and what a killed call left."""
+    for pattern in (f"{plain.stem}*{plain.suffix}", f".{plain.stem}*.partial"):
         for other in path.parent.glob(pattern):
             try:
                 if other != path:

@@ -24,12 +24,12 @@ from edgelora.config import ModelConfig
 from edgelora.evaluation import StoredWeights, Subject
 from edgelora.graph import Decoder, OwnOps, StockOps
 from edgelora.layout import targets
+from edgelora.manifest import SELFCHECK
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan
 from edgelora.reporting import Report, subject_of, write_up
 from edgelora.request import Progress, Request, prepare, silently
 from edgelora.rounding import Rounding
-from edgelora.selfcheck import NAME as SELFCHECK
 from edgelora.selfcheck import selfcheck_json
 from edgelora.tokenizer import TokenizerFiles
 from edgelora.weights import WeightWriter

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgelora.manifest_fields import mismatches
 NAME = "manifest.json"
 FORMAT = "edgelora-bundle"
 FORMAT_VERSION = 1
+SELFCHECK = "selfcheck.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 HEAD_FIELDS = ("format", "format_version", "digest")
 SHOWN = 8  # of the problems in an error's line
@@ -47,6 +49,11 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     for name, entry in fields["files"].items():
         _check_file(bundle, name, entry)
     return fields
+
+
+def selfcheck_path(fields: Mapping[str, Any]) -> str:
+    """Relative; not always among the bundle's files."""
+    return str(fields.get("selfcheck", SELFCHECK))
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

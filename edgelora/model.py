@@ -64,7 +64,7 @@ class ModelInfo:
 @dataclass(frozen=True)
 class SelfcheckResult:
     """Of the base (adapter None) or of an adapter, within its tolerance; not checked: an adapter
-    that was added after the export, of which nothing is known.
+    of which nothing is known (added by an older edgelora).
     """
 
     adapter: str | None

@@ -3,9 +3,10 @@ may be from them. Computed by an arithmetic that shares nothing with the runtime
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import LinearWeights, StoredWeights, Subject, Variant
 from edgelora.layout import EMBEDDING, Projection, projections
 
-NAME = "selfcheck.json"
 FORMAT, FORMAT_VERSION = "edgelora-selfcheck", 1
 PROMPTS, TOKENS = 2, 10  # tokens of a prompt
 POSITIONS = 6  # at the end of each prompt, whose logits are compared
@@ -35,9 +35,15 @@ class RoundedArithmetic(Arithmetic):
     """
 
     def __init__(
-        self, config: ModelConfig, positions: int, block_size: int, *, kv_int8: bool
+        self,
+        config: ModelConfig,
+        positions: int,
+        rotary: tuple[Float32, Float32],
+        block_size: int,
+        *,
+        kv_int8: bool,
     ) -> None:
-        super().__init__(config, positions)
+        super().__init__(config, positions, rotary)
         self.block_size, self.kv_int8 = block_size, kv_int8
 
     def linear(self, x: Float32, weight: Float32, bias: Float32) -> Float32:
@@ -105,11 +111,12 @@ class Rehearsal:
     def _both(self) -> tuple[Arithmetic, Arithmetic]:
         plan, config = self.subject.plan, self.subject.checkpoint.config
         positions, ours = self.windows.shape[1], plan.flavor == "edgelora"
-        exact = Arithmetic(config, positions)
+        rotary = self.stored.rotary(positions)
+        exact = Arithmetic(config, positions, rotary)
         if plan.format == "float":
             return exact, exact
         block_size = BLOCK if ours else plan.block_size
-        return exact, RoundedArithmetic(config, positions, block_size, kv_int8=ours)
+        return exact, RoundedArithmetic(config, positions, rotary, block_size, kv_int8=ours)
 
     def _through(
         self,
@@ -134,18 +141,81 @@ class Rehearsal:
         return logits.reshape(*inputs.shape[:2], -1)
 
 
+Entry = dict[str, Any]
+
+
 def selfcheck_json(subject: Subject, stored: StoredWeights, variants: Sequence[Variant]) -> bytes:
     """The file, for the variants that the bundle holds. Raises EdgeLoraError."""
     vocab_size = subject.checkpoint.config.vocab_size
     windows = spread_prompts(vocab_size, subject.plan.context_length)
+    expected, errors = _expect(subject, stored, variants, windows)
+    noise = INT8_MARGIN * float(np.sqrt(np.mean(errors)))
+    for each in expected:
+        each["int8_tolerance"] = max(noise, each["float_tolerance"])
+    fields = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return _file_bytes(fields | {"prompts": windows.tolist(), "expected": expected})
+
+
+def extended(path: Path, subject: Subject, stored: StoredWeights, adapter: str) -> bytes:
+    """The file at `path` with the entry of one more adapter, or with it anew; the others stay.
+
+    Raises EdgeLoraError if the base that is stored does not compute what the file says of it.
+    """
+    fields = _read(path)
+    windows = np.array(fields["prompts"], np.int64)
+    variants = [Variant(None, "side"), Variant(adapter, "side")]
+    (base, new), errors = _expect(subject, stored, variants, windows)
+    others = [each for each in fields["expected"] if each["adapter"] != adapter]
+    _compare(path, base, next(each for each in others if each["adapter"] is None))
+    own = INT8_MARGIN * float(np.sqrt(errors[1]))
+    known = min(each["int8_tolerance"] for each in others)
+    new["int8_tolerance"] = max(own, known, new["float_tolerance"])
+    expected = sorted([*others, new], key=lambda each: each["adapter"] or "")
+    return _file_bytes(fields | {"expected": expected})
+
+
+def _file_bytes(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = json.loads(path.read_bytes())
+        known = (fields["format"], fields["format_version"]) == (FORMAT, FORMAT_VERSION)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EdgeLoraError(f"{path}: cannot be read ({error}): export the bundle again") from error
+    if not known:
+        raise EdgeLoraError(f"{path}: not a self-check of this version: export the bundle again")
+    return fields
+
+
+def _compare(path: Path, found: Entry, known: Entry) -> None:
+    """Whether the weights are still those of the export: what they give is to be believed."""
+    same = found["tokens"] == known["tokens"]
+    differences = np.subtract(found["logits"], known["logits"]) if same else np.array(np.inf)
+    if not float(np.sqrt(np.mean(np.square(differences)))) <= known["float_tolerance"]:
+        raise EdgeLoraError(
+            f"{path}: the base computes other logits than at export: copy the bundle again, or "
+            "export it again"
+        )
+
+
+def _expect(
+    subject: Subject,
+    stored: StoredWeights,
+    variants: Sequence[Variant],
+    windows: NDArray[np.int64],
+) -> tuple[list[Entry], list[float]]:
+    """Of each variant its entry, but for int8_tolerance, and the mean square of the error of
+    rounded activations.
+    """
     expected, errors = [], []
-    for variant, logits in zip(
-        variants, Rehearsal(subject, stored, variants, windows).run(), strict=True
-    ):
+    found = Rehearsal(subject, stored, variants, windows).run()
+    for variant, logits in zip(variants, found, strict=True):
         _refuse_nonfinite(variant, logits)
         tokens = np.argsort(-logits[0], axis=-1, kind="stable")[..., :TOP]
         exact, rough = (np.take_along_axis(each, tokens, axis=-1) for each in logits)
-        errors.append(np.mean(np.square(rough - exact, dtype=np.float64)))
+        errors.append(float(np.mean(np.square(rough - exact, dtype=np.float64))))
         expected.append(
             {
                 "adapter": variant.adapter if variant.kind == "side" else None,
@@ -154,12 +224,7 @@ def selfcheck_json(subject: Subject, stored: StoredWeights, variants: Sequence[V
                 "logits": [[[round(x, 5) for x in row] for row in p] for p in exact.tolist()],
             }
         )
-    noise = INT8_MARGIN * float(np.sqrt(np.mean(errors)))
-    for each in expected:
-        each["int8_tolerance"] = max(noise, each["float_tolerance"])
-    fields = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    fields |= {"prompts": windows.tolist(), "expected": expected}
-    return (json.dumps(fields) + "\n").encode()
+    return expected, errors
 
 
 def _refuse_nonfinite(variant: Variant, logits: Sequence[Float32]) -> None:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.errors import EdgeLoraError
-from edgelora.manifest import NAME, read_manifest, sha256_file
+from edgelora.manifest import NAME, read_manifest, selfcheck_path, sha256_file
 from edgelora.model import Model, SelfcheckResult, load
-
-SELFCHECK = "selfcheck.json"
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,15 @@ def verify(bundle: Path) -> Iterator[Check]:
     _refuse_strangers(bundle, manifest["files"])
     yield Check("base", _check_bound(bundle, manifest))
     with load(bundle) as model:
-        if SELFCHECK not in manifest["files"]:
+        expected = selfcheck_path(manifest)
+        if expected not in manifest["files"]:
             for name in [None, *model.adapters]:
-                yield _compute_one(model, name, f"exported without {SELFCHECK}")
+                yield _compute_one(model, name, f"exported without {expected}")
             return
         results = model.selfcheck()
         yield from (_passed(each) for each in results if each.checked)
         for name in dict.fromkeys(each.adapter for each in results if not each.checked):
-            yield _compute_one(model, name, "added after the export")
+            yield _compute_one(model, name, "added without, by an older edgelora")
 
 
 def _passed(result: SelfcheckResult) -> Check:

@@ -67,19 +67,18 @@ def test_force_writes_under_a_free_name_and_removes_the_old_file(bundle: Path, t
     assert PLAIN not in manifest["files"]
 
 
+def without_selfcheck(bundle: Path) -> dict[str, Any]:
+    """The manifest but for the self-check, which notes how noisy an adapter added alone is."""
+    fields = read_manifest(bundle)
+    fields["files"].pop(fields.pop("selfcheck", "selfcheck.json"))
+    return fields | {"digest": ""}
+
+
 def test_force_and_back_gives_the_exported_bytes(bundle: Path, one: Path, two: Path) -> None:
-    """But for the self-check, which knows the exported adapter only."""
-    exported = read_manifest(bundle)
-    add_adapter(bundle, "a", one, force=True)
-    before = (bundle / "manifest.json").read_bytes()
-    added = read_manifest(bundle)
-    assert exported["adapters"].pop("a") == added["adapters"].pop("a") | {"selfcheck": True}
-    assert exported | {"digest": added["digest"]} == added
-    add_adapter(bundle, "a", one, force=True)
-    assert (bundle / "manifest.json").read_bytes() == before
-    add_adapter(bundle, "a", two, force=True)
-    add_adapter(bundle, "a", one, force=True)
-    assert (bundle / "manifest.json").read_bytes() == before
+    exported = without_selfcheck(bundle)
+    for adapter in (one, one, two, one):
+        add_adapter(bundle, "a", adapter, force=True)
+    assert without_selfcheck(bundle) == exported
     assert adapter_files(bundle) == [PLAIN]
 
 
@@ -96,7 +95,7 @@ def test_failure_at_any_step_leaves_the_old_or_the_new_bundle(
     step: tuple[Any, str], exported: Path, tmp_path: Path, two: Path
 ) -> None:
     owner, name = step
-    for failing in range(1, 9):
+    for failing in range(1, 16):
         bundle = Path(shutil.copytree(exported, tmp_path / f"{name}{failing}"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, failing_at(failing, getattr(owner, name)))

@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import edgelora
 import tiny
-from edgelora.adding import add_adapter
 from edgelora.errors import EdgeLoraError
-from edgelora.manifest import HEAD_FIELDS, file_entries, manifest_bytes
+from edgelora.manifest import HEAD_FIELDS, file_entries, manifest_bytes, read_manifest
 from edgelora.verify import verify
 from test_float_oracle import ARCHITECTURES, make_adapter
 from test_quantized_oracle import FORMATS
@@ -324,18 +323,22 @@ def test_int8_alone_finds_gross_changes(
 # ---- what nothing is known of ----
 
 
-def test_added_adapter_is_said_to_be_unchecked(bundle: Path, adapters: dict[str, Path]) -> None:
-    add_adapter(bundle, "late", adapters["b"])
+def forget(bundle: Path, adapter: str) -> None:
+    """As an edgelora that wrote no expectations for what it added left it."""
+    rewrite_manifest(bundle, lambda fields: fields["adapters"][adapter].pop("selfcheck"))
+    file = bundle / read_manifest(bundle).get("selfcheck", "selfcheck.json")
+    fields = json.loads(file.read_text())
+    fields["expected"] = [each for each in fields["expected"] if each["adapter"] != adapter]
+    file.write_text(json.dumps(fields))
+    rewrite_manifest(bundle, lambda fields: None)
+
+
+def test_adapter_without_expectations_is_said_to_be_unchecked(bundle: Path) -> None:
+    forget(bundle, "b")
     results = {each.adapter: each.checked for each in selfcheck(bundle, "int8")}
-    assert results == {None: True, "a": True, "b": True, "late": False}
-    (said,) = [check.detail for check in verify(bundle) if check.what == "adapter late"]
-    assert said.startswith("not self-checked: added after the export")
-
-
-def test_replaced_adapter_is_said_to_be_unchecked(bundle: Path, adapters: dict[str, Path]) -> None:
-    add_adapter(bundle, "a", adapters["b"], force=True)
-    results = {each.adapter: each.checked for each in selfcheck(bundle, "float")}
-    assert results == {None: True, "a": False, "b": True}
+    assert results == {None: True, "a": True, "b": False}
+    (said,) = [check.detail for check in verify(bundle) if check.what == "adapter b"]
+    assert said.startswith("not self-checked: added without, by an older edgelora")
 
 
 def test_bundle_without_expectations_says_so(bundle: Path) -> None:

@@ -27,9 +27,16 @@ Float64 = NDArray[np.float64]
 class Arithmetic:
     """Sessions are made when they are first needed; safe to call from several threads."""
 
-    def __init__(self, config: ModelConfig, positions: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: int,
+        rotary: tuple[Float32, Float32] | None = None,
+    ) -> None:
+        """rotary: cos and sin [positions, head_dim / 2], None for the config's."""
         self.config = config
         self.positions = positions
+        self._given_rotary = rotary
 
     def product(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         """[M, K] @ [K, N], float32 or float64."""
@@ -76,7 +83,7 @@ class Arithmetic:
 
     @cached_property
     def _rotary(self) -> tuple[Float32, Float32]:
-        return rotary_tables(self.config, self.positions)
+        return self._given_rotary or rotary_tables(self.config, self.positions)
 
     @cached_property
     def _single(self) -> onnxruntime.InferenceSession:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgelora.graph import StoredMatrix
+from edgelora.graph import COS, SIN, StoredMatrix
 from edgelora.graph.tensors import StoredTensor
 from edgelora.layout import EMBEDDING, Projection
 from edgelora.quantize import (
@@ -47,6 +47,15 @@ class StoredWeights:
         """One that is stored alone: the embedding."""
         (weight,) = self._read(name, [self.matrices[name].out_features])
         return weight
+
+    def vector(self, name: str) -> Float32:
+        """A norm or a bias."""
+        return np.array(self._array(name), np.float32)
+
+    def rotary(self, positions: int) -> tuple[Float32, Float32]:
+        """cos and sin of the first positions."""
+        cos, sin = (np.array(self._array(name)[:positions], np.float32) for name in (COS, SIN))
+        return cos, sin
 
     def _read(self, name: str, slices: Sequence[int]) -> list[Float32]:
         matrix = self.matrices[name]

@@ -113,7 +113,7 @@ typedef struct EdgeLoraSelfcheck {
   size_t size;         /* sizeof(EdgeLoraSelfcheck) */
   const char* adapter; /* UTF-8, NULL: the base; lives as long as the callback's call */
   bool exact;          /* computed with float32 activations, else as the model does */
-  bool checked;        /* false: added after the export, so that nothing is known of it */
+  bool checked;        /* false: nothing is known of it (added by an older EdgeLoRA) */
   int32_t logits;      /* that were compared */
   double error;        /* root mean square of their differences from the expected ones */
   double tolerance;    /* that this may have */

@@ -167,6 +167,11 @@ Manifest read_manifest(const std::string& folder) {
   read_targets(root, &manifest);
   read_files(root, &manifest);
   read_adapters(root, &manifest);
+  manifest.selfcheck = "selfcheck.json";
+  if (root.value().contains("selfcheck")) {
+    manifest.selfcheck = root.text("selfcheck");
+    require_file(manifest, manifest.selfcheck, root.where("selfcheck"));
+  }
   require_file(manifest, "model.onnx", path);
   check_files(manifest);
   return manifest;

@@ -40,7 +40,8 @@ struct Manifest {
   std::unordered_map<std::string, std::pair<int64_t, int64_t>>
       targets;                                      // name → {in_features, out_features}
   std::map<std::string, ManifestAdapter> adapters;  // by name
-  std::set<std::string> selfchecked;                // those that selfcheck.json knows
+  std::set<std::string> selfchecked;                // those that the self-check knows
+  std::string selfcheck;                            // relative path of its file, listed or not
   std::map<std::string, ManifestFile> files;        // by relative path
 
   // Absolute or caller-relative path of a file of the bundle.

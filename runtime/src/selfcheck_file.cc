@@ -12,7 +12,6 @@ namespace {
 
 using Json = JsonFields::Json;
 
-constexpr const char* kName = "selfcheck.json";
 constexpr int64_t kFormatVersion = 1;
 constexpr int64_t kSizeLimit = int64_t{16} << 20;  // bytes
 constexpr int kDepth = 8;                          // objects and lists in each other
@@ -143,12 +142,13 @@ class Reader {
 
 Expectations read_selfcheck(const Model& model) {
   const Manifest& manifest = model.manifest();
-  if (manifest.files.count(kName) == 0) {
+  const std::string& file = manifest.selfcheck;
+  if (manifest.files.count(file) == 0) {
     throw Error(EDGELORA_NOT_FOUND,
-                manifest.folder + ": has no " + kName + "; export the bundle again");
+                manifest.folder + ": has no " + file + "; export the bundle again");
   }
-  check_content(manifest, kName);
-  return Reader(model, manifest.path(kName)).read();
+  check_content(manifest, file);
+  return Reader(model, manifest.path(file)).read();
 }
 
 }  // namespace edgelora
