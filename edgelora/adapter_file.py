@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapter import Adapter, Branch, valid_adapter_name
+from edgelora.adapter import Adapter, Branch, Prefix, SoftPrompt, valid_adapter_name
 from edgelora.adapter.half import half_factors
+from edgelora.adapter.prefix import as_float32, as_half
 from edgelora.adapter.tensors import (
     Factor,
     StoredTensor,
@@ -24,6 +25,8 @@ from edgelora.errors import EdgeLoraError
 
 FORMAT = "edgelora-adapter"
 FORMAT_VERSION = "1"
+PREFIX_KEYS, PREFIX_VALUES = "prefix.keys", "prefix.values"
+PREFIX = {PREFIX_KEYS, PREFIX_VALUES}
 PANEL = 16  # rows of lora_b that lie side by side
 
 Dtype = Literal["float16", "float32"]
@@ -37,9 +40,11 @@ def write_adapter(adapter: Adapter, *, name: str, base_fingerprint: str, dtype: 
     Raises EdgeLoraError for a bad name or fingerprint, and for values that float16 cannot hold.
     """
     _check_fingerprint(base_fingerprint, f"adapter {name}")
-    if not adapter.branches:
+    if not adapter.branches and adapter.prefix is None:
         raise EdgeLoraError(f"adapter {name}: has no targets")
     tensors: dict[str, Factor] = {}
+    if (prefix := _stored_form(adapter, name, dtype)) is not None:
+        tensors |= {PREFIX_KEYS: prefix.keys, PREFIX_VALUES: prefix.values}
     for target, branch in adapter.branches.items():
         tensors |= _tensors(target, branch, dtype, f"adapter {name}: {target}")
     scaling = {target: branch.scaling for target, branch in sorted(adapter.branches.items())}
@@ -68,6 +73,14 @@ def _tensors(target: str, branch: Branch, dtype: Dtype, source: str) -> dict[str
     return tensors
 
 
+def _stored_form(adapter: Adapter, name: str, dtype: Dtype) -> Prefix | None:
+    assert not isinstance(adapter.prefix, SoftPrompt), "bound to its base before"
+    if adapter.prefix is None:
+        return None
+    is_half = dtype == "float16"
+    return as_half(adapter.prefix, f"adapter {name}") if is_half else as_float32(adapter.prefix)
+
+
 def as_stored(adapter: Adapter, *, name: str, dtype: Dtype) -> Adapter:
     """The adapter as `write_adapter` writes it, its factors rounded to `dtype`.
 
@@ -79,7 +92,7 @@ def as_stored(adapter: Adapter, *, name: str, dtype: Dtype) -> Adapter:
             lora_a, lora_b = _as_dtype(branch, dtype, f"adapter {name}: {target}")
             branch = replace(branch, lora_a=lora_a, lora_b=lora_b)
         branches[target] = branch
-    return replace(adapter, branches=branches)
+    return replace(adapter, branches=branches, prefix=_stored_form(adapter, name, dtype))
 
 
 def _check_fingerprint(fingerprint: str, source: str) -> None:
@@ -125,6 +138,7 @@ class StoredAdapter:
     dtype: Dtype
     branches: Mapping[str, Branch]
     invocation: tuple[int, ...]  # token ids from which on it acts; empty: everywhere
+    prefix: Prefix | None = None
 
 
 def read_adapter_file(
@@ -139,7 +153,9 @@ def read_adapter_file(
     except OSError as error:
         raise EdgeLoraError(f"{path}: cannot be read ({error.strerror})") from error
     tensors, metadata = parse_safetensors(data, str(path))
-    scaling = _check_metadata(metadata, str(path))
+    prefix = _read_prefix(tensors, str(path))
+    scaling = _check_metadata(metadata, str(path), empty=prefix is not None)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in PREFIX}
     _check_names(tensors, scaling, str(path))
     branches = {
         target: _stored_branch(tensors, target, number, str(path))
@@ -150,18 +166,22 @@ def read_adapter_file(
             target: _fit(target, branch, targets, str(path)) for target, branch in branches.items()
         }
     is_half = any(tensor.dtype == "F16" for tensor in tensors.values())
+    is_half = is_half or (prefix is not None and prefix.keys.dtype == np.float16)
     return StoredAdapter(
         metadata["name"],
         metadata["base_fingerprint"],
         "float16" if is_half else "float32",
         branches,
-        _invocation(metadata, str(path)),
+        _invocation(metadata, prefix, str(path)),
+        prefix,
     )
 
 
-def _invocation(metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
+def _invocation(metadata: Mapping[str, str], prefix: Prefix | None, source: str) -> tuple[int, ...]:
     if (text := metadata.get("activation")) is None:
         return ()
+    if prefix is not None:
+        raise EdgeLoraError(f"{source}: its prefix cannot wait for invocation tokens")
     try:
         tokens = json.loads(text, object_pairs_hook=unique_object)["invocation_tokens"]
         if not tokens or not all(type(each) is int and 0 <= each < 2**31 for each in tokens):
@@ -173,8 +193,27 @@ def _invocation(metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float]:
-    """The scaling by target, sorted, after checking all other fields."""
+def _read_prefix(tensors: Mapping[str, StoredTensor], source: str) -> Prefix | None:
+    """None if the file has neither of its tensors."""
+    if not PREFIX & tensors.keys():
+        return None
+    if missing := sorted(PREFIX - tensors.keys()):
+        raise EdgeLoraError(f"{source}: missing or unexpected tensors: {', '.join(missing)}")
+    keys, values = tensors[PREFIX_KEYS], tensors[PREFIX_VALUES]
+    same = keys.shape == values.shape and keys.dtype == values.dtype
+    if not same or len(keys.shape) != 4 or 0 in keys.shape or keys.dtype not in ("F16", "F32"):
+        shapes = f"{keys.dtype} {list(keys.shape)} and {values.dtype} {list(values.shape)}"
+        raise EdgeLoraError(f"{source}: its prefix has keys and values {shapes}")
+    prefix = Prefix(keys.values(), values.values())
+    if not np.isfinite(prefix.keys).all() or not np.isfinite(prefix.values).all():
+        raise EdgeLoraError(f"{source}: its prefix holds NaN or infinity")
+    return prefix
+
+
+def _check_metadata(
+    metadata: Mapping[str, str], source: str, *, empty: bool = False
+) -> dict[str, float]:
+    """The scaling by target, sorted, after checking all other fields. empty: there must be none."""
     if metadata.get("format") != FORMAT:
         raise EdgeLoraError(
             f"{source}: not an EdgeLoRA adapter (format is {metadata.get('format')!r})"
@@ -193,8 +232,9 @@ def _check_metadata(metadata: Mapping[str, str], source: str) -> dict[str, float
         scaling = json.loads(metadata.get("scaling", ""), object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
         raise EdgeLoraError(f"{source}: scaling is not valid JSON ({error})") from error
-    if not isinstance(scaling, dict) or not scaling:
-        raise EdgeLoraError(f"{source}: scaling must map targets to numbers")
+    if not isinstance(scaling, dict) or bool(scaling) == empty:
+        wanted = "be {} beside a prefix" if empty else "map targets to numbers"
+        raise EdgeLoraError(f"{source}: scaling must {wanted}")
     for target, number in scaling.items():
         _check_scaling(number, f"{source}: {target}")
     return {target: float(number) for target, number in sorted(scaling.items())}

@@ -10,11 +10,15 @@ import onnx
 from edgelora.adapter import (
     Adapter,
     Branch,
+    Prefix,
+    PrefixFit,
+    SoftPrompt,
     check_invocation,
     compare_base_name,
     read_adapter,
     refuse_input_factors,
     refuse_parts,
+    refuse_prefix,
     refuse_replaced,
     valid_adapter_names,
 )
@@ -46,6 +50,7 @@ class _NewAdapter:
     branches: Mapping[str, Branch]
     stored: Mapping[str, Branch]  # as the file holds them
     invocation: tuple[int, ...]
+    prefix: Prefix | SoftPrompt | None  # likewise
     source: str | None = None  # fingerprint of its PEFT folder
     base: str | None = None  # the name it gave
     warning: str | None = None
@@ -64,7 +69,10 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
         _refuse(bundle, manifest, name, force=force)
         new = _read(bundle, manifest, name, path)
         place = free_path(manifest, adapter_path(name), new.data)
-        entry = adapter_entry(place, new.branches, new.invocation, new.source, new.base)
+        positions = new.prefix.positions if new.prefix else 0
+        entry = adapter_entry(
+            place, new.branches, new.invocation, new.source, new.base, prefix=positions
+        )
         files = {adapter_path(name): (place, new.data)}
         changed: dict[str, Any] = {}
         if (known := selfcheck_path(manifest)) in manifest["files"]:
@@ -84,7 +92,8 @@ def _selfchecked(
     export did.
     """
     base = open_bundle_base(bundle, manifest)
-    adapter = Adapter(name, None, new.stored, manifest["base"]["fingerprint"])
+    fingerprint = manifest["base"]["fingerprint"]
+    adapter = Adapter(name, None, new.stored, fingerprint, prefix=new.prefix)
     subject = Subject(base, Plan(**manifest["plan"]), bound={name: adapter})
     return extended(bundle / known, subject, base.stored, name)
 
@@ -115,15 +124,26 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     check_invocation(adapter, path, manifest["model"]["vocab_size"])
     why = "that takes the base: export the bundle again with it"
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
+    if isinstance(adapter.prefix, SoftPrompt):
+        refuse_prefix(adapter, path, f"embeddings become keys and values: {why}")
+    _check_prefix(adapter.prefix, path, manifest)
     adapter = bound_without_base(adapter, path, _biased(bundle, targets))
     fingerprint = manifest["base"]["fingerprint"]
     dtype: Dtype = "float32" if manifest["plan"]["format"] == "float" else "float16"
     data = write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
-    stored = as_stored(adapter, name=name, dtype=dtype).branches
+    stored = as_stored(adapter, name=name, dtype=dtype)
     warning = compare_base_name(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
-    found = (adapter.branches, stored, adapter.invocation)
+    found = (adapter.branches, stored.branches, adapter.invocation, stored.prefix)
     return _NewAdapter(data, *found, adapter.fingerprint, base, warning)
+
+
+def _check_prefix(prefix: Prefix | SoftPrompt | None, path: Path, manifest: dict[str, Any]) -> None:
+    """Raises EdgeLoraError for one that does not fit the bundle."""
+    names = ("num_hidden_layers", "num_key_value_heads", "head_dim", "hidden_size")
+    sizes = (int(manifest["model"][name]) for name in (*names, "context_length"))
+    if prefix is not None:
+        PrefixFit(*sizes).check(prefix, path)
 
 
 def _biased(bundle: Path, targets: Iterable[str]) -> set[str]:
@@ -152,8 +172,10 @@ def _read_bound(
             f"{_short(ours)}: add it to a bundle of its own base, or give its PEFT folder"
         )
     fitting = read_adapter_file(file, targets)
+    _check_prefix(fitting.prefix, file, manifest)
     branches = fitting.branches
-    return _NewAdapter(file.read_bytes(), branches, branches, fitting.invocation)
+    found = (branches, branches, fitting.invocation, fitting.prefix)
+    return _NewAdapter(file.read_bytes(), *found)
 
 
 def _short(fingerprint: str) -> str:

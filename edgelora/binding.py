@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapter import Adapter, Branch
+from edgelora.adapter import Adapter, Branch, PrefixFit, SoftPrompt
 from edgelora.checkpoint import Checkpoint
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import expected_tensors, weight_name
 from edgelora.merge import merge, row_factors, scaled
 from edgelora.quantize import dequantize, quantize_nf4
+from edgelora.soft_prompt import prefix_of
 
 Float32 = NDArray[np.float32]
 
@@ -58,9 +59,25 @@ def check_biases(adapter: Adapter, path: Path, config: ModelConfig) -> None:
         )
 
 
+def prefix_fit(config: ModelConfig, context_length: int) -> PrefixFit:
+    """What a prefix must fit."""
+    sizes = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    return PrefixFit(*sizes, config.hidden_size, context_length)
+
+
+def with_prefix(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """Soft embeddings as the keys and values that this base makes of them, which is read for them.
+
+    Raises EdgeLoraError.
+    """
+    if not isinstance(adapter.prefix, SoftPrompt):
+        return adapter
+    return replace(adapter, prefix=prefix_of(adapter.prefix, checkpoint))
+
+
 def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     """Its magnitudes (DoRA) and output factors ((IA)³) as factors of this base's rows, its trained
-    biases as changes of this base's, which are read for them.
+    biases as changes of this base's, its embeddings as keys and values: the base is read for them.
 
     Raises EdgeLoraError.
     """
@@ -68,7 +85,7 @@ def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         target: _with_row_factors(target, _with_bias(target, branch, checkpoint), checkpoint)
         for target, branch in adapter.branches.items()
     }
-    return replace(adapter, branches=branches)
+    return replace(with_prefix(adapter, checkpoint), branches=branches)
 
 
 def bound_without_base(adapter: Adapter, path: Path, biased: Collection[str]) -> Adapter:

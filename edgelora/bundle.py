@@ -77,13 +77,15 @@ def adapter_entry(
     invocation: Sequence[int],
     source: str | None,
     base: str | None,
+    *,
+    prefix: int = 0,
 ) -> dict[str, Any]:
     """An adapter's line in the manifest.
 
-    Source: fingerprint of its PEFT folder; base: the name it gave.
+    Source: fingerprint of its PEFT folder; base: the name it gave; prefix: positions, if any.
     """
     waits = {"invocation_tokens": list(invocation)} if invocation else {}
-    return waits | {
+    entry = {
         "path": path,
         "source": source,
         "base_model_name_or_path": None if base is None else model_name(base),
@@ -91,6 +93,7 @@ def adapter_entry(
         "scalings": sorted({branch.scaling for branch in branches.values() if branch.rank}),
         "targets": len(branches),
     }
+    return waits | entry | ({"prefix": prefix} if prefix else {})
 
 
 def free_path(manifest: Mapping[str, Any], path: str, data: bytes) -> str:

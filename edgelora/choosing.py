@@ -35,6 +35,9 @@ def settle(options: ExportOptions, adapters: Mapping[str, Adapter]) -> Choice:
     if any(adapter.invocation for adapter in adapters.values()):
         reason = "the adapter waits for its invocation tokens, which a merged one cannot"
         return Choice(replace(options, mode="side", merge_base=None), {"mode": reason})
+    if any(adapter.prefix for adapter in adapters.values()):
+        reason = "the adapter stands before the text, which no merging can apply"
+        return Choice(replace(options, mode="side", merge_base=None), {"mode": reason})
     if any(adapter.replaced for adapter in adapters.values()):
         reason = "the adapter saved whole modules or tokens, which only merging can apply"
         return Choice(replace(options, mode="merge"), {"mode": reason})

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import EvaluationText, Score, Tally, read_evaluation_text
@@ -60,7 +61,7 @@ def evaluate_bundle(
         raise EdgeLoraError(f"adapter {', '.join(adapters)}: is compared only with --base BASE")
     reference = open_reference(bundle, manifest, base, adapters or {}) if base else None
     with load(bundle, threads=threads) as model:
-        positions = min(POSITIONS, model.info.context_length)
+        positions = min(POSITIONS, model.info.context_length - _longest_prefix(manifest))
         source = read_evaluation_text(
             text,
             from_folder(bundle),
@@ -72,6 +73,11 @@ def evaluate_bundle(
             reference.run(source, partial(progress, "float model"))
         scores = _score(model, source, reference, partial(progress, "bundle"))
         return BundleEvaluation(source, scores, model.info.isa)
+
+
+def _longest_prefix(manifest: Mapping[str, Any]) -> int:
+    """Positions that no text can have."""
+    return max((entry.get("prefix", 0) for entry in manifest["adapters"].values()), default=0)
 
 
 def _score(

@@ -140,14 +140,20 @@ def _write_report(
 
 
 def _write_adapter(folder: Path, name: str, adapter: Adapter, fingerprint: str, plan: Plan) -> None:
-    """adapters/<name>/adapter.safetensors, or adapter.onnx_adapter for the ort flavor."""
-    path = folder / adapter_path(name, plan.flavor)
+    """adapters/<name>/adapter.safetensors, or adapter.onnx_adapter for factors in flavor ort."""
+    path = folder / _path(name, adapter, plan.flavor)
     path.parent.mkdir(parents=True)
-    if plan.flavor == "ort":
+    if path.suffix == ".onnx_adapter":
         write_onnx_adapter(adapter, path)
         return
-    dtype: Dtype = "float32" if plan.format == "float" else "float16"
+    wide = plan.format == "float" or plan.flavor == "ort"
+    dtype: Dtype = "float32" if wide else "float16"
     path.write_bytes(write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype))
+
+
+def _path(name: str, adapter: Adapter, flavor: str) -> str:
+    """A prefix goes into the kv_cache, of which no .onnx_adapter knows."""
+    return adapter_path(name, "edgelora" if adapter.prefix else flavor)
 
 
 def _write_weights(
@@ -206,11 +212,12 @@ def _fields(
 def _entries(adapters: Mapping[str, Adapter], flavor: str) -> dict[str, Any]:
     return {
         name: adapter_entry(
-            adapter_path(name, flavor),
+            _path(name, adapter, flavor),
             adapter.branches,
             adapter.invocation,
             adapter.fingerprint,
             adapter.base_model_name_or_path,
+            prefix=adapter.prefix.positions if adapter.prefix else 0,
         )
         for name, adapter in adapters.items()
     }

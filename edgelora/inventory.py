@@ -41,6 +41,7 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
             name: frozenset(t for t, b in adapter.branches.items() if _has_bias(t, b, stored))
             for name, adapter in adapters.items()
         },
+        prefixes={name: a.prefix.positions for name, a in adapters.items() if a.prefix},
     )
 
 

@@ -74,7 +74,9 @@ def open_reference(
 
 def _stored(file: Path, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
     stored = read_adapter_file(file, shapes)
-    return Adapter(stored.name, None, stored.branches, stored.base_fingerprint)
+    return Adapter(
+        stored.name, None, stored.branches, stored.base_fingerprint, prefix=stored.prefix
+    )
 
 
 def _check_adapters(

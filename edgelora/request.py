@@ -9,16 +9,18 @@ from pathlib import Path
 from edgelora.adapter import (
     PARTS,
     Adapter,
+    PrefixFit,
     check_invocation,
     compare_base_name,
     read_adapter,
     refuse_input_factors,
     refuse_invocation,
     refuse_parts,
+    refuse_prefix,
     refuse_replaced,
     valid_adapter_names,
 )
-from edgelora.binding import check_biases
+from edgelora.binding import check_biases, prefix_fit, with_prefix
 from edgelora.calibration import CalibrationText, read_calibration
 from edgelora.changed_base import changed_base
 from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
@@ -90,6 +92,8 @@ def prepare(
         found = measure_choices(draft, text, partial(progress, "measuring"))
         choice = choose(choice, next(iter(read)), found)
     plan = decide(choice.options, measured=choice.reasons)
+    _check_prefixes(adapters, read, prefix_fit(checkpoint.config, plan.context_length))
+    read = {name: _bound(each, adapters[name], checkpoint) for name, each in read.items()}
     named = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     warnings = tuple(warning for warning in named if warning)
     shown = text if options.report else None
@@ -123,6 +127,21 @@ def _checked(
     return checkpoint
 
 
+def _check_prefixes(
+    folders: Mapping[str, Path], adapters: Mapping[str, Adapter], fit: PrefixFit
+) -> None:
+    for name, adapter in adapters.items():
+        if adapter.prefix is not None:
+            fit.check(adapter.prefix, folders[name])
+
+
+def _bound(adapter: Adapter, path: Path, checkpoint: Checkpoint) -> Adapter:
+    try:
+        return with_prefix(adapter, checkpoint)
+    except EdgeLoraError as error:
+        raise EdgeLoraError(f"{path}: {error}") from error
+
+
 def _check_all_texts(
     base: Path,
     checkpoint: Checkpoint,
@@ -141,6 +160,7 @@ def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
     if options.mode == "merge":
         why = "merged it would act on the text before them too: use --mode side"
         refuse_invocation(adapter, path, why)
+        refuse_prefix(adapter, path, "before the text no weight can hold them: use --mode side")
         return
     refuse_replaced(adapter, path)
     refuse_input_factors(adapter, path)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.calibration import Arithmetic, Stream
+from edgelora.calibration import Arithmetic, Past, Stream
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import LinearWeights, StoredWeights, Subject, Variant
@@ -50,15 +50,18 @@ class RoundedArithmetic(Arithmetic):
         """Of the rounded x."""
         return super().linear(rounded(x, self.block_size), weight, bias)
 
-    def attention(self, q: Float32, k: Float32, v: Float32) -> Float32:
+    def attention(self, q: Float32, k: Float32, v: Float32, past: Past | None = None) -> Float32:
         """As the kv_cache of its flavor keeps them."""
         if self.kv_int8:
-            size = self.config.head_dim
-            q, k, v = (
-                rounded(x.reshape(-1, size), block).reshape(x.shape)
-                for x, block in ((q, BLOCK), (k, BLOCK), (v, size))
-            )
-        return super().attention(q, k, v)
+            q, k, v = self._in_heads(q, BLOCK), self._in_heads(k, BLOCK), self._of_a_head(v)
+            past = past and (self._in_heads(past[0], BLOCK), self._of_a_head(past[1]))
+        return super().attention(q, k, v, past)
+
+    def _in_heads(self, x: Float32, block_size: int) -> Float32:
+        return rounded(x.reshape(-1, self.config.head_dim), block_size).reshape(x.shape)
+
+    def _of_a_head(self, x: Float32) -> Float32:
+        return self._in_heads(x, self.config.head_dim)
 
 
 def rounded(x: Float32, block_size: int) -> Float32:
@@ -104,13 +107,17 @@ class Rehearsal:
         checkpoint, table = self.subject.checkpoint, self.stored.matrix(EMBEDDING)
         config, read = checkpoint.config, checkpoint.read
         return [
-            [Stream(config, each, self.windows, table, read) for each in self._both()]
-            for _ in self.variants
+            [
+                Stream(config, each, self.windows, table, read, self.subject.past(variant))
+                for each in self._both()
+            ]
+            for variant in self.variants
         ]
 
     def _both(self) -> tuple[Arithmetic, Arithmetic]:
         plan, config = self.subject.plan, self.subject.checkpoint.config
-        positions, ours = self.windows.shape[1], plan.flavor == "edgelora"
+        ours, before = plan.flavor == "edgelora", self.subject.positions_before
+        positions = before + self.windows.shape[1]
         rotary = self.stored.rotary(positions)
         exact = Arithmetic(config, positions, rotary)
         if plan.format == "float":
@@ -147,7 +154,8 @@ Entry = dict[str, Any]
 def selfcheck_json(subject: Subject, stored: StoredWeights, variants: Sequence[Variant]) -> bytes:
     """The file, for the variants that the bundle holds. Raises EdgeLoraError."""
     vocab_size = subject.checkpoint.config.vocab_size
-    windows = spread_prompts(vocab_size, subject.plan.context_length)
+    room = subject.plan.context_length - subject.positions_before
+    windows = spread_prompts(vocab_size, room)
     expected, errors = _expect(subject, stored, variants, windows)
     noise = INT8_MARGIN * float(np.sqrt(np.mean(errors)))
     for each in expected:
@@ -163,6 +171,7 @@ def extended(path: Path, subject: Subject, stored: StoredWeights, adapter: str) 
     """
     fields = _read(path)
     windows = np.array(fields["prompts"], np.int64)
+    _check_room(windows, subject, adapter)
     variants = [Variant(None, "side"), Variant(adapter, "side")]
     (base, new), errors = _expect(subject, stored, variants, windows)
     others = [each for each in fields["expected"] if each["adapter"] != adapter]
@@ -187,6 +196,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not known:
         raise EdgeLoraError(f"{path}: not a self-check of this version: export the bundle again")
     return fields
+
+
+def _check_room(windows: NDArray[np.int64], subject: Subject, adapter: str) -> None:
+    room = subject.plan.context_length - subject.positions_before
+    if windows.shape[1] > room:
+        raise EdgeLoraError(
+            f"adapter {adapter}: its prefix leaves {room} positions of the context, the prompts of "
+            f"the self-check take {windows.shape[1]}: export the bundle again with it"
+        )
 
 
 def _compare(path: Path, found: Entry, known: Entry) -> None:

@@ -12,6 +12,7 @@ from edgelora.adapter.families import family_of, is_adapter_hub, refuse_adapter_
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, refusals
 from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
+from edgelora.adapter.prefix import Prefix, PrefixFit, SoftPrompt
 from edgelora.adapter.replaced import (
     Replaced,
     Rows,
@@ -30,8 +31,11 @@ __all__ = [
     "Branch",
     "LedgerEntry",
     "PeftFolder",
+    "Prefix",
+    "PrefixFit",
     "Replaced",
     "Rows",
+    "SoftPrompt",
     "adapter_ledger",
     "adapter_of",
     "base_key",
@@ -45,6 +49,7 @@ __all__ = [
     "refuse_input_factors",
     "refuse_invocation",
     "refuse_parts",
+    "refuse_prefix",
     "refuse_replaced",
     "tokens_of",
     "valid_adapter_name",
@@ -67,6 +72,7 @@ class Adapter:
     ledger: tuple[LedgerEntry, ...] = ()
     replaced: Replaced = field(default_factory=Replaced)
     invocation: tuple[int, ...] = ()  # token ids from which on it acts (aLoRA); empty: everywhere
+    prefix: Prefix | SoftPrompt | None = None  # then there are no branches
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,14 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
 
 def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     """As `read_adapter`; without `targets`, all modules in the file are taken."""
-    path, (branches, replaced, ledger) = folder.path, _judge(folder, targets)
+    path, (branches, replaced, ledger, prefix) = folder.path, _judge(folder, targets)
     if problems := refusals(ledger):
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
     name, entries = path.resolve().name, tuple(ledger)
     invocation = tuple(folder.config.get(INVOCATION) or ())
-    return Adapter(name, base, branches, folder.fingerprint, entries, replaced, invocation)
+    fingerprint = folder.fingerprint
+    return Adapter(name, base, branches, fingerprint, entries, replaced, invocation, prefix)
 
 
 def _judge(folder: PeftFolder, targets: Targets | None) -> Judged:
@@ -132,6 +139,12 @@ def refuse_input_factors(adapter: Adapter, path: Path) -> None:
             "no side branch can (but for down_proj, by way of up_proj): export a bundle of its own "
             "with --mode merge"
         )
+
+
+def refuse_prefix(adapter: Adapter, path: Path, why: str) -> None:
+    """Raises EdgeLoraError if the adapter stands before the text, which cannot be here."""
+    if adapter.prefix is not None:
+        raise EdgeLoraError(f"{path}: {adapter.prefix.positions} virtual tokens: {why}")
 
 
 def refuse_replaced(adapter: Adapter, path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgelora.adapter import adalora, ia3, lora
+from edgelora.adapter import adalora, ia3, lora, prompt_learning
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.tensors import StoredTensor
 from edgelora.errors import EdgeLoraError
@@ -19,10 +19,18 @@ class Family(NamedTuple):
     judge: Callable[[Mapping[str, Any], Tensors, Targets], Judged]
 
 
+def _before_text(judge: prompt_learning.Judge) -> Family:
+    return Family(prompt_learning.no_targets, judge)
+
+
 FAMILIES: Mapping[str, Family] = {
     "LORA": Family(lora.own_targets, lora.judge),
     "ADALORA": Family(adalora.own_targets, adalora.judge),
     "IA3": Family(ia3.own_targets, ia3.judge),
+    "PREFIX_TUNING": _before_text(prompt_learning.judges_keys(prompt_learning.PREFIX_TUNING)),
+    "CARTRIDGE": _before_text(prompt_learning.judges_keys(prompt_learning.CARTRIDGE)),
+    "PROMPT_TUNING": _before_text(prompt_learning.judges_embeddings(prompt_learning.PROMPT_TUNING)),
+    "P_TUNING": _before_text(prompt_learning.judges_embeddings(prompt_learning.P_TUNING)),
 }
 
 MERGE = (
@@ -30,9 +38,7 @@ MERGE = (
     "as the base"
 )
 CONVERT = f"PEFT's save_as_lora(FOLDER, model, rank) makes LoRA of it, nearly the same; or {MERGE}"
-RETRAIN = "nothing of it can be merged: train LoRA, DoRA or (IA)³ instead"
-BEFORE_PROMPT = f"it puts trained vectors before the prompt, which the runtime cannot; {RETRAIN}"
-BEFORE_KEYS = f"it puts trained keys and values into the kv_cache; {RETRAIN}"
+RETRAIN = "nothing of it can be merged: train LoRA, DoRA, (IA)³ or a prompt instead"
 
 # peft_type: (its name, what to say); PEFT 0.21.2 knows these and FAMILIES.
 REFUSED: Mapping[str, tuple[str, str]] = {
@@ -41,8 +47,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "BEFT": ("BEFT", f"it adds biases of its own; {MERGE}"),
     "BOFT": ("BOFT", f"it rotates the base weight; {MERGE}"),
     "C3A": ("C³A", f"its updates are circular convolutions; {CONVERT}"),
-    "CARTRIDGE": ("Cartridge", BEFORE_KEYS),
-    "CPT": ("context-aware prompt tuning", BEFORE_PROMPT),
+    "CPT": (
+        "context-aware prompt tuning",
+        "it trains changes of given tokens' embeddings; train prompt tuning instead",
+    ),
     "DEFT": ("DEFT", f"it projects the base weight; {MERGE}"),
     "DELORA": ("DeLoRA", f"its factors are normalized; {CONVERT}"),
     "FOURIERFT": ("FourierFT", f"its updates are sums of waves; {CONVERT}"),
@@ -56,16 +64,16 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "LOHA": ("LoHa", f"its updates are Hadamard products of factors; {CONVERT}"),
     "LOKR": ("LoKr", f"its updates are Kronecker products of factors; {CONVERT}"),
     "MISS": ("MiSS", f"its factors are shared by pieces of rows; {CONVERT}"),
-    "MULTITASK_PROMPT_TUNING": ("multitask prompt tuning", BEFORE_PROMPT),
+    "MULTITASK_PROMPT_TUNING": (
+        "multitask prompt tuning",
+        "its prompts depend on a task's number; train prompt tuning instead, one a task",
+    ),
     "OFT": ("OFT", f"it rotates the base weight; {MERGE}"),
     "OSF": ("OSF", f"it trains a part of the base weight itself; {MERGE}"),
     "PEANUT": ("PEANuT", f"its updates are a network's of the base weight; {MERGE}"),
     "POLY": ("Poly", f"it mixes factors by task; {RETRAIN}"),
-    "PREFIX_TUNING": ("prefix tuning", BEFORE_KEYS),
-    "PROMPT_TUNING": ("prompt tuning", BEFORE_PROMPT),
     "PSOFT": ("PSOFT", f"its factors are made of the base weight; {CONVERT}"),
     "PVERA": ("PVeRA", f"its factors are random ones that all layers share; {MERGE}"),
-    "P_TUNING": ("p-tuning", BEFORE_PROMPT),
     "RANDLORA": ("RandLoRA", f"its factors are random ones that all layers share; {CONVERT}"),
     "ROAD": ("RoAd", f"it rotates pairs of outputs; {MERGE}"),
     "SHADOW": ("ShadowPEFT", f"it runs a second network beside the base; {RETRAIN}"),

@@ -1,7 +1,7 @@
 """A text's way through a decoder, one projection at a time, for what it says of the weights."""
 
-from edgelora.calibration.arithmetic import Arithmetic
+from edgelora.calibration.arithmetic import Arithmetic, Past
 from edgelora.calibration.stream import Stream
 from edgelora.calibration.text import CalibrationText, read_calibration, read_token_ids
 
-__all__ = ["Arithmetic", "CalibrationText", "Stream", "read_calibration", "read_token_ids"]
+__all__ = ["Arithmetic", "CalibrationText", "Past", "Stream", "read_calibration", "read_token_ids"]

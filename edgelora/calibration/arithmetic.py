@@ -22,6 +22,7 @@ _TILE = 512  # columns: of a Gram matrix only the tiles on and above the diagona
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Past = tuple[Float32, Float32]  # keys, as attention multiplies them, and values
 
 
 class Arithmetic:
@@ -33,7 +34,9 @@ class Arithmetic:
         positions: int,
         rotary: tuple[Float32, Float32] | None = None,
     ) -> None:
-        """rotary: cos and sin [positions, head_dim / 2], None for the config's."""
+        """positions: the most that attention sees, those of a past included; rotary: cos and sin
+        [positions, head_dim / 2], None for the config's.
+        """
         self.config = config
         self.positions = positions
         self._given_rotary = rotary
@@ -62,24 +65,31 @@ class Arithmetic:
                 total[columns, rows] = total[rows, columns].T
         return total
 
-    def attention(self, q: Float32, k: Float32, v: Float32) -> Float32:
-        """Causal, with rotary embedding: [windows, positions, features] each."""
+    def attention(self, q: Float32, k: Float32, v: Float32, past: Past | None = None) -> Float32:
+        """Causal, with rotary embedding: [windows, positions, features] each. past: keys and values
+        [kv_heads, positions, head_dim] that stand before each window.
+        """
+        if past is None:
+            return self.attended(q, k, v)[0]
+        rows = (slice(i, i + 1) for i in range(len(q)))  # the operator takes one behind a past
+        return np.concatenate([self.attended(q[i], k[i], v[i], past)[0] for i in rows])
+
+    def attended(
+        self, q: Float32, k: Float32, v: Float32, past: Past | None = None
+    ) -> tuple[Float32, Float32, Float32]:
+        """Attention, and the keys (rotated) and values [windows, kv_heads, positions, head_dim]."""
         windows, positions, _ = q.shape
         config = self.config
-        shape = (windows, config.num_key_value_heads, 0, config.head_dim)
+        empty = np.empty((windows, config.num_key_value_heads, 0, config.head_dim), np.float32)
+        past_key, past_value = (past[0][None], past[1][None]) if past else (empty, empty)
+        total = past_key.shape[2] + positions
         cos, sin = self._rotary
-        return _run(
-            self._attention,
-            query=q,
-            key=k,
-            value=v,
-            past_key=np.empty(shape, np.float32),
-            past_value=np.empty(shape, np.float32),
-            seqlens_k=np.full(windows, positions - 1, np.int32),
-            total_sequence_length=np.array(positions, np.int32),
-            cos=cos,
-            sin=sin,
-        )
+        inputs = {"query": q, "key": k, "value": v, "cos": cos, "sin": sin}
+        inputs |= {"past_key": past_key, "past_value": past_value}
+        inputs |= {"seqlens_k": np.full(windows, total - 1, np.int32)}
+        inputs |= {"total_sequence_length": np.array(total, np.int32)}
+        y, keys, values = self._attention.run(["y", "present_key", "present_value"], inputs)
+        return y, keys, values
 
     @cached_property
     def _rotary(self) -> tuple[Float32, Float32]:
@@ -134,14 +144,13 @@ def _session(
     outputs: Sequence[str],
     **attributes: Any,
 ) -> onnxruntime.InferenceSession:
-    """Only the first output is one of the graph's."""
     node = helper.make_node(op_type, list(inputs), list(outputs), **attributes)
-    (first, *_), kind = outputs, next(iter(inputs.values()))[0]
+    kind = next(iter(inputs.values()))[0]
     graph = helper.make_graph(
         [node],
         op_type,
         [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()],
-        [helper.make_tensor_value_info(first, kind, None)],
+        [helper.make_tensor_value_info(name, kind, None) for name in outputs],
     )
     opsets = [helper.make_opsetid(domain, version) for domain, version in DOMAINS.items()]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.calibration.arithmetic import Arithmetic
+from edgelora.calibration.arithmetic import Arithmetic, Past
 from edgelora.config import ModelConfig
 from edgelora.layout import FINAL_NORM
 
@@ -24,7 +24,7 @@ class Stream:
     """Holds the residual and one projection's input of every token, float32.
 
     `advance` is called for each projection in the order of layout.projections. `read`: the name of
-    a norm → its weight.
+    a norm → its weight; `past`: a layer → what its kv_cache holds before each window, or None.
     """
 
     def __init__(
@@ -34,8 +34,9 @@ class Stream:
         windows: NDArray[np.int64],  # token ids [windows, positions]
         embedding: Float32,  # [vocab_size, hidden_size]
         read: Callable[[str], Float32],
+        past: Callable[[int], Past | None] = lambda layer: None,
     ) -> None:
-        self.config, self.arithmetic, self.read = config, arithmetic, read
+        self.config, self.arithmetic, self.read, self.past = config, arithmetic, read, past
         self.shape = windows.shape
         self.residual = embedding[windows.ravel()]  # [tokens, hidden_size]
         self.done = 0  # projections
@@ -88,8 +89,9 @@ class Stream:
         q, k, v = qkv
         if self.config.qk_norm:
             q, k = self._head_norm(q, "q_norm"), self._head_norm(k, "k_norm")
-        shape = (-1, self.shape[1])
-        attended = self.arithmetic.attention(*(x.reshape(*shape, x.shape[1]) for x in (q, k, v)))
+        past = self.past((self.done - 1) // 4)
+        windows = [x.reshape(-1, self.shape[1], x.shape[1]) for x in (q, k, v)]
+        attended = self.arithmetic.attention(windows[0], windows[1], windows[2], past)
         return attended.reshape(q.shape)
 
     def _head_norm(self, x: Float32, name: str) -> Float32:

@@ -84,11 +84,17 @@ def _show_bundle(path: Path, manifest: dict[str, Any], *, as_json: bool) -> None
     for kind in ("adapters", "merged"):
         for name, entry in manifest[kind].items():
             label = kind.removesuffix("s")
-            waits = "".join(f" {token}" for token in entry.get("invocation_tokens", []))
-            after = f", from the tokens{waits} on" if waits else ""
-            out.print(f"{label:11}{name}: {_factors(entry)}{entry['targets']} targets{after}")
+            out.print(f"{label:11}{name}: {_content(entry)}")
     for name, entry in manifest["files"].items():
         out.print(f"file       {name}  {entry['size'] / 1e6:.1f} MB")
+
+
+def _content(entry: dict[str, Any]) -> str:
+    if "prefix" in entry:
+        return f"a prefix of {entry['prefix']} positions"
+    waits = "".join(f" {token}" for token in entry.get("invocation_tokens", []))
+    after = f", from the tokens{waits} on" if waits else ""
+    return f"{_factors(entry)}{entry['targets']} targets{after}"
 
 
 def _factors(entry: dict[str, Any]) -> str:

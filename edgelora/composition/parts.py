@@ -14,6 +14,7 @@ from edgelora.adapter import (
     read_folder,
     refuse_invocation,
     refuse_parts,
+    refuse_prefix,
     refuse_replaced,
 )
 from edgelora.adapter.settings import Settings, read_settings
@@ -90,6 +91,7 @@ def _read_part(path: Path, weight: float) -> Part:
     refuse_replaced(adapter, path)
     why = "PEFT's sum does not wait for them: weigh it at run time (--adapter)"
     refuse_invocation(adapter, path, why)
+    refuse_prefix(adapter, path, "they have no factors to add: name the adapter alone at run time")
     refuse_parts(
         adapter, path, PARTS, "a sum of factors leaves that out: weigh it at run time (--adapter)"
     )

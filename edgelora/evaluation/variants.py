@@ -1,6 +1,6 @@
 """The ways in which a base and its adapters can be shipped, and a linear's weight in each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapter import Adapter, Branch
+from edgelora.adapter import Adapter, Branch, Prefix, SoftPrompt
 from edgelora.binding import as_nf4, merged, merged_bias
+from edgelora.calibration import Past
 from edgelora.checkpoint import Checkpoint
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.layout import EMBEDDING, Linear, weight_name
@@ -52,6 +53,26 @@ class Subject:
             return None
         return (self.bound if bound else self.adapters)[adapter].branches.get(target)
 
+    def prefix(self, variant: Variant) -> Prefix | None:
+        """What the text stands behind."""
+        if variant.adapter is None:
+            return None
+        source = self.adapters if variant.kind == "float" else self.bound
+        found = source[variant.adapter].prefix
+        assert not isinstance(found, SoftPrompt), "bound where the base was read"
+        return found
+
+    def past(self, variant: Variant) -> Callable[[int], Past | None]:
+        """The same as a Stream takes it."""
+        prefix = self.prefix(variant)
+        return lambda layer: None if prefix is None else prefix.layer(layer)
+
+    @property
+    def positions_before(self) -> int:
+        """Of the longest prefix."""
+        found = (each.prefix for each in self.bound.values())
+        return max((prefix.positions for prefix in found if prefix), default=0)
+
     @property
     def base_is_nf4(self) -> bool:
         """Then the base is what a QLoRA adapter saw, and merged_nf4 would be merged."""
@@ -65,12 +86,13 @@ class Subject:
         found = [Variant(None, "float"), Variant(None, "side")]
         for name, adapter in self.adapters.items():
             found += [Variant(name, kind) for kind in ("float", "side")]
-            if adapter.invocation:
-                continue
-            found.append(Variant(name, "merged"))
-            if not self.base_is_nf4:
-                found.append(Variant(name, "merged_nf4"))
+            if adapter.prefix is None and not adapter.invocation:
+                found += [Variant(name, kind) for kind in self._merged_kinds]
         return found
+
+    @property
+    def _merged_kinds(self) -> tuple[Kind, ...]:
+        return ("merged",) if self.base_is_nf4 else ("merged", "merged_nf4")
 
     def exported(self) -> frozenset[Variant]:
         """Those that a bundle of this plan holds."""

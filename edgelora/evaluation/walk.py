@@ -56,7 +56,8 @@ class Walk:
     def run(self) -> None:
         """Through everything but lm_head. Raises EdgeLoraError for weights that cannot be used."""
         config = self.subject.checkpoint.config
-        self.arithmetic = Arithmetic(config, self.text.windows.shape[1])
+        positions = self.subject.positions_before + self.text.windows.shape[1]
+        self.arithmetic = Arithmetic(config, positions)
         for rounded in (False, True):
             self._start(rounded=rounded)
         *inner, _ = projections(config)
@@ -86,11 +87,11 @@ class Walk:
     def _start(self, *, rounded: bool) -> None:
         """The streams that begin with this embedding, whose table is gone when it returns."""
         checkpoint, table = self.subject.checkpoint, self._embedding(rounded=rounded)
+        config, read, windows = checkpoint.config, checkpoint.read, self.text.windows
         for variant in self.variants:
             if (variant.kind != "float") == rounded:
-                self.streams[variant] = Stream(
-                    checkpoint.config, self.arithmetic, self.text.windows, table, checkpoint.read
-                )
+                past = self.subject.past(variant)
+                self.streams[variant] = Stream(config, self.arithmetic, windows, table, read, past)
                 self.linears[variant] = {}
 
     def _embedding(self, *, rounded: bool) -> Float32:

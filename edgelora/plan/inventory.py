@@ -21,6 +21,9 @@ class Inventory:
     biases: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Adapter → targets that get a bias."""
 
+    prefixes: Mapping[str, int] = field(default_factory=dict)
+    """Adapter → positions that it puts before the text, of those that do."""
+
     @property
     def changed(self) -> frozenset[str]:
         """Targets that some adapter changes."""

@@ -40,7 +40,9 @@ def plan_sizes(config: ModelConfig, plan: Plan, base: Inventory) -> Sizes:
     head_bytes = embedding if shared else _projection_bytes(head, plan, base)
     side = {} if plan.mode == "merge" else base.adapters
     adapters = [
-        adapter_bytes(config, plan, ranks, _vectors(base, name)) for name, ranks in side.items()
+        adapter_bytes(config, plan, ranks, _vectors(base, name))
+        + _prefix_bytes(config, plan, base.prefixes.get(name, 0))
+        for name, ranks in side.items()
     ]
     return Sizes(
         weights=linears + embedding + (0 if shared else head_bytes),
@@ -112,12 +114,21 @@ def adapter_bytes(
     float32 for each row of the targets of `vectors`.
     """
     shapes = targets(config)
-    is_half = plan.flavor == "edgelora" and plan.format != "float"
     numbers = 0
     for target, rank in ranks.items():
         rows, columns = shapes[target]
         numbers += rank * (columns + (rows if plan.flavor == "ort" else _round_up(rows, 16)))
-    return numbers * (2 if is_half else 4) + sum(4 * shapes[target][0] for target in vectors)
+    return numbers * _number_bytes(plan) + sum(4 * shapes[target][0] for target in vectors)
+
+
+def _number_bytes(plan: Plan) -> int:
+    return 2 if plan.flavor == "edgelora" and plan.format != "float" else 4
+
+
+def _prefix_bytes(config: ModelConfig, plan: Plan, positions: int) -> int:
+    """Keys and values in the adapter's file, from where a session copies them."""
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return positions * row * _number_bytes(plan)
 
 
 def kv_bytes_per_position(config: ModelConfig, plan: Plan) -> int:

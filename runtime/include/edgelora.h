@@ -148,7 +148,7 @@ EDGELORA_API EdgeLoraStatus edgelora_adapter_load_file(EdgeLoraModel* model, con
                                                        EdgeLoraAdapter* adapter);
 
 /* Σ weights[i]·adapters[i] as a new handle; the parts may be unloaded afterwards. Those of flavor
- * ort: one, with weight 1. */
+ * ort, and those that are a prefix: one, with weight 1. */
 EDGELORA_API EdgeLoraStatus edgelora_adapter_compose(const EdgeLoraAdapter* adapters,
                                                      const float* weights, size_t count,
                                                      EdgeLoraAdapter* adapter);
@@ -185,7 +185,11 @@ EDGELORA_API void edgelora_session_free(EdgeLoraSession* session);
  * Activated LoRA (PEFT's alora_invocation_tokens) acts from the first of its invocation tokens on,
  * where they occur last in the session's text as it is when prefill, logits or generate begins; not
  * at all without them. Positions before are the base's (of a sum: its other adapters'): what the
- * kv_cache has of them stays. */
+ * kv_cache has of them stays.
+ *
+ * An adapter may be a prefix (prefix tuning, prompt tuning, p-tuning): the kv_cache then begins
+ * with its keys and values, which count against context_length; a change to or from it moves the
+ * text, so that keep_cache is refused once a position is computed. */
 EDGELORA_API EdgeLoraStatus edgelora_session_set_adapter(EdgeLoraSession* session,
                                                          EdgeLoraAdapter adapter, bool keep_cache);
 
@@ -204,7 +208,7 @@ EDGELORA_API EdgeLoraStatus edgelora_session_logits(EdgeLoraSession* session, co
  * when something follows it). */
 EDGELORA_API const float* edgelora_session_last_logits(const EdgeLoraSession* session);
 
-/* Positions of the sequence: tokens prefilled and generated. */
+/* Positions of the sequence: tokens prefilled and generated, an adapter's prefix not counted. */
 EDGELORA_API size_t edgelora_session_position(const EdgeLoraSession* session);
 
 /* Forgets all positions after `position` (0: everything). */

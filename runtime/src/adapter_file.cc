@@ -17,6 +17,8 @@ constexpr int64_t kLargestRank = 65536;
 constexpr const char* kFormat = "edgelora-adapter";
 constexpr const char* kFormatVersion = "1";
 constexpr size_t kNamesInMessage = 4;
+constexpr const char* kPrefixKeys = "prefix.keys";
+constexpr const char* kPrefixValues = "prefix.values";
 
 using Scalings = std::map<std::string, float>;  // by target
 
@@ -61,7 +63,6 @@ Scalings parse_scalings(const std::string& path, const SafeTensors& file) {
     }
     scalings[target] = static_cast<float>(scaling);
   }
-  if (scalings.empty()) refuse(path, "it has no targets");
   return scalings;
 }
 
@@ -206,9 +207,39 @@ SideBranch make_branch(const std::string& path, const SafeTensors& file, const s
   return branch;
 }
 
+bool is_prefix(const std::string& name) { return name == kPrefixKeys || name == kPrefixValues; }
+
+bool has_prefix(const SafeTensors& file) {
+  return file.tensors.count(kPrefixKeys) != 0 || file.tensors.count(kPrefixValues) != 0;
+}
+
+void check_prefix_shape(const std::string& path, const char* name, const SafeTensor& tensor,
+                        const PrefixShape& shape, int64_t positions) {
+  const std::vector<int64_t> expected{shape.layers, shape.heads, positions, shape.head_dim};
+  if (tensor.shape != expected || positions < 1) {
+    refuse(path, std::string(name) + " is " + to_string(tensor.shape) + ", the model needs [" +
+                     std::to_string(shape.layers) + ", " + std::to_string(shape.heads) +
+                     ", positions, " + std::to_string(shape.head_dim) + "]");
+  }
+  check_finite(path, name, tensor);
+}
+
+Prefix read_prefix(const std::string& path, const SafeTensors& file, const Scalings& scalings,
+                   const PrefixShape& shape) {
+  const SafeTensor& keys = factor(path, file, kPrefixKeys);
+  const SafeTensor& values = factor(path, file, kPrefixValues);
+  const int64_t positions = keys.shape.size() == 4 ? keys.shape[2] : 0;
+  check_prefix_shape(path, kPrefixKeys, keys, shape, positions);
+  check_prefix_shape(path, kPrefixValues, values, shape, positions);
+  if (keys.dtype != values.dtype) refuse(path, "its prefix is in F16 and in F32");
+  if (!scalings.empty()) refuse(path, "it has a prefix and targets, of which only one can be");
+  return {shape, positions, keys.dtype == "F16", keys.data, values.data};
+}
+
 // Every tensor must belong to a target with a scaling; missing ones are found by make_branch.
 void check_no_others(const std::string& path, const SafeTensors& file, const Scalings& scalings) {
   for (const auto& [name, tensor] : file.tensors) {
+    if (is_prefix(name)) continue;
     const size_t dot = name.rfind('.');
     const std::string suffix = dot == std::string::npos ? "" : name.substr(dot);
     const bool known = suffix == ".lora_a" || suffix == ".lora_b" || suffix == ".row_factor" ||
@@ -222,12 +253,15 @@ void check_no_others(const std::string& path, const SafeTensors& file, const Sca
 }  // namespace
 
 AdapterFile::AdapterFile(const std::string& path, const std::string& base_fingerprint,
-                         const Targets& targets)
+                         const Targets& targets, const PrefixShape& shape)
     : file_(path), base_fingerprint_(base_fingerprint) {
   const SafeTensors file = parse_safetensors(path, file_.data(), file_.size());
   check_metadata(path, file, base_fingerprint);
   const Scalings scalings = parse_scalings(path, file);
   invocation_ = parse_invocation(path, file);
+  if (has_prefix(file)) prefix_ = read_prefix(path, file, scalings, shape);
+  if (prefix_ && !invocation_.empty()) refuse(path, "its prefix cannot wait for invocation tokens");
+  if (!prefix_ && scalings.empty()) refuse(path, "it has no targets");
   check_all_known(path, scalings, targets);
   check_no_others(path, file, scalings);
   for (const auto& [target, scaling] : scalings) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -15,12 +16,16 @@ namespace edgelora {
 class AdapterFile {
  public:
   // Throws Error: one line with the file, what is wrong and what to do.
-  AdapterFile(const std::string& path, const std::string& base_fingerprint, const Targets& targets);
+  AdapterFile(const std::string& path, const std::string& base_fingerprint, const Targets& targets,
+              const PrefixShape& shape);
 
   // Null if the adapter leaves the target alone.
   const SideBranch* branch(const std::string& target) const;
 
   const std::unordered_map<std::string, SideBranch>& branches() const { return branches_; }
+
+  // Null if it puts nothing before the text; else it has no branches.
+  const Prefix* prefix() const { return prefix_ ? &*prefix_ : nullptr; }
 
   const std::string& base_fingerprint() const { return base_fingerprint_; }
 
@@ -32,6 +37,7 @@ class AdapterFile {
   std::string base_fingerprint_;
   std::vector<int32_t> invocation_;
   std::unordered_map<std::string, SideBranch> branches_;  // by target
+  std::optional<Prefix> prefix_;
 };
 
 }  // namespace edgelora

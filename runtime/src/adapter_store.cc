@@ -29,10 +29,14 @@ void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum)
   sum->terms.push_back({term.file, weight});
 }
 
-// ONNX Runtime adds no deltas: the only sum is the adapter itself.
+// ONNX Runtime adds no deltas, and prefixes have no sum: the only one is the adapter itself.
 Adapter sole(const Adapter& part, float weight, int64_t count) {
   if (count == 1 && weight == 1.0F) return std::make_shared<const ActiveAdapter>(*part);
-  throw Error(EDGELORA_INVALID_ARGUMENT, "flavor ort takes one adapter at a time with weight 1");
+  throw Error(EDGELORA_INVALID_ARGUMENT,
+              part->onnx_adapter
+                  ? "flavor ort takes one adapter at a time with weight 1"
+                  : "an adapter that is a prefix of the text cannot be weighted or added to others: "
+                    "name it alone with weight 1");
 }
 
 void check_finite(float value, const std::string& what) {
@@ -101,6 +105,13 @@ const std::string& ActiveAdapter::base_fingerprint() const {
   return onnx_adapter ? onnx_adapter->base_fingerprint() : terms.front().file->base_fingerprint();
 }
 
+std::shared_ptr<const Prefix> ActiveAdapter::prefix() const {
+  if (terms.empty()) return nullptr;
+  const std::shared_ptr<const AdapterFile>& file = terms.front().file;
+  if (file->prefix() == nullptr) return nullptr;
+  return {file, file->prefix()};
+}
+
 std::string shortened(const std::string& fingerprint) {
   constexpr size_t kShown = 7 + 12;  // "sha256:" and some digits
   return fingerprint.size() > kShown ? fingerprint.substr(0, kShown) + "…" : fingerprint;
@@ -161,10 +172,10 @@ AdapterStore& AdapterStore::instance() {
 }
 
 int64_t AdapterStore::load(const std::string& path, const std::string& base_fingerprint,
-                           const Targets& targets) {
+                           const Targets& targets, const PrefixShape& shape) {
   auto adapter = std::make_shared<ActiveAdapter>();
   adapter->terms.push_back(
-      {std::make_shared<const AdapterFile>(path, base_fingerprint, targets), 1.0F});
+      {std::make_shared<const AdapterFile>(path, base_fingerprint, targets, shape), 1.0F});
   return impl_->add_sum(std::move(adapter));
 }
 
@@ -180,7 +191,7 @@ int64_t AdapterStore::compose(const int64_t* handles, const float* weights, int6
   for (int64_t i = 0; i < count; ++i) {
     const Adapter part = find(handles[i]);
     if (!part) throw not_loaded(handles[i]);
-    if (part->onnx_adapter) return impl_->add(sole(part, weights[i], count));
+    if (part->onnx_adapter || part->prefix()) return impl_->add(sole(part, weights[i], count));
     for (const ActiveAdapter::Term& term : part->terms) {
       add_term(term, weights[i] * term.weight, sum.get());
     }

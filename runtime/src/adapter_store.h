@@ -11,6 +11,7 @@
 #include "kernels/kernels.h"
 #include "src/error.h"
 #include "src/packed_factors.h"
+#include "src/prefix.h"
 
 namespace edgelora {
 
@@ -56,6 +57,9 @@ struct ActiveAdapter {
 
   // Of the base that it was made for.
   const std::string& base_fingerprint() const;
+
+  // Null if nothing stands before the text. Keeps its file mapped.
+  std::shared_ptr<const Prefix> prefix() const;
 };
 
 // The first digits of a fingerprint, for messages.
@@ -75,14 +79,15 @@ class AdapterStore {
   static AdapterStore& instance();
 
   // Maps and checks an adapter.safetensors; throws Error. Every target's K and N must equal
-  // `targets`, base_fingerprint must equal the model's.
+  // `targets`, a prefix must have `shape`, base_fingerprint must equal the model's.
   int64_t load(const std::string& path, const std::string& base_fingerprint,
-               const Targets& targets);
+               const Targets& targets, const PrefixShape& shape);
 
   // A handle of an adapter of flavor ort.
   int64_t add(std::shared_ptr<const OnnxAdapter> adapter);
 
-  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error.
+  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error, also
+  // for a prefix, unless it is alone and has weight 1.
   int64_t compose(const int64_t* handles, const float* weights, int64_t count);
 
   // Drops the handle's reference; running computations finish with what they hold. Throws Error for

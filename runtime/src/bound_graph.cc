@@ -34,10 +34,15 @@ void BoundGraph::activate(const RunAdapter& adapter) {
   model_->flavor().activate(ort_, &adapter_, &run_);
 }
 
+void BoundGraph::begin_with(const Prefix* prefix) {
+  prefix_positions_ = prefix == nullptr ? 0 : prefix->positions;
+  if (prefix != nullptr) cache_.put(*prefix);
+}
+
 void BoundGraph::run(const Chunk& chunk, int64_t rows, float* logits) {
   std::copy_n(chunk.tokens, chunk.count, input_ids_.begin());
   run_.set_input("input_ids", ort_.tensor(input_ids_.data(), {1, chunk.count}));
-  const int64_t positions = chunk.position + chunk.count;
+  const int64_t positions = prefix_positions_ + chunk.position + chunk.count;
   if (static_cast<int64_t>(attention_mask_.size()) < positions) {
     attention_mask_.resize(static_cast<size_t>(positions), 1);
   }

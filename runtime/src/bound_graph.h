@@ -16,7 +16,7 @@ namespace edgelora {
 struct Chunk {
   const int32_t* tokens;
   int64_t count;     // 1…BoundGraph::kMostTokens
-  int64_t position;  // of the first token
+  int64_t position;  // of the first token, counted from the first one of the text
 };
 
 class BoundGraph {
@@ -27,6 +27,9 @@ class BoundGraph {
 
   // The adapter of the following runs, which must live until they have ended. Forgets terminate.
   void activate(const RunAdapter& adapter);
+
+  // What the text stands behind from now on; null: nothing. Whatever was computed is void.
+  void begin_with(const Prefix* prefix);
 
   // Computes the chunk; its keys and values are in the kv_cache afterwards. Throws Error; the
   // kv_cache before `position` stays as it was in any case.
@@ -43,6 +46,7 @@ class BoundGraph {
   std::shared_ptr<const Model> model_;
   const OnnxRuntime& ort_;
   KvCache cache_;
+  int64_t prefix_positions_ = 0;
   std::vector<int64_t> input_ids_;       // [kMostTokens]
   std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
   std::vector<int64_t> attention_mask_;  // all 1, as long as the longest run needed

@@ -6,6 +6,10 @@
 namespace edgelora {
 namespace {
 
+PrefixShape prefix_shape(const ManifestModel& model) {
+  return {model.num_hidden_layers, model.num_key_value_heads, model.head_dim};
+}
+
 // Our operators: they find the adapters that the input adapter_ids names in the store.
 class OwnFlavor : public Flavor {
  public:
@@ -34,7 +38,8 @@ class OwnFlavor : public Flavor {
 
   int64_t load_adapter_file(const OnnxRuntime&, const Manifest& manifest,
                             const std::string& path) const override {
-    return AdapterStore::instance().load(path, manifest.base_fingerprint, manifest.targets);
+    return AdapterStore::instance().load(path, manifest.base_fingerprint, manifest.targets,
+                                         prefix_shape(manifest.model));
   }
 
   bool takes(const OnnxRuntime&, const ActiveAdapter& adapter) const override {
@@ -79,26 +84,48 @@ class StockFlavor : public Flavor {
 
   int64_t load_adapter(const OnnxRuntime& ort, const Manifest& manifest,
                        const ManifestAdapter& adapter) const override {
+    if (is_safetensors(adapter.path)) return load_prefix(manifest, manifest.path(adapter.path));
     return AdapterStore::instance().add(std::make_shared<const OnnxAdapter>(
         ort, manifest.path(adapter.path), manifest.base_fingerprint, manifest.targets,
         adapter.invocation));
   }
 
-  int64_t load_adapter_file(const OnnxRuntime&, const Manifest&,
+  int64_t load_adapter_file(const OnnxRuntime&, const Manifest& manifest,
                             const std::string& path) const override {
+    if (is_safetensors(path)) return load_prefix(manifest, path);
     throw Error(EDGELORA_INVALID_ARGUMENT,
                 path + ": flavor ort takes the adapters of its bundle only, whose files name no " +
                     "base; export the bundle again with the adapter");
   }
 
+  // A prefix is of no onnxruntime: it goes into the kv_cache alone.
   bool takes(const OnnxRuntime& ort, const ActiveAdapter& adapter) const override {
-    return adapter.onnx_adapter != nullptr && adapter.onnx_adapter->is_of(ort);
+    if (adapter.onnx_adapter == nullptr) return adapter.prefix() != nullptr;
+    return adapter.onnx_adapter->is_of(ort);
   }
 
   void activate(const OnnxRuntime& ort, RunAdapter* adapter, GraphRun* run) const override {
-    if (adapter->active == nullptr) return;
+    if (adapter->active == nullptr || adapter->active->onnx_adapter == nullptr) return;
     ort.check(ort.api().RunOptionsAddActiveLoraAdapter(run->options(),
                                                        adapter->active->onnx_adapter->get()));
+  }
+
+ private:
+  static bool is_safetensors(const std::string& path) {
+    const std::string ending = ".safetensors";
+    return path.size() >= ending.size() &&
+           path.compare(path.size() - ending.size(), ending.size(), ending) == 0;
+  }
+
+  static int64_t load_prefix(const Manifest& manifest, const std::string& path) {
+    AdapterStore& store = AdapterStore::instance();
+    const int64_t handle = store.load(path, manifest.base_fingerprint, manifest.targets,
+                                      prefix_shape(manifest.model));
+    if (store.find(handle)->prefix() != nullptr) return handle;
+    store.unload(handle);
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                path + ": flavor ort takes no factors from such a file, only a prefix; export the " +
+                    "bundle again with the adapter");
   }
 };
 

@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/kernels.h"
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
+#include "src/prefix.h"
 
 namespace edgelora {
 
@@ -24,6 +26,7 @@ struct KvFormat {
   int64_t key_width;    // elements
   int64_t value_width;  // elements
   int64_t step;         // a cache's positions are a multiple of it
+  bool exact;           // of bytes: float32
 };
 
 class KvCache {
@@ -38,11 +41,28 @@ class KvCache {
   // [1, num_key_value_heads, capacity, key_width or value_width]
   OrtHandle<OrtValue> tensor(const OnnxRuntime& ort, size_t i) const;
 
+  // Its first positions, of a prefix that has the model's shape and no more positions than this.
+  void put(const Prefix& prefix);
+
  private:
+  // One head's keys and values of a position, for the cache's format.
+  struct Row {
+    int64_t layer;
+    int64_t head;
+    int64_t position;
+    const float* key;    // [head_dim]
+    const float* value;  // [head_dim]
+  };
+
+  char* tensor_data(size_t i) const;
+  void put_floats(const Row& row);
+  void put_bytes(const Row& row, const kernels::KernelTable& kernels);
+
   int64_t width(size_t i) const { return i % 2 == 0 ? format_.key_width : format_.value_width; }
 
   KvFormat format_;
   int64_t heads_;
+  int64_t head_dim_;
   int64_t capacity_;  // positions
   size_t bytes_;
   char* data_;

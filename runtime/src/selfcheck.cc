@@ -32,6 +32,12 @@ class Loaded {
   const int64_t handle_;
 };
 
+size_t prefix_positions(const Model& model, const Loaded& adapter) {
+  const std::shared_ptr<const ActiveAdapter> active = model.find_adapter(adapter.handle());
+  const std::shared_ptr<const Prefix> prefix = active ? active->prefix() : nullptr;
+  return prefix ? static_cast<size_t>(prefix->positions) : 0;
+}
+
 // [tokens, vocab_size] of a prompt: all but its last token at once, then that alone, so that the
 // kernels of prefill and of decode are both in use.
 std::vector<float> compute(Session* session, const Tokens& prompt, size_t vocab_size) {
@@ -68,7 +74,8 @@ Comparison compare(const std::shared_ptr<const Model>& model, const Expectations
   Comparison comparison;
   for (size_t i = 0; i < expectations.prompts.size(); ++i) {
     const Tokens& prompt = expectations.prompts[i];
-    Session session(model, {static_cast<int32_t>(prompt.size()), true});
+    const size_t positions = prompt.size() + prefix_positions(*model, adapter);
+    Session session(model, {static_cast<int32_t>(positions), true});
     session.set_adapter(adapter.handle(), Session::Cache::kRecompute);
     const std::vector<float> logits = compute(&session, prompt, vocab_size);
     for (const ExpectedLogit& logit : expectations.entries.at(name).logits) {

@@ -78,9 +78,17 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
 void Session::set_adapter(int64_t adapter, Cache cache) {
   const Use use(this);
   const std::shared_ptr<const ActiveAdapter> found = model_->find_adapter(adapter);
+  std::shared_ptr<const Prefix> prefix = found ? found->prefix() : nullptr;
+  check_prefix(prefix.get());
+  if (cache == Cache::kKeep && !is_kept_prefix(prefix.get())) {
+    throw Error(EDGELORA_INVALID_ARGUMENT,
+                "the kv_cache cannot be kept: with the adapter's prefix, or without the former "
+                "one's, the text stands at other positions; set it without keep_cache");
+  }
   const bool waits = found && !invoked_;
   invocation_ = waits ? found->invocation : std::vector<int32_t>();
   wanted_ = {waits ? found->before_handle : 0, adapter, 0};
+  active_prefix_ = std::move(prefix);
   adapter_ = adapter;
   cache_ = cache;
   look_for_invocation();
@@ -89,6 +97,24 @@ void Session::set_adapter(int64_t adapter, Cache cache) {
 // Tokens that a generate delivers do not move it until the next call, as in PEFT.
 void Session::look_for_invocation() {
   wanted_.start = invocation_.empty() ? 0 : last_occurrence(tokens_, invocation_);
+}
+
+void Session::check_prefix(const Prefix* prefix) const {
+  if (prefix == nullptr || static_cast<size_t>(prefix->positions) < context_length_) return;
+  throw Error(EDGELORA_CONTEXT_FULL,
+              "the adapter's prefix takes " + std::to_string(prefix->positions) +
+                  " positions, the context has " + std::to_string(context_length_) +
+                  ": nothing is left for text; make a session with a longer context_length");
+}
+
+bool Session::is_kept_prefix(const Prefix* prefix) const {
+  return cached_.size() == 0 || cached_prefix_.get() == prefix;
+}
+
+// Tokens that the context holds.
+size_t Session::room() const {
+  const int64_t taken = active_prefix_ ? active_prefix_->positions : 0;
+  return context_length_ - static_cast<size_t>(taken);
 }
 
 // A cancel from now on is for this call.
@@ -119,9 +145,10 @@ void Session::cancel() {
 void Session::check_tokens(const int32_t* tokens, size_t count) const {
   if (count == 0)
     throw Error(EDGELORA_INVALID_ARGUMENT, "the prompt is empty: 0 tokens, at least 1 is needed");
-  if (count > context_length_ - tokens_.size()) {
+  if (tokens_.size() > room() || count > room() - tokens_.size()) {
     throw Error(EDGELORA_CONTEXT_FULL, "the context is full: it has room for " +
-                                           std::to_string(context_length_) + " tokens, " +
+                                           std::to_string(room()) + " tokens" +
+                                           (active_prefix_ ? " behind the prefix, " : ", ") +
                                            std::to_string(tokens_.size()) + " are in it, " +
                                            std::to_string(count) + " more do not fit");
   }
@@ -161,6 +188,10 @@ void Session::run_chunk(const Chunk& chunk, float* all_logits) {
 // of the last one into next_logits_.
 void Session::compute(size_t end, float* all_logits) {
   for (size_t begin; (begin = cached_.size()) < end;) {
+    if (begin == 0) {
+      graph_.begin_with(active_prefix_.get());
+      cached_prefix_ = active_prefix_;
+    }
     const size_t last = std::min(end, wanted_.end_of(begin));
     const size_t count = std::min(last - begin, static_cast<size_t>(BoundGraph::kMostTokens));
     activate(wanted_.at(begin));
@@ -255,7 +286,7 @@ GenerateResult Session::generate(const GenerateOptions& options, int32_t* tokens
   Sampler sampler(options.sampling, vocabulary(*model_), tokens_);
   GenerateResult result = {0, EDGELORA_FINISH_LENGTH};
   while (result.count < options.max_new_tokens) {
-    if (tokens_.size() == context_length_) {
+    if (tokens_.size() >= room()) {
       result.finish = EDGELORA_FINISH_CONTEXT;
       break;
     }

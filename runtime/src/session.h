@@ -1,5 +1,8 @@
 // One sequence: its tokens, its kv_cache, its active adapter.
 //
+// An adapter may have a prefix: keys and values that the kv_cache then begins with, so that the text
+// stands behind them. The history is the text alone.
+//
 // The history may run ahead of the kv_cache: the last generated token is computed only when
 // something follows it, and a change of adapter makes all positions due again. Every step first
 // computes what is due.
@@ -58,6 +61,7 @@ class Session {
   // From any thread.
   void cancel();
 
+  // Of the text: an adapter's prefix is not counted.
   size_t position() const { return tokens_.size(); }
   const float* last_logits() const;  // [vocab_size], or null
   const Timings& timings() const { return timings_; }
@@ -70,6 +74,9 @@ class Session {
   void begin(const ActiveAdapter* adapter);
   void activate(int64_t adapter);
   void look_for_invocation();
+  void check_prefix(const Prefix* prefix) const;
+  bool is_kept_prefix(const Prefix* prefix) const;
+  size_t room() const;
   void check_tokens(const int32_t* tokens, size_t count) const;
   void extend(const int32_t* tokens, size_t count, float* all_logits);
   void make_due();
@@ -85,6 +92,8 @@ class Session {
   BoundGraph graph_;
   std::vector<int32_t> tokens_;  // the history
   CachedPositions cached_;       // at most tokens_
+  std::shared_ptr<const Prefix> active_prefix_;  // of adapter_; null: none
+  std::shared_ptr<const Prefix> cached_prefix_;  // what the positions of cached_ stand behind
   int64_t adapter_ = 0;
   Cache cache_ = Cache::kRecompute;  // what a change to adapter_ makes of the kv_cache
   const bool invoked_;

@@ -16,6 +16,7 @@ namespace {
 
 const Targets kTargets{{"up", {3, 20}}, {"down", {20, 3}}};
 constexpr int64_t kRank = 2;
+constexpr PrefixShape kPrefix{2, 1, 3};
 
 std::vector<float> counting(int64_t count) {
   std::vector<float> values;
@@ -40,7 +41,7 @@ std::string message_of(const std::function<void()>& action) {
 }
 
 int64_t load(const std::string& path) {
-  return AdapterStore::instance().load(path, kBase, kTargets);
+  return AdapterStore::instance().load(path, kBase, kTargets, kPrefix);
 }
 
 std::vector<WeightedBranch> branches_of(int64_t handle, const std::string& target) {
@@ -316,7 +317,8 @@ void test_compose_refuses_what_it_cannot_sum(const TemporaryFolder& folder) {
   AdapterBytes other = good();
   other.metadata()["base_fingerprint"] = "other";
   write_file(folder.file("b"), other.bytes());
-  const int64_t parts[] = {load(folder.file("a")), store.load(folder.file("b"), "other", kTargets)};
+  const int64_t parts[] = {load(folder.file("a")),
+                           store.load(folder.file("b"), "other", kTargets, kPrefix)};
   const float weights[] = {1, 1};
   const float infinite[] = {INFINITY};
   const int64_t base[] = {0};
@@ -326,6 +328,87 @@ void test_compose_refuses_what_it_cannot_sum(const TemporaryFolder& folder) {
   CHECK(message_of([&] { store.compose(base, weights, 1); }) == "adapter handle 0 is not loaded");
   CHECK(message_of([&] { store.compose(base, weights, 0); }).find("no adapters") !=
         std::string::npos);
+}
+
+AdapterBytes good_prefix() {
+  AdapterBytes file;
+  file.tensor("prefix.keys", {2, 1, 4, 3}, counting(24));
+  file.tensor("prefix.values", {2, 1, 4, 3}, std::vector<float>(24, 0.5F));
+  return file;
+}
+
+void test_a_prefix_gives_its_keys_and_values(const TemporaryFolder& folder) {
+  write_file(folder.file("prefix"), good_prefix().bytes());
+  const int64_t handle = load(folder.file("prefix"));
+  auto prefix = AdapterStore::instance().find(handle)->prefix();
+  float row[3];
+  prefix->read(prefix->keys, 1, 0, 2, row);
+  CHECK(prefix->positions == 4 && row[0] == 19.0F && row[2] == 21.0F);
+  AdapterStore::instance().unload(handle);
+  prefix->read(prefix->values, 1, 0, 3, row);  // still mapped
+  CHECK(row[2] == 0.5F);
+  write_file(folder.file("a"), good().bytes());
+  CHECK(AdapterStore::instance().find(load(folder.file("a")))->prefix() == nullptr);
+}
+
+void test_wrong_prefixes_are_refused_with_one_line(const TemporaryFolder& folder) {
+  const auto refused = [&](const std::function<void(AdapterBytes*)>& change) {
+    AdapterBytes file = good_prefix();
+    change(&file);
+    write_file(folder.file("wrong"), file.bytes());
+    return message_of([&] { load(folder.file("wrong")); });
+  };
+  const auto reshaped = [&](const std::vector<int64_t>& shape) {
+    return refused([&](AdapterBytes* file) { file->header["prefix.values"]["shape"] = shape; });
+  };
+  CHECK(refused([](AdapterBytes*) {}).empty());
+  for (const std::vector<int64_t>& shape :
+       {std::vector<int64_t>{2, 1, 12}, {1, 2, 4, 3}, {2, 2, 2, 3}, {2, 1, 3, 4}, {2, 1, 4, 3, 1}}) {
+    CHECK(reshaped(shape).find("prefix.values is [") != std::string::npos);
+  }
+  CHECK(refused([](AdapterBytes* file) {
+          file->tensor("up.bias", {20}, counting(20));
+        }).find("up.bias is a factor of no target") != std::string::npos);
+  CHECK(refused([](AdapterBytes* file) {
+          file->tensor("up.bias", {20}, counting(20));
+          file->scaling("up", 1);
+        }).find("a prefix and targets") != std::string::npos);
+  AdapterBytes half;
+  half.tensor("prefix.keys", {2, 1, 4, 3}, counting(24));
+  write_file(folder.file("wrong"), half.bytes());
+  CHECK(message_of([&] { load(folder.file("wrong")); }).find("prefix.values is missing") !=
+        std::string::npos);
+  AdapterBytes empty;
+  empty.tensor("prefix.keys", {2, 1, 0, 3}, {});
+  empty.tensor("prefix.values", {2, 1, 0, 3}, {});
+  write_file(folder.file("wrong"), empty.bytes());
+  CHECK(message_of([&] { load(folder.file("wrong")); }).find("prefix.keys is [2, 1, 0, 3]") !=
+        std::string::npos);
+  std::vector<float> values = counting(24);
+  values[7] = NAN;
+  AdapterBytes nan;
+  nan.tensor("prefix.keys", {2, 1, 4, 3}, counting(24));
+  nan.tensor("prefix.values", {2, 1, 4, 3}, values);
+  write_file(folder.file("wrong"), nan.bytes());
+  CHECK(message_of([&] { load(folder.file("wrong")); }).find("prefix.values holds NaN") !=
+        std::string::npos);
+}
+
+void test_a_prefix_is_neither_weighted_nor_added(const TemporaryFolder& folder) {
+  AdapterStore& store = AdapterStore::instance();
+  write_file(folder.file("prefix"), good_prefix().bytes());
+  write_file(folder.file("a"), good().bytes());
+  const int64_t handles[] = {load(folder.file("a")), load(folder.file("prefix"))};
+  const float ones[] = {1, 1};
+  const float half[] = {0.5F};
+  const auto refused = [&](const int64_t* parts, const float* weights, int64_t count) {
+    const auto text = message_of([&] { store.compose(parts, weights, count); });
+    return text.find("a prefix of the text cannot be weighted or added") != std::string::npos;
+  };
+  CHECK(refused(handles, ones, 2));
+  CHECK(refused(handles + 1, half, 1));
+  CHECK(store.find(store.compose(handles + 1, ones, 1))->prefix() ==
+        store.find(handles[1])->prefix());
 }
 
 void test_an_unloaded_adapter_lives_only_as_long_as_it_is_held(const TemporaryFolder& folder) {
@@ -384,6 +467,9 @@ int main() {
   test_compose_sums_rows(folder);
   test_compose_refuses_weights_that_overflow(folder);
   test_compose_refuses_what_it_cannot_sum(folder);
+  test_a_prefix_gives_its_keys_and_values(folder);
+  test_wrong_prefixes_are_refused_with_one_line(folder);
+  test_a_prefix_is_neither_weighted_nor_added(folder);
   test_an_unloaded_adapter_lives_only_as_long_as_it_is_held(folder);
   test_threads_find_and_unload_at_once(folder);
   std::printf("%d failures\n", failures.load());

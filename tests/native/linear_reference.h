@@ -155,7 +155,7 @@ struct TestedLinear {
     write_file(path, file.bytes());
     Targets targets;
     for (size_t i = 0; i < slices.size(); ++i) targets[names[i]] = {k, slices[i]};
-    return AdapterStore::instance().load(path, kBase, targets);
+    return AdapterStore::instance().load(path, kBase, targets, PrefixShape{});
   }
 };
 
