@@ -295,6 +295,18 @@ def test_limits_are_appended_below_one_head(tmp_path: Path) -> None:
     assert [line.partition(",m,")[2] for line in lines] == ["load,12.25,ms,100", "load,12.25,ms,"]
 
 
+def test_a_fingerprint_is_measured_by_a_refusal(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    write_random_adapter(base, 4, tmp_path / "a")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": tmp_path / "a"}, report=False)
+    found = list(limits.fingerprint("m", tmp_path / "bundle"))
+    assert [each.what for each in found] == [
+        "fingerprint check, median",
+        "fingerprint check, p99",
+    ]
+    assert 0 < found[0].value <= found[1].value
+
+
 # ---- preparation ----
 
 

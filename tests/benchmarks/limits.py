@@ -1,4 +1,6 @@
-"""The targets that are no token rates: load time, adapter switch, resident memory, library size."""
+"""The targets that are no token rates: load time, adapter switch, check of a fingerprint, resident
+memory, library size.
+"""
 
 import csv
 import statistics
@@ -16,13 +18,16 @@ from benchmarks.contestants import output
 from benchmarks.folder import Peers
 from benchmarks.rounds import commit, machine
 from edgelora import load, native
-from edgelora.model import Session
+from edgelora.errors import EdgeLoraError
+from edgelora.manifest import read_manifest
+from edgelora.model import Model, Session
 
 CSV = Path(__file__).parent / "results" / "limits.csv"
 ROOT = Path(__file__).parents[2]
 BUNDLES = ("int4", "int4-128", "nf4")
 LOADS = 5  # processes that load, each once
 SWITCHES = 1000
+CHECKS = 200  # of a fingerprint
 BURSTS, STEPS = 24, 8  # switches between decode steps, and steps from one to the next
 PROMPT_AND_NEW = ((128, 64), (1000, 24))  # contexts whose memory is measured
 OVERHEAD = 60  # MB beside weights and kv_cache
@@ -83,6 +88,7 @@ def measures(peers: Peers, models: Sequence[str], threads: int) -> Iterator[Meas
         bundle = peers.model(model) / "edgelora-adapters"
         if bundle.is_dir():
             yield partial(_switch, f"{model} int4", bundle, threads)
+            yield partial(fingerprint, f"{model} int4", bundle)
 
 
 def append(path: Path, limits: Iterable[Limit]) -> None:
@@ -159,6 +165,33 @@ def _switch(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
     later = [steps[0] - middle for (_, steps), middle in zip(bursts, rest, strict=True)]
     yield Limit(name, "first step after a switch − median step", statistics.median(later), "µs")
     yield Limit(name, "median step", statistics.median(rest), "µs")
+
+
+def fingerprint(name: str, bundle: Path) -> Iterator[Limit]:
+    """From the call to the refusal of an adapter of another base: mapping the file and reading its
+    header are in it, its factors are not looked at.
+    """
+    with tempfile.TemporaryDirectory() as folder, load(bundle) as model:
+        entry = read_manifest(bundle)["adapters"][model.adapters[0]]
+        ours = read_manifest(bundle)["base"]["fingerprint"].encode()
+        other = Path(folder) / "adapter.safetensors"
+        theirs = ours[:-1] + (b"1" if ours.endswith(b"0") else b"0")
+        other.write_bytes((bundle / entry["path"]).read_bytes().replace(ours, theirs, 1))
+        times = [1e3 * _refused(model, other) for _ in range(CHECKS)]
+    yield Limit(name, "fingerprint check, median", statistics.median(times), "ms", 1)
+    yield Limit(name, "fingerprint check, p99", percentile(times, 99), "ms")
+
+
+def _refused(model: Model, adapter: Path) -> float:
+    started = time.perf_counter()
+    try:
+        model.load_adapter("other", adapter)
+    except EdgeLoraError as error:
+        seconds = time.perf_counter() - started
+        if "made for the base" in str(error):
+            return seconds
+        raise
+    raise RuntimeError(f"{adapter}: taken, though it is of another base")
 
 
 def _burst(session: Session, adapter: str) -> tuple[float, list[float]]:
