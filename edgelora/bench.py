@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelora.errors import EdgeLoraError
+from edgelora.manifest import read_manifest
 from edgelora.model import Adapter, Model, Session, load
 
 SWITCHES = 1000
@@ -57,7 +58,7 @@ def bench(
     started = time.perf_counter()
     with load(bundle, threads=threads) as model:
         load_ms = 1e3 * (time.perf_counter() - started)
-        _check_length(bundle, model, prompt_tokens, new_tokens)
+        _check_length(bundle, model, prompt_tokens, new_tokens, _prefix_positions(bundle, adapter))
         for name in loaded:
             model.adapter_handle(name)
         prompt = [(7 * i + 11) % model.info.vocab_size for i in range(prompt_tokens)]
@@ -70,7 +71,7 @@ def bench(
             decode_tokens_per_second=rate,
             time_to_first_token_ms=1e3 * first,
             load_ms=load_ms,
-            switch_us=_switch_us(model) if model.adapters else None,
+            switch_us=_switch_us(bundle, model),
             resident_mb=_peak_resident_mb(),
             weight_mb=model.info.weight_bytes / 1e6,
             threads=model.info.threads,
@@ -82,8 +83,17 @@ def bench(
         )
 
 
-def _check_length(bundle: Path, model: Model, prompt_tokens: int, new_tokens: int) -> None:
-    asked, held = prompt_tokens + 1 + new_tokens, model.info.context_length
+def _prefix_positions(bundle: Path, adapter: Adapter) -> int:
+    """What the adapter takes of the context."""
+    names = [adapter] if isinstance(adapter, str) else [*(adapter or {})]
+    entries = (read_manifest(bundle)["adapters"].get(name, {}) for name in names)
+    return sum(entry.get("prefix", 0) for entry in entries)
+
+
+def _check_length(
+    bundle: Path, model: Model, prompt_tokens: int, new_tokens: int, prefix: int
+) -> None:
+    asked, held = prompt_tokens + 1 + new_tokens, model.info.context_length - prefix
     if asked > held:
         raise EdgeLoraError(
             f"{bundle}: {prompt_tokens} prompt tokens, the first token and {new_tokens} new tokens "
@@ -103,8 +113,12 @@ def _run(session: Session, prompt: list[int], new_tokens: int) -> tuple[float, f
     return prefill, first, produced / (time.perf_counter() - started - first)
 
 
-def _switch_us(model: Model) -> float:
-    names = [None, *model.adapters]
+def _switch_us(bundle: Path, model: Model) -> float | None:
+    """With a prefix the kv_cache cannot be kept; None without any other adapter."""
+    kept = [name for name in model.adapters if not _prefix_positions(bundle, name)]
+    names = [None, *kept]
+    if not kept:
+        return None
     with model.session() as session:
         session.prefill([0])
         return 1e6 * statistics.median(

@@ -168,6 +168,35 @@ def test_a_change_to_or_from_a_prefix_computes_the_text_anew(exported: Path) -> 
         assert np.array_equal(session.last_logits, model.logits(TOKENS, adapter="a")[-1])
 
 
+def test_the_prefix_stays_where_it_is_when_the_session_begins_anew(exported: Path) -> None:
+    with edgelora.load(exported) as model, model.session(adapter="a") as session:
+        for name in ("a", "a", None, "a", "p", "p", "a"):
+            session.rewind(0)
+            session.adapter = name
+            found = session.logits(TOKENS)
+            assert np.array_equal(found, model.logits(TOKENS, adapter=name))
+
+
+def test_activated_lora_and_a_prefix_take_turns(
+    base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    waits = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": TOKENS[6:8]}
+    adapters = {"a": folders["prefix"], "w": make_adapter(base, tmp_path / "w", **waits)}
+    edgelora.export(base, tmp_path / "out", adapters=adapters, report=False)
+    with edgelora.load(tmp_path / "out") as model, model.session() as session:
+        computed = {}
+        for step, name in enumerate((None, "w", "a", "w", "a", None)):
+            session.adapter = name
+            session.prefill(TOKENS[:1] if step else TOKENS)
+            computed[step, name] = session.timings.prefill_tokens
+            with model.session(adapter=name) as alone:
+                alone.prefill(TOKENS + step * TOKENS[:1])
+                assert np.array_equal(session.last_logits, alone.last_logits)
+        assert computed[1, "w"] < len(TOKENS) < computed[2, "a"] < computed[3, "w"]
+        with pytest.raises(EdgeLoraError, match="cannot be weighted or added"):
+            session.adapter = {"a": 1.0, "w": 1.0}
+
+
 def test_the_kv_cache_is_not_kept_over_a_change_of_prefix(exported: Path) -> None:
     with edgelora.load(exported) as model, model.session() as session:
         session.set_adapter("a", keep_cache=True)  # nothing is computed yet
@@ -363,6 +392,10 @@ def test_commands_take_a_prefix_as_any_adapter(exported: Path, folders: dict[str
     assert said["token_ids"] != base["token_ids"] and said["adapter"] == {"a": 1.0}
     assert ok("chat", exported, "--adapter", "p", text="hello\n/base\nhello\n/quit\n")
     assert "cannot be weighted" in fails("run", exported, "--prompt", "a", "--adapter", "a:0.5")
+    held = read_manifest(exported)["model"]["context_length"]
+    asked = ("bench", exported, "--adapter", "a", "--repeats", 1, "--prompt-tokens", held - 9)
+    assert "the context holds 251: ask for fewer" in fails(*asked, "--new-tokens", 8)
+    assert ok(*asked, "--new-tokens", 3, "--json")
     assert "a: a prefix of 5 positions" in ok("inspect", exported)
     assert "keys and values before the text" in ok("inspect", folders["prefix"])
     assert "that the base makes of them" in ok("inspect", folders["p_tuning"])

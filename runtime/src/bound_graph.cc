@@ -35,8 +35,10 @@ void BoundGraph::activate(const RunAdapter& adapter) {
 }
 
 void BoundGraph::begin_with(const Prefix* prefix) {
-  prefix_positions_ = prefix == nullptr ? 0 : prefix->positions;
-  if (prefix != nullptr) cache_.put(*prefix);
+  prefix_positions_ = 0;
+  if (prefix == nullptr) return;
+  cache_.put(*prefix);
+  prefix_positions_ = prefix->positions;
 }
 
 void BoundGraph::run(const Chunk& chunk, int64_t rows, float* logits) {

@@ -188,7 +188,8 @@ void Session::run_chunk(const Chunk& chunk, float* all_logits) {
 // of the last one into next_logits_.
 void Session::compute(size_t end, float* all_logits) {
   for (size_t begin; (begin = cached_.size()) < end;) {
-    if (begin == 0) {
+    if (begin == 0 && cached_prefix_ != active_prefix_) {
+      cached_prefix_.reset();  // until all of it is written
       graph_.begin_with(active_prefix_.get());
       cached_prefix_ = active_prefix_;
     }

@@ -93,7 +93,7 @@ class Session {
   std::vector<int32_t> tokens_;  // the history
   CachedPositions cached_;       // at most tokens_
   std::shared_ptr<const Prefix> active_prefix_;  // of adapter_; null: none
-  std::shared_ptr<const Prefix> cached_prefix_;  // what the positions of cached_ stand behind
+  std::shared_ptr<const Prefix> cached_prefix_;  // at the kv_cache's front, before those of cached_
   int64_t adapter_ = 0;
   Cache cache_ = Cache::kRecompute;  // what a change to adapter_ makes of the kv_cache
   const bool invoked_;
