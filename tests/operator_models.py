@@ -19,6 +19,9 @@ NF4 = np.array(
      -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
      0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
      0.7229568362236023, 1.0], np.float32)  # fmt: skip
+FP4 = np.array(
+    [0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3], np.float32
+) / np.float32(12)
 ROLES = ("codes", "scales", "zero_points", "absmax_offset", "absmax_table")  # inputs 2 to 6
 
 
@@ -31,7 +34,9 @@ class Packed:
     slices: list[int]
     matrix: NDArray[np.float64]
     arrays: dict[str, NDArray[Any]]
-    rounding: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))  # of nf4's table
+    rounding: NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros(())
+    )  # of nf4's, fp4's table
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,7 +121,8 @@ def floats(rows: int, columns: int) -> Packed:
     return Packed("float", 0, [rows], matrix.astype(np.float64), {"codes": pack_rows(matrix)})
 
 
-def nf4(slices: list[int], columns: int) -> Packed:
+def nf4(slices: list[int], columns: int, kind: str = "nf4") -> Packed:
+    """Or fp4, which differs in the values alone."""
     rng = np.random.default_rng([*slices, columns])
     codes = rng.integers(0, 16, (sum(slices), columns), np.uint8)
     table = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
@@ -139,7 +145,8 @@ def nf4(slices: list[int], columns: int) -> Packed:
         "absmax_table": table,
     }
     scale = np.concatenate(scale_parts)
-    return Packed("nf4", 64, slices, scale * NF4[codes], arrays, np.abs(scale) * 2 / 250)
+    matrix = scale * (NF4 if kind == "nf4" else FP4)[codes]
+    return Packed(kind, 64, slices, matrix, arrays, np.abs(scale) * 2 / 250)
 
 
 def packed_of(kind: str, rows: int, columns: int, block_size: int = 32) -> Packed:
@@ -147,8 +154,8 @@ def packed_of(kind: str, rows: int, columns: int, block_size: int = 32) -> Packe
         return int8(rows, columns, block_size)
     if kind == "float":
         return floats(rows, columns)
-    if kind == "nf4":
-        return nf4([rows], -(-columns // 32) * 32)
+    if kind in ("nf4", "fp4"):
+        return nf4([rows], -(-columns // 32) * 32, kind)
     return int4(rows, columns, block_size, kind.removeprefix("int4").strip("+"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import bitsandbytes.functional
@@ -22,10 +22,26 @@ from int8_attention import blocks_of, int8_kv_cache, round_int8
 
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
-NF4 = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy()
-# What integer kernels look up instead (ARCHITECTURE.md): bytes, or levels of seven bits with AVX2.
-BYTE_NF4 = np.round(NF4 * 124.125).astype(np.float32) / np.float32(124.125)
-LEVEL_NF4 = (4 * np.round((NF4 * 250 + 255) / 4) - 255).astype(np.float32) / np.float32(250)
+Look = Literal["values", "bytes", "levels"]
+# codebook → what integer kernels make of the value 1 (ARCHITECTURE.md): as bytes, or with AVX2 as
+# levels of seven bits, of which this one means 0
+ONES: dict[str, dict[Look, float]] = {
+    "nf4": {"bytes": 124.125, "levels": 250},
+    "fp4": {"bytes": 120, "levels": 240},
+}
+ZERO_LEVEL = {"nf4": 63.75, "fp4": 64}
+
+
+def codebook(kind: str, look: Look) -> NDArray[np.float32]:
+    """bitsandbytes' sixteen values, or what the integer kernels have in their place."""
+    values = bitsandbytes.functional.get_4bit_type(kind, device="cpu").numpy()
+    if look == "values":
+        return values
+    one = np.float32(ONES[kind][look])
+    if look == "bytes":
+        return np.round(values * one).astype(np.float32) / one
+    zero = ZERO_LEVEL[kind]
+    return (4 * (np.round(values * one / 4 + zero) - zero)).astype(np.float32) / one
 
 
 def float_model(folder: Path) -> PreTrainedModel:
@@ -145,9 +161,9 @@ class BundleWeights:
     code.
     """
 
-    def __init__(self, bundle: Path, nf4: NDArray[np.float32] = NF4) -> None:
-        """nf4: the codebook, BYTE_NF4 or LEVEL_NF4 for what the int8 kernels look up."""
-        self.nf4 = nf4
+    def __init__(self, bundle: Path, look: Look = "values") -> None:
+        """look: what stands for values of nf4 and fp4; the int8 kernels have bytes or levels."""
+        self.look = look
         self.graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         self.data = (bundle / "model.onnx.data").read_bytes()
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -199,9 +215,11 @@ class BundleWeights:
         if kind == "float":
             return codes.transpose(0, 2, 1).reshape(-1, width)[:rows].astype(np.float32)
         values = self._codes(codes, kind)[:rows, :width]
-        if kind.startswith("nf4"):
-            products = self._nf4(values.astype(np.intp), attributes["slices"], inputs)
-            dtype = getattr(torch, kind.partition("_")[2] or "float32")
+        name, _, rounding = kind.partition("_")
+        if name in ONES:
+            factors = codebook(name, self.look)[values.astype(np.intp)]
+            products = factors * self._absmax(factors.shape, attributes["slices"], inputs, name)
+            dtype = getattr(torch, rounding or "float32")
             return np.asarray(torch.tensor(products).to(dtype).float().numpy())
         scales = self._rows(inputs[1])[:rows]
         wide = np.repeat(scales, block, axis=1)[:, :width]
@@ -216,50 +234,33 @@ class BundleWeights:
         points = points.transpose(0, 2, 1).reshape(-1, points.shape[1])[:rows]
         return wide * (values - np.repeat(points, block, 1)[:, :width])
 
-    def _nf4(
-        self, codes: NDArray[np.intp], slices: list[int], inputs: list[str]
+    def _absmax(
+        self, shape: tuple[int, ...], slices: list[int], inputs: list[str], kind: str
     ) -> NDArray[np.float32]:
-        """bitsandbytes' arithmetic in float32, slice by slice.
-
-        Blocks of 64 of the flattened slice.
-        """
-        if not inputs[2]:
-            return self._plain_nf4(codes, slices, self.array(inputs[1]))
-        nested, absmax, offsets, table = (self.array(name) for name in inputs[1:5])
-        parts, row, group = [], 0, 0
-        for rows, offset in zip(slices, offsets, strict=True):
-            part = codes[row : row + rows]
-            blocks = -(-part.size // 64)
-            groups = -(-blocks // 256)
-            stored = absmax[256 * group : 256 * group + blocks]
-            scale = table[stored] * np.repeat(nested[group : group + groups], 256)[:blocks] + offset
-            scale = self._nf4_scale(scale.astype(np.float32))
-            wide = np.repeat(scale, 64)[: part.size].reshape(part.shape)
-            parts.append(self.nf4[part] * wide)
-            row, group = row + rows, group + groups
+        """Of each weight: bitsandbytes' arithmetic in float32, blocks of 64 of each slice."""
+        parts, start = [], 0
+        for i, rows in enumerate(slices):
+            size = rows * shape[1]
+            blocks = -(-size // 64)
+            stop = start + blocks
+            if inputs[2]:
+                nested, codes, offsets, table = (self.array(name) for name in inputs[1:5])
+                groups = np.repeat(nested, 256)[start:stop]
+                scale = (table[codes[start:stop]] * groups + offsets[i]).astype(np.float32)
+            else:
+                scale = self.array(inputs[1])[start:stop]
+            wide = np.repeat(self._kept(scale, kind), 64)[:size]
+            parts.append(wide.reshape(rows, shape[1]))
+            start += -(-blocks // 256) * 256
         return np.concatenate(parts)
 
-    def _plain_nf4(
-        self, codes: NDArray[np.intp], slices: list[int], absmax: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """The same without double quantization: each slice's absmax begins at a multiple of 256."""
-        parts, row, start = [], 0, 0
-        for rows in slices:
-            part = codes[row : row + rows]
-            blocks = -(-part.size // 64)
-            scale = self._nf4_scale(absmax[start : start + blocks])
-            wide = np.repeat(scale, 64)[: part.size].reshape(part.shape)
-            parts.append(self.nf4[part] * wide)
-            row, start = row + rows, start + -(-blocks // 256) * 256
-        return np.concatenate(parts)
-
-    def _nf4_scale(self, absmax: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _kept(self, absmax: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
         """absmax; for the int8 kernels in the 11 bits that they keep of its quotient by what stands
         for the value 1.
         """
-        if self.nf4 is NF4:
+        if self.look == "values":
             return absmax
-        one = np.float32(250 if self.nf4 is LEVEL_NF4 else 124.125)
+        one = np.float32(ONES[kind][self.look])
         mantissa, exponent = np.frexp(absmax / one)
         return np.ldexp(np.rint(mantissa * 2048) / 2048, exponent).astype(np.float32) * one
 
@@ -280,11 +281,9 @@ class BundleWeights:
         return ordered.reshape(panels * PANEL_ROWS, -1).astype(np.float32)
 
 
-def bundle_model(
-    bundle: Path, like: PreTrainedModel, nf4: NDArray[np.float32] = NF4
-) -> PreTrainedModel:
+def bundle_model(bundle: Path, like: PreTrainedModel, look: Look = "values") -> PreTrainedModel:
     """A float model with the bundle's own (dequantized) weights; `like` gives the architecture."""
-    weights = BundleWeights(bundle, nf4)
+    weights = BundleWeights(bundle, look)
     config = type(like.config).from_dict(like.config.to_dict() | {"tie_word_embeddings": False})
     model = type(like)(config)
     state = model.state_dict() | like.state_dict()

@@ -40,7 +40,7 @@ def dequantized(tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
 
 def from_codes(matrix: Nf4Matrix | PlainNf4Matrix) -> np.ndarray:
     """The formula of ARCHITECTURE.md, in float32, with bitsandbytes' own codebook."""
-    codebook = reference.get_4bit_type("nf4", device="cpu").numpy()
+    codebook = reference.get_4bit_type(matrix.codebook, device="cpu").numpy()
     if isinstance(matrix, PlainNf4Matrix):
         absmax = matrix.absmax
     else:
@@ -65,7 +65,6 @@ def test_values_equal_bitsandbytes(
         **shape,
     )
     checkpoint, tensors = open_checkpoint(path), load_file(path / WEIGHTS)
-    carried = quant_type == "nf4"
     for name in checkpoint.names():
         values, wanted = checkpoint.read(name), dequantized(tensors, name)
         assert values.dtype == np.float32 and values.shape == checkpoint.shape(name)
@@ -74,20 +73,22 @@ def test_values_equal_bitsandbytes(
         if quant_type == "nf4":
             assert np.array_equal(values.view(np.uint32), wanted.view(np.uint32)), name
         is_linear = "_proj." in name
-        assert checkpoint.stored_as(name) == ("nf4" if carried and is_linear else None)
+        assert checkpoint.stored_as(name) == (quant_type if is_linear else None)
         matrix = checkpoint.read_quantized(name)
-        assert (matrix is not None) == (carried and is_linear)
+        assert (matrix is not None) == is_linear
         if matrix is not None:
             assert isinstance(matrix, Nf4Matrix if double_quant else PlainNf4Matrix)
             exact = torch.from_numpy(from_codes(matrix))
             assert np.array_equal(exact.to(getattr(torch, dtype)).float().numpy(), wanted), name
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_codes_with_their_rounding_are_what_bitsandbytes_dequantizes(
-    dtype: str, tmp_path: Path
+    dtype: str, kind: str, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", dtype=dtype))
+    base = tiny_bitsandbytes(tmp_path / "base", dtype=dtype, quant_type=kind)
+    checkpoint = open_checkpoint(base)
     assert isinstance(checkpoint, BitsAndBytesCheckpoint)
     matrix = checkpoint.read_quantized(NAME)
     assert matrix is not None and matrix.rounded_to == dtype
@@ -96,17 +97,21 @@ def test_codes_with_their_rounding_are_what_bitsandbytes_dequantizes(
     assert checkpoint.obstacle(NAME) is None
 
 
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [({"quant_type": "fp4"}, "FP4"), ({"quant_type": "fp4", "double_quant": False}, "FP4")],
-)
-def test_obstacle_to_carrying_is_named(settings: dict[str, Any], why: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny_bitsandbytes(tmp_path / "base", **settings))
+def test_obstacle_to_carrying_is_named(tmp_path: Path) -> None:
+    path = tiny_bitsandbytes(tmp_path / "base", double_quant=False)
+    why = "blocks of 128"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:  # one weight in blocks of 128
+        tensors[f"{NAME}.absmax"] = tensors[f"{NAME}.absmax"][::2].contiguous()
+
+    edit(path, change)
+    edit_state(path, blocksize=128)
+    checkpoint = open_checkpoint(path)
     assert isinstance(checkpoint, BitsAndBytesCheckpoint)
     assert checkpoint.obstacle(NAME) == why
     assert checkpoint.stored_as(NAME) is None and checkpoint.read_quantized(NAME) is None
     assert checkpoint.obstacle("model.norm.weight") is None
-    assert take_inventory(checkpoint, {}).foreign == {why: 14}
+    assert take_inventory(checkpoint, {}).foreign == {why: 1}
 
 
 def test_biases_of_qwen2_stay_floats(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Our operators in a plain onnxruntime session, against numpy in float64 on the same codes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -47,7 +49,7 @@ def tolerance(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float64]:
     if has_amx() and x.size // x.shape[-1] > 16:
         bound += BFLOAT16 * products
     bound += activation_steps(x) @ (0.501 * magnitude.T)
-    if packed.format == "nf4":
+    if packed.format in ("nf4", "fp4"):
         bound += (np.abs(x) + activation_steps(x)) @ packed.rounding.T
     return bound
 
@@ -60,7 +62,7 @@ def check_linear(library: str, packed: Packed, batch: int, sequence: int) -> Non
     assert (np.abs(y - x @ packed.matrix.T) <= tolerance(packed, x)).all()
 
 
-KINDS = ["int4", "int4+zero_points", "int4+offsets", "int8", "float", "nf4"]
+KINDS = ["int4", "int4+zero_points", "int4+offsets", "int8", "float", "nf4", "fp4"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +162,7 @@ def test_linear_adds_a_residual(library: str, sequence: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sequence", [1, 3, 65])
 def test_linear_gates_its_halves(library: str, kind: str, sequence: int) -> None:
-    packed = nf4([48, 48], 96) if kind == "nf4" else packed_of(kind, 96, 96)
+    packed = nf4([48, 48], 96, kind) if kind in ("nf4", "fp4") else packed_of(kind, 96, 96)
     packed.slices = [48, 48]
     weight = np.random.default_rng(1).uniform(0.05, 0.2, 96).astype(np.float32)
     bias = np.linspace(-1, 1, 96, dtype=np.float32)
@@ -261,7 +263,7 @@ def test_linear_refuses_a_wrong_model(
         ({"zero_points": np.zeros(600, np.uint8)}, "absmax is uint8 [600], expected uint8 [512]"),
         ({"absmax_offset": np.zeros(2, np.float32)}, "expected float32 [1]"),
         ({"absmax_table": None}, "absmax_table is missing"),
-        ({"block_size": 32}, "block_size is 32, nf4 has 64"),
+        ({"block_size": 32}, "block_size is 32, nf4 and fp4 have 64"),
     ],
 )
 def test_linear_refuses_wrong_nf4(library: str, change: dict[str, object], message: str) -> None:
@@ -321,6 +323,8 @@ def test_embedding_refuses_an_id_out_of_range(library: str, token: int) -> None:
 def test_embedding_refuses_nf4(library: str) -> None:
     with pytest.raises(Exception, match="expected int4, int8 or float"):
         open_session(library, embedding_model(nf4([16], 32)))
+    with pytest.raises(Exception, match=r"fp4_float16.*expected int4, int8 or float"):
+        open_session(library, embedding_model(replace(nf4([16], 32), format="fp4_float16")))
 
 
 @pytest.mark.parametrize("sequence, n", [(1, 1), (1, 1536), (3, 17), (40, 500), (1, 20000)])

@@ -43,7 +43,7 @@ def random_int8(rows: int, columns: int, block_size: int) -> Int8Matrix:
 def random_plain_nf4(rows: int, columns: int) -> PlainNf4Matrix:
     nf4 = random_nf4(rows, columns)
     absmax = np.linspace(0.1, 1, len(nf4.absmax_codes), dtype=np.float32)
-    return PlainNf4Matrix(nf4.codes, absmax, "bfloat16")
+    return PlainNf4Matrix(nf4.codes, absmax, "bfloat16", "fp4")
 
 
 def random_nf4(rows: int, columns: int, seed: int = 0) -> Nf4Matrix:

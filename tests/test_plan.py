@@ -71,11 +71,12 @@ BASES = [
     held("int4", "int4", offsets=frozenset(LINEARS), adapters=ADAPTER),
     held("int8", "int8", adapters=ADAPTER),
     held("nf4", adapters=ADAPTER),
-    held(None, foreign={"FP4": 210}, adapters=ADAPTER),
+    held("fp4", adapters=ADAPTER),
+    held(None, foreign={"blocks of 128": 210}, adapters=ADAPTER),
 ]
 
 
-@pytest.mark.parametrize("base", BASES, ids=["float", "Q4_1", "Q8_0", "nf4", "fp4"])
+@pytest.mark.parametrize("base", BASES, ids=["float", "Q4_1", "Q8_0", "nf4", "fp4", "foreign"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -169,7 +170,7 @@ def test_nf4_base_stays_nf4_unless_something_else_is_asked_for() -> None:
     assert plan(base=held("nf4"), format="int4").format == "int4"
     made = plan(base=held("nf4"), block_size=32)
     assert (made.format, made.block_size) == ("int4", 32)
-    assert "210 NF4 matrices are dequantized: blocks of 32" in made.reasons["format"]
+    assert "are dequantized (210 NF4): blocks of 32" in made.reasons["format"]
     assert "210 in nf4) are dequantized: blocks of 32 were asked for" in made.reasons["carry"]
 
 
@@ -187,10 +188,22 @@ def test_nf4_needs_input_features_in_multiples_of_32() -> None:
     assert made.format == "int4" and "72 input features" in made.reasons["format"]
 
 
+def test_fp4_base_stays_fp4_and_all_else_becomes_nf4() -> None:
+    made = plan(base=held("fp4"))
+    assert (made.format, made.block_size, made.wanted(LINEAR)) == ("fp4", 64, "nf4")
+    assert "already: 210 FP4" in made.reasons["format"]
+    merged = plan(base=held("fp4", adapters={"a": {LINEAR: 8}}), mode="merge")
+    assert merged.format == "nf4" and "1 that the adapter changes" in merged.reasons["carry"]
+    assert plan(base=held("fp4"), format="nf4").format == "nf4"  # rounded anew, as asked for
+    assert "dequantized (210 FP4)" in plan(base=held("fp4"), flavor="ort").reasons["format"]
+
+
 def test_4_bit_matrices_that_nf4_cannot_hold_are_named() -> None:
-    made = plan(base=held(None, foreign={"FP4": 3, "blocks of 128": 4}))
+    made = plan(base=held(None, foreign={"absmax groups of 64": 3, "blocks of 128": 4}))
     assert made.format == "int4"
-    assert "cannot hold them: 3 in FP4, 4 in blocks of 128" in made.reasons["format"]
+    assert (
+        "cannot hold them: 3 in absmax groups of 64, 4 in blocks of 128" in made.reasons["format"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / "mixed.gguf", {"blk.0.attn_k.weight": "Q8_0", "": "Q4_1"}, source=source
         ),
         "nf4": tiny.tiny_bitsandbytes(folder / "nf4"),
+        "fp4": tiny.tiny_bitsandbytes(folder / "fp4", quant_type="fp4"),
         "plain nf4": tiny.tiny_bitsandbytes(folder / "plain", double_quant=False),
     }
 
@@ -197,6 +198,7 @@ SIZED: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {}),
     ("nf4", {}),
     ("plain nf4", {}),
+    ("fp4", {}),
     ("nf4", {"flavor": "ort"}),
 ]
 

@@ -50,15 +50,15 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
     model.
     """
     name = "a" if adapter else None
-    model = dequantized(bundle, plain, adapter, oracle.NF4)
+    model = dequantized(bundle, plain, adapter, "values")
     keep_row_factors(model, plain, adapter)
     exact = oracle.logits(model, TOKENS)
     with edgelora.load(bundle, threads=2, accuracy="float") as runtime:
         oracle.assert_close(runtime.logits(TOKENS, adapter=name), exact, EXACT_SHARE)
     with edgelora.load(bundle, threads=2) as runtime:
         ours = runtime.logits(TOKENS, adapter=name)
-        nf4 = oracle.LEVEL_NF4 if runtime.info.isa == "avx2" else oracle.BYTE_NF4
-    model = dequantized(bundle, plain, adapter, nf4)
+        look: oracle.Look = "levels" if runtime.info.isa == "avx2" else "bytes"
+    model = dequantized(bundle, plain, adapter, look)
     with oracle.int8_activations(model):
         keep_row_factors(model, plain, adapter)
         simulated = oracle.logits(model, TOKENS)
@@ -66,8 +66,10 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
     assert np.abs(ours - simulated).max() <= allowed
 
 
-def dequantized(bundle: Path, plain: Any, adapter: Path | None, nf4: Any) -> torch.nn.Module:
-    model = oracle.bundle_model(bundle, plain, nf4)
+def dequantized(
+    bundle: Path, plain: Any, adapter: Path | None, look: oracle.Look
+) -> torch.nn.Module:
+    model = oracle.bundle_model(bundle, plain, look)
     return model if adapter is None else with_adapter(model, adapter)
 
 
@@ -179,14 +181,17 @@ def test_gguf_codes_are_carried_losslessly(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bitsandbytes_folder_is_carried_bit_for_bit(tmp_path: Path, *, double_quant: bool) -> None:
-    base = tiny.tiny_bitsandbytes(tmp_path / "base", double_quant=double_quant)
-    edgelora.export(base, tmp_path / "bundle")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_folder_is_carried_bit_for_bit(
+    kind: str, tmp_path: Path, *, double_quant: bool
+) -> None:
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", quant_type=kind, double_quant=double_quant)
+    assert edgelora.export(base, tmp_path / "bundle").plan.format == kind
     checkpoint = open_checkpoint(base)
-    assert checkpoint.stored_as("model.layers.0.mlp.down_proj.weight") == "nf4"
+    assert checkpoint.stored_as("model.layers.0.mlp.down_proj.weight") == kind
     for target, weights in oracle.BundleWeights(tmp_path / "bundle").matrices():
         name = f"{target}.weight"
-        if checkpoint.stored_as(name) == "nf4":
+        if checkpoint.stored_as(name) == kind:
             assert np.array_equal(weights, checkpoint.read(name)), name
 
 
@@ -202,31 +207,43 @@ def test_bitsandbytes_logits_equal_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96}], ids=["whole", "across rows"])
-def test_nf4_without_double_quantization_equals_the_simulation(
-    sizes: dict[str, int], tmp_path: Path
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"double_quant": False},
+        {"double_quant": False, "quant_type": "fp4"},
+        {"quant_type": "fp4"},
+    ],
+    ids=["plain nf4", "plain fp4", "fp4"],
+)
+def test_carried_codes_equal_the_simulation(
+    kind: dict[str, Any], sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    """Both paths, with an adapter."""
+    """Both paths; nested fp4 without an adapter, whose int8 factors turn a hair into a step."""
     path = tmp_path / "base"
-    base = tiny.tiny_bitsandbytes(path, double_quant=False, **sizes)
+    base = tiny.tiny_bitsandbytes(path, **kind, **sizes)
     source = path.with_name("base-source")
     adapter = make_adapter(source, tmp_path / "a", target_modules="all-linear")
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
-    check(tmp_path / "bundle", oracle.float_model(source), adapter)
+    plain = "double_quant" in kind
+    check(tmp_path / "bundle", oracle.float_model(source), adapter if plain else None)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_16_bit_bitsandbytes_logits_equal_transformers(
-    dtype: str, tmp_path: Path, *, double_quant: bool
+    kind: str, dtype: str, tmp_path: Path, *, double_quant: bool
 ) -> None:
     """bitsandbytes rounds each weight to the quant_state's dtype, and so does the bundle."""
-    base = tiny.tiny_bitsandbytes(tmp_path / "base", dtype=dtype, double_quant=double_quant)
+    settings = {"quant_type": kind, "dtype": dtype, "double_quant": double_quant}
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", **settings)  # type: ignore[arg-type]
     adapter = make_adapter(tmp_path / "base-source", tmp_path / "a", target_modules="all-linear")
     report = edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
-    assert report.plan.format == "nf4"
+    assert report.plan.format == kind
     checkpoint = open_checkpoint(base)
     for target, weights in oracle.BundleWeights(tmp_path / "bundle").matrices():
-        if checkpoint.stored_as(name := f"{target}.weight") == "nf4":
+        if checkpoint.stored_as(name := f"{target}.weight") == kind:
             assert np.array_equal(weights, checkpoint.read(name)), name
     theirs = with_outer_weights(oracle.float_model(base), tmp_path / "bundle")
     for module in theirs.modules():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgelora.checkpoint.layout import check_layout
 from edgelora.checkpoint.protocol import StoredAs
-from edgelora.checkpoint.quant_state import CODEBOOKS, STATE, QuantState, read_state
+from edgelora.checkpoint.quant_state import STATE, QuantState, read_state
 from edgelora.checkpoint.safetensors import (
     StoredTensor,
     check_floats,
@@ -29,7 +29,7 @@ from edgelora.checkpoint.safetensors import (
 )
 from edgelora.config import ModelConfig
 from edgelora.layout import expected_tensors
-from edgelora.quantize import NF4_BLOCK, NF4_GROUP, Nf4Matrix, PlainNf4Matrix, round_to
+from edgelora.quantize import NF4_BLOCK, NF4_GROUP, VALUES, Nf4Matrix, PlainNf4Matrix, round_to
 
 _COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -65,7 +65,7 @@ class BitsAndBytesCheckpoint:
         if name not in self._states:
             return read_float(self._floats[name])
         state = self._states[name]
-        values = CODEBOOKS[state.kind][self._codes(name)]
+        values = VALUES[state.kind][self._codes(name)]
         blocks = self._absmax(name)
         whole = values.size // state.block_size * state.block_size
         values[:whole].reshape(-1, state.block_size)[...] *= blocks[
@@ -75,15 +75,16 @@ class BitsAndBytesCheckpoint:
         return round_to(values, state.dtype).reshape(state.shape)
 
     def stored_as(self, name: str) -> StoredAs | None:
-        return "nf4" if name in self._states and self.obstacle(name) is None else None
+        state = self._states.get(name)
+        return state.kind if state and not _obstacle(state) else None
 
     def obstacle(self, name: str) -> str | None:
-        """What our nf4 cannot hold of a 4-bit matrix; None where it can, and for floats."""
+        """What our formats cannot hold of a 4-bit matrix; None where it can, and for floats."""
         state = self._states.get(name)
         return _obstacle(state) if state else None
 
     def is_plain(self, name: str) -> bool:
-        """Whether it is in NF4 whose absmax is not quantized in its turn."""
+        """Whether it is in codes whose absmax is not quantized in its turn."""
         state = self._states.get(name)
         return state is not None and state.nested_block_size is None and not _obstacle(state)
 
@@ -93,7 +94,7 @@ class BitsAndBytesCheckpoint:
         state = self._states[name]
         if self.is_plain(name):
             codes = self._codes(name).reshape(state.shape)
-            return PlainNf4Matrix(codes, self._absmax(name), state.dtype)
+            return PlainNf4Matrix(codes, self._absmax(name), state.dtype, state.kind)
         return Nf4Matrix(
             codes=self._codes(name).reshape(state.shape),
             absmax_codes=self._tensors[f"{name}.absmax"].raw(),
@@ -101,6 +102,7 @@ class BitsAndBytesCheckpoint:
             absmax_offset=np.float32(state.nested_offset),
             absmax_table=read_float(self._tensors[f"{name}.nested_quant_map"]).reshape(-1),
             rounded_to=state.dtype,
+            codebook=state.kind,
         )
 
     def _codes(self, name: str) -> NDArray[np.uint8]:
@@ -140,9 +142,7 @@ class BitsAndBytesCheckpoint:
 
 
 def _obstacle(state: QuantState) -> str | None:
-    """Our nf4 holds NF4 in blocks of 64, double-quantized in groups of 256 or not at all."""
-    if state.kind != "nf4":
-        return state.kind.upper()
+    """Ours have blocks of 64, double-quantized in groups of 256 or not at all."""
     if state.block_size != NF4_BLOCK:
         return f"blocks of {state.block_size}"
     if state.nested_block_size not in (None, NF4_GROUP):

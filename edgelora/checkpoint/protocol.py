@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgelora.config import ModelConfig
 from edgelora.quantize.matrix import CodedMatrix
 
-StoredAs = Literal["int4", "int8", "nf4"]
+StoredAs = Literal["int4", "int8", "nf4", "fp4"]
 
 
 class Checkpoint(Protocol):

@@ -4,19 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edgelora.checkpoint.safetensors import StoredTensor, read_float
 from edgelora.errors import EdgeLoraError
 from edgelora.file_bytes import parse_json
-from edgelora.quantize import NF4_VALUES
+from edgelora.quantize import VALUES
 
-# bitsandbytes' FP4 (sign, two bits of exponent, one of mantissa) over its maximum 12, csrc/common.h
-_FP4_POSITIVE = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
-FP4_VALUES = np.concatenate([_FP4_POSITIVE, -_FP4_POSITIVE])
-CODEBOOKS = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
 STATE = ".quant_state.bitsandbytes__"
 _DTYPES = ("float32", "bfloat16", "float16")
 _CODEBOOK_TOLERANCE = 1e-6  # files differ in the last bit; bitsandbytes uses its own anyway
@@ -27,7 +23,7 @@ _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 class QuantState:
     """What the JSON beside a quantized weight says, checked against the tensors beside it."""
 
-    kind: str  # nf4 or fp4
+    kind: Literal["nf4", "fp4"]
     shape: tuple[int, int]
     block_size: int
     dtype: str
@@ -64,7 +60,7 @@ def _parse_state(values: Mapping[str, Any], kind: str) -> QuantState:
         nested_block_size=nested,
         nested_offset=float(values["nested_offset"]) if nested is not None else 0.0,
     )
-    if state.kind != kind or kind not in CODEBOOKS:
+    if state.kind != kind or kind not in VALUES:
         raise ValueError(f"quant_type {state.kind}")
     if state.dtype not in _DTYPES:
         raise ValueError(f"dtype {state.dtype}")
@@ -103,4 +99,4 @@ def _mismatches(tensors: Mapping[str, StoredTensor], name: str, state: QuantStat
 
 
 def _is_codebook(tensor: StoredTensor, kind: str) -> bool:
-    return np.allclose(read_float(tensor), CODEBOOKS[kind], rtol=0, atol=_CODEBOOK_TOLERANCE)
+    return np.allclose(read_float(tensor), VALUES[kind], rtol=0, atol=_CODEBOOK_TOLERANCE)

@@ -13,6 +13,7 @@ from edgelora.graph import COS, SIN, StoredMatrix
 from edgelora.graph.tensors import StoredTensor
 from edgelora.layout import EMBEDDING, Projection
 from edgelora.quantize import (
+    VALUES,
     NBitsLinear,
     PackedLinear,
     dequantize,
@@ -84,7 +85,7 @@ def _packed(
     """Inverse of PackedLinear.arrays and kind."""
     named: dict[str, Any] = dict(arrays)
     name, _, rounded_to = matrix.format.partition("_")
-    if name == "nf4":
+    if name in VALUES:
         named["rounded_to"] = rounded_to or "float32"
         if "zero_points" in named:
             named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")

@@ -74,10 +74,10 @@ class Subject:
         return max((prefix.positions for prefix in found if prefix), default=0)
 
     @property
-    def base_is_nf4(self) -> bool:
+    def base_is_coded(self) -> bool:
         """Then the base is what a QLoRA adapter saw, and merged_nf4 would be merged."""
         names = self.checkpoint.names()
-        return any(self.checkpoint.stored_as(name) == "nf4" for name in names)
+        return any(self.checkpoint.stored_as(name) in ("nf4", "fp4") for name in names)
 
     def variants(self) -> list[Variant]:
         """Grouped by adapter, each group led by what it is compared with. Activated LoRA is never
@@ -92,7 +92,7 @@ class Subject:
 
     @property
     def _merged_kinds(self) -> tuple[Kind, ...]:
-        return ("merged",) if self.base_is_nf4 else ("merged", "merged_nf4")
+        return ("merged",) if self.base_is_coded else ("merged", "merged_nf4")
 
     def exported(self) -> frozenset[Variant]:
         """Those that a bundle of this plan holds."""

@@ -23,7 +23,7 @@ class StoredTensor:
 class StoredMatrix:
     """A packed weight: its format and the initializers that are its operator inputs, by role."""
 
-    format: str  # "int4", "int8", "nf4", "nf4_bfloat16", "nf4_float16", "float"
+    format: str  # "int4", "int8", "float"; "nf4", "fp4", of them "…_bfloat16", "…_float16"
     block_size: int
     in_features: int
     out_features: int

@@ -11,6 +11,8 @@ EMBEDDING_BLOCK = 32  # of an embedding and lm_head in int8
 INT8_BLOCK = 128  # of a linear in int8
 SENSITIVE = ("v_proj", "down_proj")  # int8 in quality best: what 4 bits hurt most
 CARRIED_BLOCK = 32  # of GGUF's codes
+# Codes of one kind are kept where the other is wanted, unless that was asked for.
+_ALIKE = ({"int4", "int8"}, {"nf4", "fp4"})
 OUTER = (EMBEDDING, "lm_head")  # matrices in the embedding format, not in that of the linears
 
 
@@ -23,8 +25,8 @@ class Plan:
     """
 
     mode: str
-    format: str  # of the linears that are not carried
-    block_size: int  # of int4 that is not carried; 64 for nf4, 0 for float
+    format: str  # of the linears that are not carried; "fp4": all are carried so
+    block_size: int  # of int4 that is not carried; 64 for nf4 and fp4, 0 for float
     zero_points: bool
     embedding_format: str  # "int8", "int4" or "float"
     head_format: str  # likewise; a tied lm_head of the embedding's format is the same matrix
@@ -45,7 +47,7 @@ class Plan:
         outer = {EMBEDDING: self.embedding_format, "lm_head": self.head_format}
         if self.quality == "best" and target.endswith(SENSITIVE):
             return "int8"
-        return outer.get(target, self.format)
+        return outer.get(target, "nf4" if self.format == "fp4" else self.format)
 
     def could_share_head(self, config: ModelConfig) -> bool:
         """Whether lm_head is the embedding's matrix unless an adapter is merged into it."""
@@ -61,7 +63,7 @@ class Plan:
             return stored != "int4" or carry != "none"
         if self.flavor == "ort" and outer:
             return False  # GatherBlockQuantized has no offsets
-        return carry == "any" and {stored, wanted} <= {"int4", "int8"}
+        return carry == "any" and any({stored, wanted} <= kinds for kinds in _ALIKE)
 
 
 def int8_block(target: str) -> int:
@@ -75,7 +77,7 @@ class Kind:
 
     format: str
     block_size: int
-    extra: str = ""  # "zero_points" or "offsets" of int4, "plain" of nf4: absmax in float32
+    extra: str = ""  # "zero_points" or "offsets" of int4, "plain" of nf4, fp4: absmax in float32
 
 
 def is_carried(plan: Plan, base: Inventory, target: str) -> bool:
@@ -99,8 +101,8 @@ def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
     """How the bundle holds this matrix."""
     if is_carried(plan, base, target):
         stored = base.stored[target]
-        if stored == "nf4":
-            return Kind("nf4", 64, "plain" if target in base.plain else "")
+        if stored in ("nf4", "fp4"):
+            return Kind(stored, 64, "plain" if target in base.plain else "")
         return Kind(stored, CARRIED_BLOCK, "offsets" if target in base.offsets else "")
     match plan.wanted(target):
         case "float":

@@ -9,9 +9,9 @@ class Inventory:
     """Matrices go by their module path ("model.layers.0.mlp.up_proj")."""
 
     stored: Mapping[str, str] = field(default_factory=dict)
-    """Matrices that the base holds in codes of ours → "int4" (blocks of 32), "int8" or "nf4"."""
+    """Matrices that the base has in codes of ours → "int4" (blocks of 32), "int8", "nf4", "fp4"."""
     offsets: frozenset[str] = frozenset()  # those in int4 that have offsets: GGUF's Q4_1
-    plain: frozenset[str] = frozenset()  # those in nf4 whose absmax is float32
+    plain: frozenset[str] = frozenset()  # those in nf4 and fp4 whose absmax is float32
     foreign: Mapping[str, int] = field(default_factory=dict)
     """Why 4-bit matrices of a bitsandbytes folder are none of `stored` → how many."""
     adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -73,11 +73,11 @@ def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan
 
 
 def _merge_base(options: ExportOptions, base: Inventory) -> str | None:
-    """None where nothing is merged; a base in nf4 is what the adapter saw as it is."""
+    """None where nothing is merged; a base in nf4 or fp4 is what the adapter saw as it is."""
     if options.mode != "merge":
         return None
-    in_nf4 = "nf4" in base.stored.values()
-    return "nf4" if options.merge_base == "nf4" and not in_nf4 else "float"
+    coded = {"nf4", "fp4"} & {*base.stored.values()}
+    return "nf4" if options.merge_base == "nf4" and not coded else "float"
 
 
 def _outer_formats(config: ModelConfig, options: ExportOptions, base: Inventory) -> tuple[str, str]:
@@ -124,7 +124,7 @@ def _format(config: ModelConfig, options: ExportOptions, base: Inventory) -> str
     if options.format is not None:
         return options.format
     held = {kind for target, kind in base.stored.items() if target not in OUTER}
-    return "nf4" if "nf4" in held and not obstacle else "int4"
+    return "nf4" if held & {"nf4", "fp4"} and not obstacle else "int4"
 
 
 def _no_nf4(config: ModelConfig, options: ExportOptions) -> str | None:

@@ -65,7 +65,7 @@ def embedding_bytes(config: ModelConfig, plan: Plan, base: Inventory) -> int:
 
 
 def _projection_bytes(projection: Projection, plan: Plan, base: Inventory) -> int:
-    """Linears in one node share an nf4 table; they are in one where they are of one kind."""
+    """Linears in one node share an absmax table; they are in one where they are of one kind."""
     kinds = [kind_of(plan, base, linear.target) for linear in projection.linears]
     sizes = [
         _matrix_bytes(kind, (linear.out_features, linear.in_features), plan.flavor)
@@ -76,7 +76,7 @@ def _projection_bytes(projection: Projection, plan: Plan, base: Inventory) -> in
 
 
 def _tables(kinds: Iterable[Kind]) -> int:
-    return sum(_NF4_TABLE for kind in kinds if kind.format == "nf4" and not kind.extra)
+    return sum(_NF4_TABLE for kind in kinds if kind.format in ("nf4", "fp4") and not kind.extra)
 
 
 def _matrix_bytes(kind: Kind, shape: tuple[int, int], flavor: str) -> int:
@@ -87,7 +87,7 @@ def _matrix_bytes(kind: Kind, shape: tuple[int, int], flavor: str) -> int:
     match kind.format:
         case "float":
             return rows * shape[1] * 4
-        case "nf4":
+        case "nf4" | "fp4":
             groups = _ceil_div(shape[0] * shape[1], _NF4_GROUP)
             group = 256 * 4 if kind.extra == "plain" else 256 + 4
             return rows * columns // 2 + groups * group + 4

@@ -74,8 +74,8 @@ _FLAVORS = {
 def _merge_base(plan: Plan, facts: Facts) -> str:
     if plan.merge_base is None:
         return "nothing is merged"
-    if "nf4" in facts.base.stored.values():
-        return "the base is in nf4: what a QLoRA adapter saw in training"
+    if coded := {"nf4", "fp4"} & {*facts.base.stored.values()}:
+        return f"the base is in {' and '.join(sorted(coded))}: what a QLoRA adapter saw in training"
     if plan.merge_base == "nf4":
         return "asked for: the base as NF4 rounds it, which a QLoRA adapter saw in training"
     return "the base as it is given"
@@ -95,12 +95,14 @@ def _format(plan: Plan, facts: Facts) -> str:
     base, held = facts.base, Counter(facts.base.stored[t] for t in _held(facts, facts.linears))
     if facts.options.format is not None:
         return "asked for"
-    if plan.format == "nf4":
-        rest = len(facts.linears) - held["nf4"]
-        others = f"; the other {rest} are rounded to it" if rest else ""
-        return f"{held['nf4']} linears of the base are NF4 already{others}"
-    if held["nf4"]:
-        return f"4 bits; the base's {held['nf4']} NF4 matrices are dequantized: {facts.no_nf4}"
+    coded = {kind: held[kind] for kind in ("nf4", "fp4") if held[kind]}
+    names = ", ".join(f"{count} {kind.upper()}" for kind, count in coded.items())
+    if plan.format in ("nf4", "fp4"):
+        rest = len(facts.linears) - sum(coded.values())
+        others = f"; the other {rest} are rounded to NF4" if rest else ""
+        return f"linears of the base are in codes of ours already: {names}{others}"
+    if coded:
+        return f"4 bits; matrices of the base are dequantized ({names}): {facts.no_nf4}"
     if all(is_carried(plan, base, target) for target in facts.linears):
         return f"all linears of the base are {plan.format} already"
     kernels = ""
@@ -113,15 +115,16 @@ def _foreign(base: Inventory) -> str:
     if not base.foreign:
         return ""
     listed = ", ".join(f"{count} in {why}" for why, count in sorted(base.foreign.items()))
-    return f"; the base's 4-bit matrices are dequantized, since our nf4 cannot hold them: {listed}"
+    why = "our nf4 and fp4 cannot hold them"
+    return f"; the base's 4-bit matrices are dequantized, since {why}: {listed}"
 
 
 def _block_size(plan: Plan, facts: Facts) -> str:
     kinds = {kind_of(plan, facts.base, target) for target in facts.linears}
     if plan.format == "float":
         return "float has no blocks"
-    if plan.format == "nf4":
-        return "bitsandbytes' NF4 has blocks of 64"
+    if plan.format in ("nf4", "fp4"):
+        return "bitsandbytes' NF4 and FP4 have blocks of 64"
     if "block_size" in facts.notes:
         return facts.notes["block_size"]
     if facts.options.block_size is not None:

@@ -2,7 +2,7 @@
 
 from edgelora.quantize.compensated import compensate_int4
 from edgelora.quantize.curvature import Curvature, Product, factorize
-from edgelora.quantize.dequantize import NF4_VALUES, dequantize, round_to
+from edgelora.quantize.dequantize import NF4_VALUES, VALUES, dequantize, round_to
 from edgelora.quantize.int4 import quantize_int4
 from edgelora.quantize.int8 import quantize_int8
 from edgelora.quantize.matrix import (
@@ -30,6 +30,7 @@ __all__ = [
     "NF4_BLOCK",
     "NF4_GROUP",
     "NF4_VALUES",
+    "VALUES",
     "Curvature",
     "FloatMatrix",
     "Int4Matrix",

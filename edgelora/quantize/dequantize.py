@@ -38,6 +38,12 @@ NF4_VALUES = np.array(
     np.float32,
 )
 
+# bitsandbytes' FP4 (sign, two bits of exponent, one of mantissa) over its maximum 12, csrc/common.h
+_FP4_POSITIVE = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+FP4_VALUES = np.concatenate([_FP4_POSITIVE, -_FP4_POSITIVE])
+
+VALUES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}  # codebook → what its codes stand for
+
 Float32 = NDArray[np.float32]
 
 
@@ -46,7 +52,7 @@ def dequantize(matrix: Matrix) -> Float32:
     if isinstance(matrix, FloatMatrix):
         return matrix.weights
     if isinstance(matrix, Nf4Matrix | PlainNf4Matrix):
-        return _nf4(matrix)
+        return _coded(matrix)
     return _scaled(matrix)
 
 
@@ -100,14 +106,14 @@ def round_to(values: Float32, dtype: str) -> Float32:
     return values
 
 
-def _nf4(matrix: Nf4Matrix | PlainNf4Matrix) -> Float32:
+def _coded(matrix: Nf4Matrix | PlainNf4Matrix) -> Float32:
     codes = matrix.codes.reshape(-1)
     weights = np.empty(codes.size, np.float32)
     absmax = nf4_absmax(matrix)
 
     def work(part: slice) -> None:
         flat = slice(part.start * NF4_BLOCK, part.stop * NF4_BLOCK)
-        values = NF4_VALUES[codes[flat]]
+        values = VALUES[matrix.codebook][codes[flat]]
         product = values * np.repeat(absmax[part], NF4_BLOCK)[: values.size]
         weights[flat] = round_to(product, matrix.rounded_to)
 

@@ -10,6 +10,7 @@ BLOCK_SIZES = (32, 64, 128)  # of int4 and int8
 
 NF4_BLOCK = 64  # weights that share an absmax
 NF4_GROUP = 256  # absmax codes that share a nested absmax
+CODEBOOKS = ("nf4", "fp4")
 ROUNDINGS = ("float32", "bfloat16", "float16")  # what bitsandbytes rounds a weight to
 
 
@@ -56,7 +57,7 @@ class Int8Matrix:
 
 @dataclass(frozen=True)
 class Nf4Matrix:
-    """bitsandbytes' NF4 with double quantization: w = nf4[code]·absmax.
+    """bitsandbytes' NF4 or FP4 with double quantization: w = codebook[code]·absmax.
 
     Blocks of 64 run over the flattened matrix. codes uint8 [out_features, in_features] in 0…15;
     absmax_codes uint8 [ceil(size / 64)]; nested_absmax float32 [ceil(len(absmax_codes) / 256)];
@@ -72,9 +73,11 @@ class Nf4Matrix:
     absmax_offset: np.float32
     absmax_table: NDArray[np.float32]
     rounded_to: str = "float32"
+    codebook: str = "nf4"
 
     def __post_init__(self) -> None:
         check_rounding(self.rounded_to)
+        check_codebook(self.codebook)
         check_matrix("codes", self.codes, np.uint8)
         blocks = ceil_div(self.codes.size, NF4_BLOCK)
         check_array("absmax_codes", self.absmax_codes, np.uint8, (blocks,))
@@ -86,7 +89,7 @@ class Nf4Matrix:
 
 @dataclass(frozen=True)
 class PlainNf4Matrix:
-    """bitsandbytes' NF4 without double quantization: w = nf4[code]·absmax, as Nf4Matrix else.
+    """bitsandbytes' NF4 or FP4 without double quantization, as Nf4Matrix else.
 
     codes uint8 [out_features, in_features] in 0…15; absmax float32 [ceil(size / 64)].
     """
@@ -94,9 +97,11 @@ class PlainNf4Matrix:
     codes: NDArray[np.uint8]
     absmax: NDArray[np.float32]
     rounded_to: str = "float32"
+    codebook: str = "nf4"
 
     def __post_init__(self) -> None:
         check_rounding(self.rounded_to)
+        check_codebook(self.codebook)
         check_matrix("codes", self.codes, np.uint8)
         check_array("absmax", self.absmax, np.float32, (ceil_div(self.codes.size, NF4_BLOCK),))
 
@@ -134,6 +139,12 @@ def _check_blockwise(
     check_matrix("codes", codes, dtype)
     rows, columns = codes.shape
     check_array("scales", scales, np.float16, (rows, ceil_div(columns, block_size)))
+
+
+def check_codebook(codebook: str) -> None:
+    """ValueError unless it is one of CODEBOOKS."""
+    if codebook not in CODEBOOKS:
+        raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, not {codebook!r}")
 
 
 def check_rounding(rounded_to: str) -> None:

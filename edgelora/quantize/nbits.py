@@ -36,7 +36,7 @@ class NBitsLinear:
 
 
 def to_nbits(matrix: Matrix) -> NBitsLinear:
-    """ValueError for nf4, which these operators do not have."""
+    """ValueError for nf4 and fp4, which these operators do not have."""
     match matrix:
         case FloatMatrix():
             rows, columns = matrix.weights.shape
@@ -47,7 +47,7 @@ def to_nbits(matrix: Matrix) -> NBitsLinear:
         case Int4Matrix():
             kind, arrays = "int4", _int4(matrix)
         case _:
-            raise ValueError("nf4 needs our own operators: choose --flavor edgelora")
+            raise ValueError(f"{matrix.codebook} needs our own operators: choose --flavor edgelora")
     rows, columns = matrix.codes.shape
     return NBitsLinear(kind, matrix.block_size, columns, rows, arrays)
 
@@ -55,7 +55,7 @@ def to_nbits(matrix: Matrix) -> NBitsLinear:
 def to_rows(matrix: Matrix) -> NBitsLinear:
     """As GatherBlockQuantized takes it: codes [N, K] not padded; float for Gather: [N, K].
 
-    ValueError for int4 and nf4: an embedding here is int8 or float.
+    ValueError for int4, nf4 and fp4: an embedding here is int8 or float.
     """
     if isinstance(matrix, FloatMatrix):
         rows, columns = matrix.weights.shape

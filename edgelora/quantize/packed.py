@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgelora.quantize.matrix import (
+    CODEBOOKS,
     NF4_BLOCK,
     NF4_GROUP,
     FloatMatrix,
@@ -30,10 +31,10 @@ class PackedLinear:
     """The weights of one operator `Linear` or `Embedding` (ARCHITECTURE.md, "Weights: formats").
 
     P panels of 16 rows; in_features K is padded to a multiple of 32, Kp, in codes.
-    format: int4, int8, nf4 or float; block_size: weights that share a scale, 0 for float;
+    format: int4, int8, nf4, fp4 or float; block_size: weights that share a scale, 0 for float;
     slices: out_features of each slice, top to bottom.
     codes: uint8 [P, Kp/8, 64], int8 [P, Kp/4, 64], or the weights, float32 [P, K, 16].
-    nf4: the nested groups of the slices lie one after another, G of them in all.
+    nf4, fp4: the nested groups of the slices lie one after another, G of them in all.
     ValueError: an array that is missing, superfluous, or not as ARCHITECTURE.md has it.
     """
 
@@ -50,7 +51,7 @@ class PackedLinear:
     absmax_offset: NDArray[np.float32] | None = None  # [slices]
     absmax_table: NDArray[np.float32] | None = None  # [256]
     plain_absmax: NDArray[np.float32] | None = None  # [256·G], in place of the four above
-    rounded_to: str = "float32"  # nf4: as Nf4Matrix
+    rounded_to: str = "float32"  # nf4, fp4: as Nf4Matrix
 
     def __post_init__(self) -> None:
         check_rounding(self.rounded_to)
@@ -65,16 +66,18 @@ class PackedLinear:
                 check_array(name, array, *wanted[name])
 
     def _check_sizes(self) -> None:
-        if self.format not in ("int4", "int8", "nf4", "float"):
-            raise ValueError(f"format must be int4, int8, nf4 or float, not {self.format!r}")
+        if self.format not in ("int4", "int8", *CODEBOOKS, "float"):
+            raise ValueError(f"format must be int4, int8, nf4, fp4 or float, not {self.format!r}")
         if self.format in ("int4", "int8"):
             check_block_size(self.block_size)
-        elif self.block_size != (NF4_BLOCK if self.format == "nf4" else 0):
+        elif self.block_size != (NF4_BLOCK if self.format in CODEBOOKS else 0):
             raise ValueError(f"{self.format} has no block_size {self.block_size}")
         if self.in_features < 1 or not self.slices or min(self.slices) < 1:
             raise ValueError(f"bad sizes: {list(self.slices)} × {self.in_features}")
-        if self.format == "nf4" and self.in_features % K_STEP:
-            raise ValueError(f"nf4 needs in_features in multiples of 32, not {self.in_features}")
+        if self.format in CODEBOOKS and self.in_features % K_STEP:
+            raise ValueError(
+                f"{self.format} needs in_features in multiples of 32, not {self.in_features}"
+            )
         check_slices(self.slices)
 
     def _optional_arrays(self) -> dict[str, NDArray[Any] | None]:
@@ -88,9 +91,9 @@ class PackedLinear:
         steps = ceil_div(self.in_features, K_STEP) * K_STEP
         if self.format == "float":
             return {"codes": (np.float32, (panels, self.in_features, PANEL))}
-        if self.format == "nf4":
+        if self.format in CODEBOOKS:
             codes = (np.uint8, (panels, steps // 8, 64))
-            return {"codes": codes, **self._nf4_statistics()}
+            return {"codes": codes, **self._absmax_layout()}
         blocks = ceil_div(self.in_features, self.block_size)
         scales = (np.float16, (panels, blocks, PANEL))
         if self.format == "int8":
@@ -102,7 +105,7 @@ class PackedLinear:
             layout["offsets"] = scales
         return layout
 
-    def _nf4_statistics(self) -> Layout:
+    def _absmax_layout(self) -> Layout:
         blocks = [ceil_div(rows * self.in_features, NF4_BLOCK) for rows in self.slices]
         groups = sum(ceil_div(count, NF4_GROUP) for count in blocks)
         if self.plain_absmax is not None:
@@ -120,7 +123,7 @@ class PackedLinear:
 
     @property
     def kind(self) -> str:
-        """What the operators call it: the format, of nf4 with what its weights are rounded to."""
+        """What the operators call it: the format, of nf4, fp4 with what weights are rounded to."""
         return self.format if self.rounded_to == "float32" else f"{self.format}_{self.rounded_to}"
 
     @property
@@ -170,7 +173,7 @@ def same_kind(matrices: Sequence[Matrix]) -> bool:
     """Whether the matrices can be slices of one projection.
 
     They share format, block_size, in_features, and what moves zero: nothing, zero points or
-    offsets; for nf4 the absmax table.
+    offsets; for nf4 and fp4 the absmax table.
     """
     return len({_kind(matrix) for matrix in matrices}) <= 1
 
@@ -180,9 +183,9 @@ def _kind(matrix: Matrix) -> tuple[object, ...]:
         return "float", matrix.weights.shape[1]
     columns = matrix.codes.shape[1]
     if isinstance(matrix, Nf4Matrix):
-        return "nf4", columns, matrix.absmax_table.tobytes(), matrix.rounded_to
+        return matrix.codebook, columns, matrix.absmax_table.tobytes(), matrix.rounded_to
     if isinstance(matrix, PlainNf4Matrix):
-        return "plain nf4", columns, matrix.rounded_to
+        return "plain", matrix.codebook, columns, matrix.rounded_to
     if isinstance(matrix, Int8Matrix):
         return "int8", columns, matrix.block_size
     return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None

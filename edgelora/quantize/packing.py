@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from edgelora.quantize import panels
 from edgelora.quantize.matrix import (
+    CODEBOOKS,
     NF4_BLOCK,
     NF4_GROUP,
     FloatMatrix,
@@ -29,7 +30,7 @@ def concatenate(matrices: Sequence[Matrix]) -> Slices:
 
 
 def pack(weights: Matrix | Slices) -> PackedLinear:
-    """One matrix, or several slices. ValueError: codes over 15; nf4 with K no multiple of 32."""
+    """One matrix, or several slices. ValueError: codes over 15; nf4, fp4 of K no multiple of 32."""
     matrices = weights.matrices if isinstance(weights, Slices) else (weights,)
     parts = [_pack_one(matrix) for matrix in matrices]
     if len(parts) == 1:
@@ -103,7 +104,7 @@ def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
     absmax = np.zeros(len(matrix.nested_absmax) * NF4_GROUP, np.uint8)
     absmax[: len(matrix.absmax_codes)] = matrix.absmax_codes
     return PackedLinear(
-        format="nf4",
+        format=matrix.codebook,
         block_size=NF4_BLOCK,
         in_features=columns,
         slices=(rows,),
@@ -119,7 +120,7 @@ def _pack_nf4(matrix: Nf4Matrix) -> PackedLinear:
 def _pack_plain_nf4(matrix: PlainNf4Matrix) -> PackedLinear:
     rows, columns = matrix.codes.shape
     return PackedLinear(
-        format="nf4",
+        format=matrix.codebook,
         block_size=NF4_BLOCK,
         in_features=columns,
         slices=(rows,),
@@ -139,7 +140,7 @@ def unpack(packed: PackedLinear) -> list[Matrix]:
     if packed.format == "float":
         weights = panels.deinterleave(codes, rows)
         return [FloatMatrix(weights[part]) for part in parts]
-    if packed.format == "nf4":
+    if packed.format in CODEBOOKS:
         return _unpack_nf4(packed, panels.unpack_nibbles(codes, rows, columns), parts)
     assert packed.scales is not None  # PackedLinear has checked it
     scales = panels.deinterleave(packed.scales, rows)
@@ -183,7 +184,7 @@ def _unpack_nf4(packed: PackedLinear, codes: NDArray[np.uint8], parts: list[slic
         absmax = packed.absmax[group * NF4_GROUP : group * NF4_GROUP + blocks]
         nested = packed.nested_absmax[group : group + groups]
         statistics = (absmax, nested, offset, packed.absmax_table)
-        matrices.append(Nf4Matrix(codes[part], *statistics, packed.rounded_to))
+        matrices.append(Nf4Matrix(codes[part], *statistics, packed.rounded_to, packed.format))
         group += groups
     return matrices
 
@@ -199,6 +200,6 @@ def _unpack_plain_nf4(
     for part in parts:
         blocks = ceil_div((part.stop - part.start) * packed.in_features, NF4_BLOCK)
         own = absmax[start : start + blocks]
-        matrices.append(PlainNf4Matrix(codes[part], own, packed.rounded_to))
+        matrices.append(PlainNf4Matrix(codes[part], own, packed.rounded_to, packed.format))
         start += ceil_div(blocks, NF4_GROUP) * NF4_GROUP
     return matrices

@@ -8,7 +8,7 @@
 // speed.
 #pragma once
 
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 #include "kernels/scratch.h"
 
 namespace edgelora::kernels {
@@ -29,7 +29,7 @@ inline void store_totals(const double* totals, int64_t rows, int64_t columns, fl
   }
 }
 
-// absmax, if any, is [K / nf4_step, 16]; the strip of kFloat is used in place.
+// absmax, if any, is [K / absmax_step, 16]; the strip of kFloat is used in place.
 template <class Isa>
 void float_panel(const Weights& weights, const float* x, int64_t rows, int64_t panel,
                  const float* absmax, float* strip_memory, double* totals) {
@@ -59,7 +59,7 @@ void drive_linear_float(const Weights& weights, const float* x, int64_t rows, in
     const int64_t count = min_of(kRowTile, rows - m);
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       for (double& total : totals) total = 0.0;
-      if (weights.format == Format::kNf4) decode_absmax_panel(weights, p, 1.0f, absmax);
+      if (has_codebook(weights.format)) decode_absmax_panel(weights, p, 1.0f, absmax);
       float_panel<Isa>(weights, x + m * weights.in_features, count, p, absmax, strip, totals);
       store_totals(totals, count, panel_rows(weights, p), y + m * y_stride + p * kPanelRows,
                    y_stride);

@@ -11,9 +11,14 @@ namespace edgelora::kernels {
 inline constexpr int kPanelRows = 16;        // rows of N that a panel interleaves
 inline constexpr int kActivationBlock = 32;  // consecutive K values that share an activation scale
 
-enum class Format : uint8_t { kFloat, kInt4, kInt4ZeroPoints, kInt4Offsets, kInt8, kNf4 };
+enum class Format : uint8_t { kFloat, kInt4, kInt4ZeroPoints, kInt4Offsets, kInt8, kNf4, kFp4 };
 
-// What an nf4 weight is rounded to after its product: what bitsandbytes' quant_state says.
+// Codes that stand for the values of a codebook, times absmax.
+constexpr bool has_codebook(Format format) {
+  return format == Format::kNf4 || format == Format::kFp4;
+}
+
+// What an nf4 or fp4 weight is rounded to after its product: what bitsandbytes' quant_state says.
 enum class Rounding { kNone, kBfloat16, kFloat16 };
 
 // One packed linear; every pointer into memory owned by somebody else, none needs alignment beyond
@@ -22,24 +27,24 @@ struct Weights {
   Format format;
   int64_t in_features;     // K
   int64_t out_features;    // N
-  int64_t block_size;      // 32, 64 or 128 (nf4: 64)
+  int64_t block_size;      // 32, 64 or 128 (nf4, fp4: 64)
   const void* codes;       // kFloat: float32 weights
   // Where panels have room for more K than in_features (a cache that grows along K): bytes of codes
   // and blocks of scales, zero points or offsets from one panel to the next. 0: tightly packed.
   int64_t panel_stride;
   int64_t block_stride;
-  // float16 [P, blocks, 16]; null for kFloat. kNf4: what `unpack_absmax` wrote, for `linear` alone.
+  // float16 [P, blocks, 16]; null for kFloat. kNf4, kFp4: what `unpack_absmax` wrote, for `linear` alone.
   const uint16_t* scales;
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;
-  // nf4 only
+  // nf4 and fp4 only
   const uint8_t* absmax;       // codes, slices padded to multiples of 256; null: not quantized
   const float* nested_absmax;  // one for 256 absmax codes; without codes absmax itself, padded so
   const float* absmax_offset;  // [slices]
   const float* absmax_table;   // [256]
   Rounding rounding;           // of each weight, in linear_float and dequantize_row
   float scale_unit;            // a power of two, of which `scales` are multiples
-  // [slice_count] out_features of each slice; nf4's blocks are counted in each anew
+  // [slice_count] out_features of each slice; blocks of absmax are counted in each anew
   const int64_t* slices;
   int64_t slice_count;
 };
@@ -94,8 +99,8 @@ struct KernelTable {
   void (*linear)(const Weights& weights, const Activations& x, int64_t panel_begin,
                  int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 
-  // kNf4: the scales of one panel for this ISA's `linear`, from absmax and scale_unit; float16
-  // [nf4_panel_scales(weights)]. scratch as for `linear`.
+  // kNf4, kFp4: the scales of one panel for this ISA's `linear`, from absmax and scale_unit; float16
+  // [absmax_panel_scales(weights)]. scratch as for `linear`.
   void (*unpack_absmax)(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch);
 
   // The exact path: float32 activations [M, K] (row stride K), weights dequantized exactly as
@@ -140,9 +145,9 @@ struct KernelTable {
 // Bytes of scratch that `linear` and `linear_float` want for these weights.
 int64_t linear_scratch_bytes(const Weights& weights);
 
-// kNf4: values of a panel's scales, and the unit of which float16 holds them all.
-int64_t nf4_panel_scales(const Weights& weights);
-float nf4_scale_unit(const Weights& weights);
+// kNf4, kFp4: values of a panel's scales, and the unit of which float16 holds them all.
+int64_t absmax_panel_scales(const Weights& weights);
+float absmax_scale_unit(const Weights& weights);
 
 // CPU features as a mask; `detect_features` reads this machine.
 using Features = uint64_t;

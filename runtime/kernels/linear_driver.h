@@ -11,7 +11,7 @@
 
 #include <cassert>
 
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 #include "kernels/scratch.h"
 
 namespace edgelora::kernels {
@@ -27,7 +27,7 @@ struct RowTile {
   const int32_t* terms;   // [blocks, rows], factor · Σ codes; null if the ISA wants none
   const float* shifts;    // [blocks, rows], scale · Σ codes; kInt4Offsets only
   const int16_t* starts;  // [blocks, rows, 2, 2], and
-  const uint8_t* wide;    // [blocks], of avx2's nf4
+  const uint8_t* wide;    // [blocks], of avx2's nf4 and fp4
 };
 
 // One panel of W.
@@ -124,7 +124,7 @@ inline PanelView panel_view(const Weights& weights, int64_t panel) {
   return view;
 }
 
-// nf4's scales are multiples of a unit.
+// Scales made of absmax are multiples of a unit.
 inline void scale_tile(float unit, int64_t rows, float* acc) {
   for (int64_t i = 0; i < rows * kPanelRows; ++i) acc[i] *= unit;
 }
@@ -155,6 +155,8 @@ void run_panel(Format format, const PanelView& view, const Tile& x, float* acc) 
       return Isa::template panel<Format::kInt8>(view, x, acc);
     case Format::kNf4:
       return Isa::template panel<Format::kNf4>(view, x, acc);
+    case Format::kFp4:
+      return Isa::template panel<Format::kFp4>(view, x, acc);
     case Format::kFloat:
       return;  // has no integer path
   }
@@ -167,7 +169,7 @@ void run_panels(const Weights& weights, const Tile& x, int64_t panel_begin, int6
   alignas(64) float acc[kRowTile * kPanelRows];
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     run_panel<Isa>(weights.format, panel_view(weights, p), x, acc);
-    if (weights.format == Format::kNf4) scale_tile(weights.scale_unit, x.rows, acc);
+    if (has_codebook(weights.format)) scale_tile(weights.scale_unit, x.rows, acc);
     store_tile(acc, x.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
   }
 }

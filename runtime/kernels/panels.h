@@ -13,8 +13,8 @@
 namespace edgelora::kernels {
 namespace {
 
-constexpr int64_t kNf4Block = 64;     // flattened weights that share an absmax
-constexpr int64_t kNf4Group = 256;    // absmax codes that share a nested absmax
+constexpr int64_t kAbsmaxBlock = 64;     // flattened weights that share an absmax
+constexpr int64_t kAbsmaxGroup = 256;    // absmax codes that share a nested absmax
 constexpr int64_t kRowTile = 32;      // rows of activations that share one unpacking of the codes
 constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
@@ -52,12 +52,12 @@ inline const uint8_t* panel_codes(const Weights& weights, int64_t panel) {
          panel * (weights.panel_stride != 0 ? weights.panel_stride : panel_code_bytes(weights));
 }
 
-// nf4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only when
+// nf4, fp4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only when
 // 64 divides K; else a row may start in the middle of one, and 32 is what divides both.
-inline int64_t nf4_step(int64_t in_features) { return in_features % kNf4Block == 0 ? 64 : 32; }
+inline int64_t absmax_step(int64_t in_features) { return in_features % kAbsmaxBlock == 0 ? 64 : 32; }
 
 inline int64_t scale_block_size(const Weights& weights) {
-  return weights.format == Format::kNf4 ? nf4_step(weights.in_features) : weights.block_size;
+  return has_codebook(weights.format) ? absmax_step(weights.in_features) : weights.block_size;
 }
 
 inline int64_t scale_blocks(const Weights& weights) {
@@ -69,34 +69,34 @@ inline int64_t first_scale_block(const Weights& weights, int64_t panel) {
   return panel * (weights.block_stride != 0 ? weights.block_stride : scale_blocks(weights));
 }
 
-// Rows of the nf4 slice that a panel belongs to, and where that slice's absmax starts.
-struct Nf4Slice {
+// Rows of the slice that a panel belongs to, and where that slice's absmax starts.
+struct AbsmaxSlice {
   int64_t first_row;    // of the slice
   int64_t first_block;  // of the slice in absmax, a multiple of 256
   float offset;
 };
 
-inline Nf4Slice nf4_slice(const Weights& weights, int64_t row) {
+inline AbsmaxSlice absmax_slice(const Weights& weights, int64_t row) {
   const bool plain = weights.absmax == nullptr;
-  Nf4Slice slice{0, 0, plain ? 0.0f : weights.absmax_offset[0]};
+  AbsmaxSlice slice{0, 0, plain ? 0.0f : weights.absmax_offset[0]};
   for (int64_t i = 0; i + 1 < weights.slice_count; ++i) {
     if (row < slice.first_row + weights.slices[i]) break;
-    const int64_t blocks = ceil_div(weights.slices[i] * weights.in_features, kNf4Block);
+    const int64_t blocks = ceil_div(weights.slices[i] * weights.in_features, kAbsmaxBlock);
     slice.first_row += weights.slices[i];
-    slice.first_block += ceil_div(blocks, kNf4Group) * kNf4Group;
+    slice.first_block += ceil_div(blocks, kAbsmaxGroup) * kAbsmaxGroup;
     if (!plain) slice.offset = weights.absmax_offset[i + 1];
   }
   return slice;
 }
 
-// factor · absmax of one row, one for each nf4_step of K, to out[0], out[stride], …
+// factor · absmax of one row, one for each absmax_step of K, to out[0], out[stride], …
 inline void decode_absmax_row(const Weights& weights, int64_t row, float factor, float* out,
                               int64_t stride) {
-  const Nf4Slice slice = nf4_slice(weights, row);
+  const AbsmaxSlice slice = absmax_slice(weights, row);
   const float* table = weights.absmax_table;
-  const int64_t step = nf4_step(weights.in_features);
+  const int64_t step = absmax_step(weights.in_features);
   const int64_t halves =
-      kNf4Block / step;  // steps in a block: 1, or 2 where a row may start in one
+      kAbsmaxBlock / step;  // steps in a block: 1, or 2 where a row may start in one
   const int64_t end = weights.in_features / step;
   int64_t at = (row - slice.first_row) * weights.in_features / step;  // steps before, in the slice
   if (weights.absmax == nullptr) {
@@ -105,9 +105,9 @@ inline void decode_absmax_row(const Weights& weights, int64_t row, float factor,
     return;
   }
   for (int64_t i = 0; i < end;) {
-    const int64_t group = (slice.first_block + at / halves) / kNf4Group;
+    const int64_t group = (slice.first_block + at / halves) / kAbsmaxGroup;
     const float nested = weights.nested_absmax[group];
-    const int64_t group_end = ((group + 1) * kNf4Group - slice.first_block) * halves;
+    const int64_t group_end = ((group + 1) * kAbsmaxGroup - slice.first_block) * halves;
     const int64_t count = min_of(end - i, group_end - at);
     const uint8_t* codes = weights.absmax + slice.first_block;
     float* to = out + i * stride;
@@ -137,8 +137,8 @@ inline void look_up_absmax(const Weights& weights, const uint8_t* codes, int64_t
 // one vector.
 inline void decode_full_absmax_panel(const Weights& weights, int64_t panel, float factor,
                                      float* out) {
-  const int64_t blocks = weights.in_features / kNf4Block;  // of a row
-  const Nf4Slice slice = nf4_slice(weights, panel * kPanelRows);
+  const int64_t blocks = weights.in_features / kAbsmaxBlock;  // of a row
+  const AbsmaxSlice slice = absmax_slice(weights, panel * kPanelRows);
   const int64_t first =
       slice.first_block + (panel * kPanelRows - slice.first_row) * blocks;  // of the panel
   look_up_absmax(weights, weights.absmax + first, blocks, out);
@@ -146,9 +146,9 @@ inline void decode_full_absmax_panel(const Weights& weights, int64_t panel, floa
     float nested[kPanelRows];
     int64_t end = blocks;
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      const int64_t row = first + r * blocks, group = (row + i) / kNf4Group;
+      const int64_t row = first + r * blocks, group = (row + i) / kAbsmaxGroup;
       nested[r] = weights.nested_absmax[group];
-      end = min_of(end, (group + 1) * kNf4Group - row);
+      end = min_of(end, (group + 1) * kAbsmaxGroup - row);
     }
     for (; i < end; ++i) {
       float* to = out + i * kPanelRows;
@@ -159,10 +159,10 @@ inline void decode_full_absmax_panel(const Weights& weights, int64_t panel, floa
   }
 }
 
-// factor · absmax of a panel as float [K / nf4_step, 16]; rows beyond N get 0.
+// factor · absmax of a panel as float [K / absmax_step, 16]; rows beyond N get 0.
 inline void decode_absmax_panel(const Weights& weights, int64_t panel, float factor, float* out) {
   const int64_t rows = panel_rows(weights, panel);
-  if (rows == kPanelRows && weights.in_features % kNf4Block == 0 && weights.absmax != nullptr) {
+  if (rows == kPanelRows && weights.in_features % kAbsmaxBlock == 0 && weights.absmax != nullptr) {
     return decode_full_absmax_panel(weights, panel, factor, out);
   }
   for (int64_t r = 0; r < rows; ++r) {

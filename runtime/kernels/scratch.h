@@ -7,12 +7,12 @@ namespace edgelora::kernels {
 namespace {
 
 struct ScratchLayout {
-  int64_t absmax;  // nf4: float [K / nf4_step, 16], of one panel
+  int64_t absmax;  // nf4, fp4: float [K / absmax_step, 16], of one panel
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]; neon_i8mm: twice as many
   int64_t scales;  // float [Kp / 32, kRowTile]; neon_i8mm: twice as many
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
-  int64_t starts;  // nf4: int16 [Kp / 32, kRowTile, 2, 2]
-  int64_t wide;    // nf4: uint8 [Kp / 32, kRowTile]
+  int64_t starts;  // nf4, fp4: int16 [Kp / 32, kRowTile, 2, 2]
+  int64_t wide;    // nf4, fp4: uint8 [Kp / 32, kRowTile]
   int64_t wide_rows;  // bfloat16 [Kp / 32, kWideRows, 32]; amx_bf16 only
   int64_t strip;   // float [kFloatStrip, 16]
   int64_t bytes;   // all of it
@@ -28,13 +28,13 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   const int64_t blocks = activation_blocks(weights.in_features);
   ScratchLayout layout{};
   int64_t end = 0;
-  if (weights.format == Format::kNf4) {
+  if (has_codebook(weights.format)) {
     layout.absmax = take(end, scale_blocks(weights) * kPanelRows * 4);
   }
   layout.terms = take(end, blocks * kRowTile * 8);
   layout.scales = take(end, blocks * kRowTile * 8);
   layout.codes = take(end, blocks * kRowTile * kActivationBlock);
-  if (weights.format == Format::kNf4) {
+  if (has_codebook(weights.format)) {
     layout.starts = take(end, blocks * kRowTile * 8);
     layout.wide = take(end, blocks * kRowTile);
   }

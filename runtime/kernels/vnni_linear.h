@@ -3,7 +3,7 @@
 // y[m, n] = Σ_b xscale[m, b] · (scale[n, b] · dot_b [+ offset[n, b] · sum_b]),  b: blocks of 32 of
 // K
 //
-// Codes of 16 rows × 8 K, int4 and nf4, 64 bytes, a line: one register of 512 bits, two of 256
+// Codes of 16 rows × 8 K, int4, nf4 and fp4, 64 bytes, a line: one register of 512 bits, two of 256
 //     │ r0: K0 K1 K2 K3 │ r1: K0 … │ … │ r15 │     low nibbles; the high nibbles are K4 … K7
 // vpdpbusd adds four unsigned·signed byte products to each 32-bit lane, and a lane is a row of W:
 //     dot[r] += Σ_j code[r, j]·x[j],  x broadcast, 4 bytes from memory
@@ -11,8 +11,8 @@
 // int4: codes as they are, the sum starts at −8·Σx (zero points: zp·Σx is subtracted at the end, in
 //   float, where both are exact integers).
 // int8: code xor 0x80 = code + 128 is unsigned, the sum starts at −128·Σx.
-// nf4: a byte table, vpshufb, of round(124.125·value) + 128, the sum starts at −128·Σx. The rounding
-//   costs at most 0.0037 of absmax a weight.
+// nf4, fp4: a byte table, vpshufb, of round(124.125·value) + 128 (fp4: 120·value), the sum starts at
+//   −128·Σx. The rounding costs at most 0.0037 (0.0031) of absmax a weight.
 //
 // Few rows of x (decode): a block's codes, 16 rows × 32 K, are unpacked to 8 registers (kParts times).
 //   even, odd   int32, a row's dots of the block: two chains, to hide vpdpbusd's latency
@@ -23,7 +23,7 @@
 //   acc  [rows][V::kParts]   float, in registers where 32 of them exist, else in L1
 //
 // V: registers that hold 16 / kParts rows of W. load, low_nibbles, high_nibbles, flip (xor 0x80),
-// look_up (nf4's byte table), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in scale.
+// look_up (a codebook's bytes), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in scale.
 #pragma once
 
 #include "kernels/avx2/row_groups.h"
@@ -48,6 +48,7 @@ struct VnniIsa {
         return -8;
       case Format::kInt8:
       case Format::kNf4:
+      case Format::kFp4:
         return -128;
       default:
         return 0;
@@ -72,8 +73,8 @@ struct VnniIsa {
       bytes[2 * q] = V::low_nibbles(line);
       bytes[2 * q + 1] = V::high_nibbles(line);
     }
-    if constexpr (kFormat == Format::kNf4) {
-      for (int q = 0; q < 8; ++q) bytes[q] = V::look_up(bytes[q]);
+    if constexpr (has_codebook(kFormat)) {
+      for (int q = 0; q < 8; ++q) bytes[q] = V::template look_up<kFormat>(bytes[q]);
     }
   }
 

@@ -17,8 +17,9 @@ constexpr Input kInputs[] = {
 constexpr int64_t kValuesPerTicket = 16 * 1024;
 
 int64_t vocab_size(const NodeInfo& node) {
-  if (node.text("format") == "nf4") {
-    throw Error(EDGELORA_BAD_FILE, "format is \"nf4\", expected int4, int8 or float");
+  const std::string format = node.text("format"), kind = format.substr(0, 3);
+  if (kind == "nf4" || kind == "fp4") {
+    throw Error(EDGELORA_BAD_FILE, "format is \"" + format + "\", expected int4, int8 or float");
   }
   return node.integer("out_features");
 }

@@ -13,11 +13,12 @@ namespace {
 
 using kernels::ceil_div;
 using kernels::Format;
+using kernels::has_codebook;
 using kernels::Rounding;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
-constexpr int64_t kNf4Block = 64;
-constexpr int64_t kNf4Group = 256;                // absmax codes that share a nested_absmax
+constexpr int64_t kAbsmaxBlock = 64;
+constexpr int64_t kAbsmaxGroup = 256;                // absmax codes that share a nested_absmax
 constexpr int64_t kLargestDimension = INT32_MAX;  // so that no product of two overflows
 
 constexpr ONNXTensorElementDataType kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
@@ -61,6 +62,9 @@ constexpr Kind kKinds[] = {
     {"nf4", Format::kNf4, Rounding::kNone},
     {"nf4_bfloat16", Format::kNf4, Rounding::kBfloat16},
     {"nf4_float16", Format::kNf4, Rounding::kFloat16},
+    {"fp4", Format::kFp4, Rounding::kNone},
+    {"fp4_bfloat16", Format::kFp4, Rounding::kBfloat16},
+    {"fp4_float16", Format::kFp4, Rounding::kFloat16},
     {"float", Format::kFloat, Rounding::kNone},
 };
 
@@ -85,8 +89,8 @@ int64_t dimension(const NodeInfo& node, const char* attribute) {
 int64_t read_block_size(const NodeInfo& node, Format format) {
   if (format == Format::kFloat) return 0;
   const int64_t size = node.integer("block_size");
-  if (format == Format::kNf4 && size != kNf4Block) {
-    refuse("block_size is " + std::to_string(size) + ", nf4 has 64");
+  if (has_codebook(format) && size != kAbsmaxBlock) {
+    refuse("block_size is " + std::to_string(size) + ", nf4 and fp4 have 64");
   }
   if (size != 32 && size != 64 && size != 128) {
     refuse("block_size is " + std::to_string(size) + ", expected 32, 64 or 128");
@@ -109,8 +113,8 @@ PackedWeights::PackedWeights(const NodeInfo& node, size_t codes_index, std::vect
   weights_.slice_count = static_cast<int64_t>(slices_.size());
   panels_ = ceil_div(weights_.out_features, kPanelRows);
   read_codes(node, codes_index);
-  if (weights_.format == Format::kNf4) {
-    read_nf4(node, codes_index + 1);
+  if (has_codebook(weights_.format)) {
+    read_absmax(node, codes_index + 1);
     return;
   }
   refuse_surplus(node, codes_index + 3, {"absmax_offset", "absmax_table"});
@@ -177,40 +181,40 @@ void PackedWeights::read_zero_points(const NodeInfo& node, size_t index) {
               : expect(*tensor, "zero_points", kUint8, shape_of({panels_, blocks_, 8}));
 }
 
-void PackedWeights::read_nf4(const NodeInfo& node, size_t index) {
+void PackedWeights::read_absmax(const NodeInfo& node, size_t index) {
   if (weights_.in_features % kernels::kActivationBlock != 0) {
-    refuse("nf4 needs in_features to be a multiple of 32");
+    refuse("nf4 and fp4 need in_features to be a multiple of 32");
   }
   int64_t groups = 0;  // out_features and in_features are below 2^31: no product overflows
   for (const int64_t slice : slices_) {
-    groups += ceil_div(ceil_div(slice * weights_.in_features, kNf4Block), kNf4Group);
+    groups += ceil_div(ceil_div(slice * weights_.in_features, kAbsmaxBlock), kAbsmaxGroup);
   }
   const auto floats = [&](size_t i, const char* what, int64_t count) {
     return static_cast<const float*>(
         expect(required(node, i, what), what, kFloat, shape_of({count})));
   };
   if (!node.has_input(index + 1)) {  // absmax is not quantized
-    weights_.nested_absmax = floats(index, "absmax", groups * kNf4Group);
+    weights_.nested_absmax = floats(index, "absmax", groups * kAbsmaxGroup);
     return refuse_surplus(node, index + 2, {"absmax_offset", "absmax_table"});
   }
   weights_.nested_absmax = floats(index, "nested_absmax", groups);
   weights_.absmax = static_cast<const uint8_t*>(expect(
-      required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kNf4Group})));
+      required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kAbsmaxGroup})));
   weights_.absmax_offset = floats(index + 2, "absmax_offset", weights_.slice_count);
   weights_.absmax_table = floats(index + 3, "absmax_table", 256);
 }
 
 void PackedWeights::unpack_absmax(const kernels::KernelTable& kernels) {
-  if (weights_.format != Format::kNf4) return;
-  weights_.scale_unit = kernels::nf4_scale_unit(weights_);
-  const int64_t count = kernels::nf4_panel_scales(weights_);
-  nf4_scales_.resize(static_cast<size_t>(panels_ * count));
+  if (!has_codebook(weights_.format)) return;
+  weights_.scale_unit = kernels::absmax_scale_unit(weights_);
+  const int64_t count = kernels::absmax_panel_scales(weights_);
+  absmax_scales_.resize(static_cast<size_t>(panels_ * count));
   void* memory = scratch(ScratchUse::kWorker, kernels::linear_scratch_bytes(weights_));
   if (memory == nullptr) throw std::bad_alloc();
   for (int64_t p = 0; p < panels_; ++p) {
-    kernels.unpack_absmax(weights_, p, nf4_scales_.data() + p * count, memory);
+    kernels.unpack_absmax(weights_, p, absmax_scales_.data() + p * count, memory);
   }
-  weights_.scales = nf4_scales_.data();
+  weights_.scales = absmax_scales_.data();
 }
 
 }  // namespace edgelora::ops

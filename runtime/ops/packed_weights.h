@@ -19,8 +19,8 @@ class PackedWeights {
   PackedWeights(const PackedWeights&) = delete;
   PackedWeights& operator=(const PackedWeights&) = delete;
 
-  // What `linear` of these kernels wants of nf4, a quarter of a bit for each weight; of other formats
-  // nothing. Throws std::bad_alloc.
+  // What `linear` of these kernels wants of nf4 and fp4, a quarter of a bit for each weight; of other
+  // formats nothing. Throws std::bad_alloc.
   void unpack_absmax(const kernels::KernelTable& kernels);
 
   const kernels::Weights& weights() const { return weights_; }
@@ -30,13 +30,13 @@ class PackedWeights {
   void read_codes(const NodeInfo& node, size_t index);
   void read_scales(const NodeInfo& node, size_t index);
   void read_zero_points(const NodeInfo& node, size_t index);
-  void read_nf4(const NodeInfo& node, size_t index);
+  void read_absmax(const NodeInfo& node, size_t index);
   void check_slices() const;
   void refuse_surplus(const NodeInfo& node, size_t index,
                       std::initializer_list<const char*> names) const;
 
   std::vector<int64_t> slices_;
-  std::vector<uint16_t> nf4_scales_;
+  std::vector<uint16_t> absmax_scales_;
   kernels::Weights weights_{};
   int64_t panels_ = 0;
   int64_t blocks_ = 0;  // of a row

@@ -264,6 +264,7 @@ constexpr Kind kKinds[] = {
     {"int4+off", Format::kInt4Offsets, 32},
     {"int8", Format::kInt8, 32},
     {"nf4", Format::kNf4, 64},
+    {"fp4", Format::kFp4, 64},
 };
 constexpr Shape kWarmShape = {"576x576", 576, 576};
 constexpr Shape kDecodeShapes[] = {

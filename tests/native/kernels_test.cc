@@ -69,7 +69,7 @@ constexpr Family kFamilies[] = {
     {"linear: NaN and Inf", test_linear_not_a_number},
     {"linear_float: formats, blocks, shapes", test_linear_float},
     {"unpack_absmax", test_unpack_absmax},
-    {"nf4_rounding", test_nf4_rounding},
+    {"codebook_rounding", test_codebook_rounding},
     {"dequantize_row", test_dequantize_row},
     {"quantize_activations", test_quantize_activations},
     {"side branch", test_side_branch},

@@ -8,7 +8,7 @@
 
 namespace edgelora::kernels::test {
 
-// What an ISA's `linear` multiplies: integers, with nf4's values as bytes or as seven-bit levels, or
+// What an ISA's `linear` multiplies: integers, with values of nf4 and fp4 as bytes or as seven-bit levels, or
 // scaled bfloat16.
 enum class Arithmetic { kBytes, kLevels, kBfloat16 };
 
@@ -30,7 +30,7 @@ void test_linear_room(const std::vector<TestedIsa>& isas);
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas);
 void test_linear_float(const std::vector<TestedIsa>& isas);
 void test_unpack_absmax(const std::vector<TestedIsa>& isas);
-void test_nf4_rounding(const std::vector<TestedIsa>& isas);
+void test_codebook_rounding(const std::vector<TestedIsa>& isas);
 void test_dequantize_row(const std::vector<TestedIsa>& isas);
 void test_quantize_activations(const std::vector<TestedIsa>& isas);
 void test_side_branch(const std::vector<TestedIsa>& isas);

@@ -69,7 +69,7 @@ void linear_float_nudged(const Weights& weights, const float* x, int64_t rows, i
 
 void unpack_truncating(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
   good().unpack_absmax(weights, panel, scales, scratch);
-  scales[nf4_panel_scales(weights) - 1] ^= 1;
+  scales[absmax_panel_scales(weights) - 1] ^= 1;
 }
 
 void half_away_from_zero(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* sums) {

@@ -16,14 +16,20 @@ struct Expected {
   double tolerance;
 };
 
-// The integer that stands for nf4's value, and what divides it.
-struct Nf4Rounding {
+// The integer that stands for a value of nf4 or fp4, and what divides it.
+struct CodebookRounding {
   Arithmetic arithmetic;
+  Format format;
+  bool fp4() const { return format == Format::kFp4; }
   bool levels() const { return arithmetic == Arithmetic::kLevels; }
-  double scale() const { return levels() ? 250.0 : 124.125; }
+  double scale() const {
+    return levels() ? (fp4() ? 240.0 : 250.0) : fp4() ? 120.0 : 124.125;
+  }
   int integer(double value) const {
-    return levels() ? 4 * static_cast<int>(std::nearbyint(62.5 * value + 63.75)) - 255
-                  : static_cast<int>(std::nearbyint(124.125 * value));
+    const double zero = fp4() ? 64.0 : 63.75;
+    return levels() ? 4 * static_cast<int>(std::nearbyint(scale() / 4 * value + zero)) -
+                          static_cast<int>(4 * zero)
+                    : static_cast<int>(std::nearbyint(scale() * value));
   }
 };
 
@@ -31,27 +37,27 @@ constexpr double kHalfEpsilon = 0x1p-11;  // absmax becomes a float16
 
 // What the integer path must give. The dots are exact integers. A block's term takes at most four
 // roundings (two scales, the table's scale, the product), the running sum one for each term added to it.
-Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, Nf4Rounding rounding) {
-  const bool nf4 = w.shape().format == Format::kNf4;
+Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, CodebookRounding rounding) {
+  const bool coded = has_codebook(w.shape().format);
   const int64_t features = w.shape().in_features;
   double sum = 0.0, magnitude = 0.0;
   for (int64_t b = 0; b < x.blocks; ++b) {
     const int64_t end = std::min<int64_t>(features, b * 32 + 32);
     int64_t dot = 0, codes = 0;
     for (int64_t k = b * 32; k < end; ++k) {
-      const int integer = nf4 ? rounding.integer(kNf4[w.code(n, k)])
-                              : w.code(n, k) - w.zero_point(n, k);
+      const int integer = coded ? rounding.integer(codebook_value(rounding.format, w.code(n, k)))
+                                : w.code(n, k) - w.zero_point(n, k);
       dot += integer * x.code(m, k);
       codes += x.code(m, k);
     }
-    const double scale = w.scale(n, b * 32) / (nf4 ? rounding.scale() : 1.0);
+    const double scale = w.scale(n, b * 32) / (coded ? rounding.scale() : 1.0);
     const double product = scale * x.scale(m, b) * static_cast<double>(dot);
     const double shift = w.offset(n, b * 32) * x.scale(m, b) * static_cast<double>(codes);
     sum += product + shift;
     magnitude += std::fabs(product) + std::fabs(shift);
   }
   const double roundings = kEpsilon * static_cast<double>(2 * x.blocks + 5);
-  return {sum, ((nf4 ? kHalfEpsilon : 0.0) + roundings) * magnitude};
+  return {sum, ((coded ? kHalfEpsilon : 0.0) + roundings) * magnitude};
 }
 
 // What bfloat16 must give: both factors are rounded to 8 bits, their product and the sum of two of them
@@ -120,7 +126,7 @@ std::vector<Expected> expected_linear(const Matrix& w, Rows& x, int64_t rows,
     for (int64_t n = 0; n < w.shape().out_features(); ++n) {
       all.push_back(arithmetic == Arithmetic::kBfloat16
                         ? bfloat16_sum(w, x, m, n)
-                        : integer_sum(w, x, m, n, Nf4Rounding{arithmetic}));
+                        : integer_sum(w, x, m, n, CodebookRounding{arithmetic, w.shape().format}));
     }
   }
   return all;
@@ -145,16 +151,16 @@ void compare(Output& out, const std::vector<Expected>& expected, bool exact,
 template <class Body>
 void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_t rows,
                          Body body) {
-  const bool nf4 = shape.format == Format::kNf4;
+  const bool coded = has_codebook(shape.format);
   for (Arithmetic each : {Arithmetic::kBytes, Arithmetic::kLevels, Arithmetic::kBfloat16}) {
     std::vector<TestedIsa> some;
     for (const TestedIsa& isa : isas) {
       const Arithmetic own = isa.of(rows);
-      // Only nf4 knows levels.
-      const bool bytes = own == Arithmetic::kLevels && !nf4 && each == Arithmetic::kBytes;
-      if (bytes || (own == each && (nf4 || each != Arithmetic::kLevels))) some.push_back(isa);
+      // Only nf4 and fp4 know levels.
+      const bool bytes = own == Arithmetic::kLevels && !coded && each == Arithmetic::kBytes;
+      if (bytes || (own == each && (coded || each != Arithmetic::kLevels))) some.push_back(isa);
     }
-    if (nf4) shape.absmax = Nf4Rounding{each}.scale();
+    if (coded) shape.absmax = CodebookRounding{each, shape.format}.scale();
     if (!some.empty()) body(some, shape, each);
   }
 }
@@ -223,7 +229,7 @@ void check_dequantize_row(const std::vector<TestedIsa>& isas, const Shape& shape
 }
 
 constexpr Format kIntegerFormats[] = {Format::kInt4, Format::kInt4ZeroPoints, Format::kInt4Offsets,
-                                      Format::kInt8, Format::kNf4};
+                                      Format::kInt8, Format::kNf4, Format::kFp4};
 constexpr int64_t kColumns[] = {1, 15, 16, 17, 31, 32, 33, 48, 49};
 constexpr int64_t kDecodeRows = 8, kMostRows = 70;
 constexpr int64_t kTurns = 2 * std::size(kColumns);  // of a width, beside those
@@ -232,9 +238,9 @@ constexpr int64_t kFeatures[] = {1, 31, 32, 33, 64, 95, 96, 128, 129, 160, 192, 
 template <class Body>
 void for_each_width(Format format, Body body) {
   for (int64_t features : kFeatures) {
-    if (format == Format::kNf4 && features % 32 != 0) continue;
+    if (has_codebook(format) && features % 32 != 0) continue;
     for (int64_t block : {32, 64, 128}) {
-      if (format == Format::kNf4 && block != 64) continue;
+      if (has_codebook(format) && block != 64) continue;
       body(features, block);
     }
   }
@@ -271,12 +277,13 @@ void test_linear(const std::vector<TestedIsa>& isas) {
       for (int64_t rows : {1, 3, 8, 20}) {
         check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kRandom);
         check_linear(isas, {Format::kNf4, features, slices, 64}, rows, Fill::kPowers);
+        check_linear(isas, {Format::kFp4, features, slices, 64}, rows, Fill::kPowers);
       }
     }
   }
   // More rows than any ISA takes at a time, more K than one chunk.
   for (Format format : kIntegerFormats) {
-    check_linear(isas, {format, 1312, {33}, format == Format::kNf4 ? 64 : 32}, 145, Fill::kRandom);
+    check_linear(isas, {format, 1312, {33}, has_codebook(format) ? 64 : 32}, 145, Fill::kRandom);
   }
 }
 
@@ -345,7 +352,7 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
     for (Format format : kIntegerFormats) {
       for (int64_t rows : {1, 4, 7, 35, 70}) {
-        const int64_t block_size = format == Format::kNf4 ? 64 : 128;
+        const int64_t block_size = has_codebook(format) ? 64 : 128;
         check_panels_alone(isa, {format, 2048, {70}, block_size}, rows);
       }
     }
@@ -362,7 +369,7 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
                              arithmetic != Arithmetic::kBfloat16, shape.name());
         }
       };
-      for_each_arithmetic(isas, {format, 96, {70}, format == Format::kNf4 ? 64 : 32}, rows, check);
+      for_each_arithmetic(isas, {format, 96, {70}, has_codebook(format) ? 64 : 32}, rows, check);
     }
   }
 }
@@ -370,7 +377,7 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
 // Panels with room for more K, as those of a cache that grows along K.
 void test_linear_room(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
-                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4, Format::kFp4}) {
     for_each_width(format, [&](int64_t features, int64_t block) {
       const Shape shape{format, features, {49}, block, 0, 256};
       for (int64_t rows : {1, 3, 18}) {
@@ -387,7 +394,7 @@ void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
     for (float odd : {kInf, -kInf, kNan}) {
       for (Format format : kIntegerFormats) {
-        Matrix w({format, 96, {17}, format == Format::kNf4 ? 64 : 32}, Fill::kRandom, 9);
+        Matrix w({format, 96, {17}, has_codebook(format) ? 64 : 32}, Fill::kRandom, 9);
         float x[96] = {};
         x[40] = odd;
         int8_t codes[96];
@@ -408,7 +415,7 @@ void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
 
 void test_linear_float(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
-                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4, Format::kFp4}) {
     for_each_shape(
         format, [&](const Shape& shape, int64_t rows) { check_linear_float(isas, shape, rows); });
   }
@@ -418,11 +425,11 @@ void test_linear_float(const std::vector<TestedIsa>& isas) {
 }
 
 // scales · unit · the table's scale is absmax, to float16's precision, whatever its size; −1: random.
-void check_unpack_absmax(const TestedIsa& isa, double absmax) {
-  Shape shape{Format::kNf4, 160, {16, 48, 32}, 64, absmax};
+void check_unpack_absmax(const TestedIsa& isa, Format format, double absmax) {
+  Shape shape{format, 160, {16, 48, 32}, 64, absmax};
   Matrix w(shape, absmax < 0 ? Fill::kRandom : Fill::kPowers, 11);
   const Weights weights = w.unpacked(*isa.table);
-  const double one = Nf4Rounding{isa.of(1)}.scale() * static_cast<double>(weights.scale_unit);
+  const double one = CodebookRounding{isa.of(1), format}.scale() * static_cast<double>(weights.scale_unit);
   bool near = true;
   for (int64_t n = 0; n < shape.out_features(); ++n) {
     for (int64_t k = 0; k < shape.in_features; k += 32) {
@@ -436,14 +443,17 @@ void check_unpack_absmax(const TestedIsa& isa, double absmax) {
 
 void test_unpack_absmax(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    for (double absmax : {-1.0, 0.0, 1.0, 1e-3, 3e4, 1e30, 1e-30}) check_unpack_absmax(isa, absmax);
+    for (double absmax : {-1.0, 0.0, 1.0, 1e-3, 3e4, 1e30, 1e-30}) {
+      check_unpack_absmax(isa, Format::kNf4, absmax);
+      check_unpack_absmax(isa, Format::kFp4, absmax);
+    }
   }
 }
 
 // Products as numpy rounds them, then to 16 bits: exact, by linear_float of unit vectors.
-void check_rounding(const TestedIsa& isa, Rounding rounding, double unit) {
+void check_rounding(const TestedIsa& isa, Format format, Rounding rounding, double unit) {
   constexpr int64_t kFeatures = 160;
-  Matrix w({Format::kNf4, kFeatures, {48}, 64}, Fill::kRandom, 11);
+  Matrix w({format, kFeatures, {48}, 64}, Fill::kRandom, 11);
   Weights packed = w.packed();
   packed.rounding = rounding;
   Scratch scratch(packed);
@@ -468,16 +478,18 @@ void check_rounding(const TestedIsa& isa, Rounding rounding, double unit) {
   }
 }
 
-void test_nf4_rounding(const std::vector<TestedIsa>& isas) {
+void test_codebook_rounding(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    check_rounding(isa, Rounding::kBfloat16, 0x1p-8);
-    check_rounding(isa, Rounding::kFloat16, 0x1p-11);
+    for (Format format : {Format::kNf4, Format::kFp4}) {
+      check_rounding(isa, format, Rounding::kBfloat16, 0x1p-8);
+      check_rounding(isa, format, Rounding::kFloat16, 0x1p-11);
+    }
   }
 }
 
 void test_dequantize_row(const std::vector<TestedIsa>& isas) {
   for (Format format : {Format::kFloat, Format::kInt4, Format::kInt4ZeroPoints,
-                        Format::kInt4Offsets, Format::kInt8, Format::kNf4}) {
+                        Format::kInt4Offsets, Format::kInt8, Format::kNf4, Format::kFp4}) {
     for_each_width(format, [&](int64_t features, int64_t block) {
       check_dequantize_row(isas, {format, features, {16, 19}, block});
     });

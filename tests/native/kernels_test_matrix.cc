@@ -5,7 +5,8 @@
 
 namespace edgelora::kernels::test {
 
-// bitsandbytes' NF4 code book.
+// bitsandbytes' code books.
+namespace {
 const double kNf4[16] = {-1.0,
                          -0.6961928009986877,
                          -0.5250730514526367,
@@ -22,8 +23,9 @@ const double kNf4[16] = {-1.0,
                          0.5626170039176941,
                          0.7229568362236023,
                          1.0};
+const double kFp4[16] = {0.0,  0.0625 / 12,  8.0 / 12,  1.0,  4.0 / 12,  0.5,  2.0 / 12,  0.25,
+                         -0.0, -0.0625 / 12, -8.0 / 12, -1.0, -4.0 / 12, -0.5, -2.0 / 12, -0.25};
 
-namespace {
 
 const char* format_name(Format format) {
   switch (format) {
@@ -39,6 +41,8 @@ const char* format_name(Format format) {
       return "int8";
     case Format::kNf4:
       return "nf4";
+    case Format::kFp4:
+      return "fp4";
   }
   return "?";
 }
@@ -46,6 +50,10 @@ const char* format_name(Format format) {
 int64_t panels_of(const Shape& shape) { return (shape.out_features() + 15) / 16; }
 
 }  // namespace
+
+double codebook_value(Format format, int code) {
+  return static_cast<double>(static_cast<float>((format == Format::kFp4 ? kFp4 : kNf4)[code]));
+}
 
 int64_t Shape::out_features() const {
   int64_t sum = 0;
@@ -77,7 +85,7 @@ uint16_t half_bits(double value) {
 Matrix::Matrix(const Shape& shape, Fill fill, uint64_t seed) : shape_(shape) {
   Random random(seed);
   fill_codes(fill, random);
-  if (shape.format == Format::kNf4) {
+  if (has_codebook(shape.format)) {
     fill_absmax(fill, random);
   } else if (shape.format != Format::kFloat) {
     fill_scales(fill, random);
@@ -164,7 +172,7 @@ int Matrix::zero_point(int64_t n, int64_t k) const {
 }
 
 double Matrix::scale(int64_t n, int64_t k) const {
-  if (shape_.format != Format::kNf4) {
+  if (!has_codebook(shape_.format)) {
     return half_value(scales_[static_cast<size_t>(n * shape_.blocks() + k / shape_.block_size)]);
   }
   int64_t slice = 0;
@@ -183,8 +191,8 @@ float Matrix::weight(int64_t n, int64_t k) const {
     return floats_[static_cast<size_t>(n * shape_.in_features + k)];
   }
   // A double holds the product of two floats, and rounds to the same float as one operation would.
-  const double value = shape_.format == Format::kNf4
-                           ? static_cast<double>(static_cast<float>(kNf4[code(n, k)]))
+  const double value = has_codebook(shape_.format)
+                           ? codebook_value(shape_.format, code(n, k))
                            : code(n, k) - zero_point(n, k);
   const float product = static_cast<float>(scale(n, k) * value);
   return static_cast<float>(static_cast<double>(product) + offset(n, k));
@@ -231,7 +239,7 @@ void Matrix::pack() {
   const int64_t block_stride = blocks + shape_.room / shape_.block_size;
   if (shape_.room != 0) {
     packed_.panel_stride = panel_stride;
-    packed_.block_stride = shape_.format == Format::kNf4 ? 0 : block_stride;
+    packed_.block_stride = has_codebook(shape_.format) ? 0 : block_stride;
   }
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t k = 0; k < shape_.in_features; ++k) {
@@ -245,7 +253,7 @@ void Matrix::pack() {
     }
   }
   packed_.codes = codes;
-  if (shape_.format == Format::kNf4) {
+  if (has_codebook(shape_.format)) {
     const auto keep = [this](const void* from, size_t size) {
       memory_.push_back(std::make_unique<GuardedBytes>(size));
       uint8_t* to = memory_.back()->as<uint8_t>();
@@ -287,10 +295,10 @@ void Matrix::pack() {
 Weights Matrix::packed() const { return packed_; }
 
 Weights Matrix::unpacked(const KernelTable& isa) {
-  if (shape_.format != Format::kNf4) return packed_;
+  if (!has_codebook(shape_.format)) return packed_;
   Weights weights = packed_;
-  weights.scale_unit = nf4_scale_unit(weights);
-  const int64_t panels = panels_of(shape_), count = nf4_panel_scales(weights);
+  weights.scale_unit = absmax_scale_unit(weights);
+  const int64_t panels = panels_of(shape_), count = absmax_panel_scales(weights);
   GuardedBytes scratch(static_cast<size_t>((linear_scratch_bytes(weights) + 63) / 64 * 64));
   memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(panels * count * 2)));
   auto* scales = memory_.back()->as<uint16_t>();

@@ -23,7 +23,7 @@ struct Shape {
   int64_t in_features;
   std::vector<int64_t> slices;  // out_features of each
   int64_t block_size;
-  double absmax = 0;  // of nf4's exact fills, a power of two less or more
+  double absmax = 0;  // of nf4's and fp4's exact fills, a power of two less or more
   int64_t room = 0;  // K, a multiple of 128, that panels have room for beyond in_features
 
   int64_t out_features() const;
@@ -41,14 +41,14 @@ class Matrix {
 
   const Shape& shape() const { return shape_; }
   // scale · (code − zero point) + offset, as the four numbers.
-  int code(int64_t n, int64_t k) const;  // int formats: the integer; nf4: 0…15
+  int code(int64_t n, int64_t k) const;  // int formats: the integer; nf4, fp4: 0…15
   int zero_point(int64_t n, int64_t k) const;
-  double scale(int64_t n, int64_t k) const;  // nf4: absmax
+  double scale(int64_t n, int64_t k) const;  // nf4, fp4: absmax
   double offset(int64_t n, int64_t k) const;
   float weight(int64_t n, int64_t k) const;  // dequantized as numpy does
 
   Weights packed() const;  // points into this object
-  Weights unpacked(const KernelTable& isa);  // the same; nf4 with the scales of this ISA's `linear`
+  Weights unpacked(const KernelTable& isa);  // the same; nf4, fp4 with the scales of this ISA's `linear`
 
  private:
   void fill_codes(Fill fill, Random& random);
@@ -85,6 +85,6 @@ struct Rows {
   int64_t rows_;
 };
 
-extern const double kNf4[16];
+double codebook_value(Format format, int code);  // nf4 or fp4
 
 }  // namespace edgelora::kernels::test

@@ -65,10 +65,10 @@ std::vector<double> sums(const Matrix& w, const std::vector<float>& x, int64_t r
   return y;
 }
 
-// Scales, offsets and steps of x are powers of two: the sums are exact. nf4's integers stand for its values to half
+// Scales, offsets and steps of x are powers of two: the sums are exact. nf4's and fp4's integers stand for its values to half
 // a step (of 124.125 or 62.5 to absmax, which is 1), its scales are float16.
 double tolerance(Format format, const std::vector<float>& x, int64_t m) {
-  if (format != Format::kNf4) return 0.0;
+  if (!has_codebook(format)) return 0.0;
   double size = 0;
   for (int64_t k = 0; k < kFeatures; ++k) {
     size += std::abs(double{x[static_cast<size_t>(m * kFeatures + k)]});
@@ -107,6 +107,7 @@ int main() {
     for (const int64_t block_size : {32, 64, 128}) test_format(format, block_size);
   }
   test_format(Format::kNf4, 64);
+  test_format(Format::kFp4, 64);
   std::printf("%d failures\n", failures.load());
   return failures == 0 ? 0 : 1;
 }

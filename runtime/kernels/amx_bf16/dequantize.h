@@ -35,8 +35,9 @@ struct Grid {
   Grid(const PanelView& panel, int64_t b) {
     const Registers::Scales s = Registers::template scales<kFormat>(panel, b, 0);
     scale = s.scale;
-    levels = kFormat == Format::kNf4
-                 ? _mm512_mul_ps(_mm512_loadu_ps(kNf4Values), _mm512_set1_ps(kNf4ByteScale))
+    levels = has_codebook(kFormat)
+                 ? _mm512_mul_ps(_mm512_loadu_ps(codebook(kFormat).values),
+                                 _mm512_set1_ps(codebook(kFormat).byte_scale))
                  : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     if constexpr (kFormat == Format::kInt8) scale = _mm512_mul_ps(scale, _mm512_set1_ps(0x1p-24f));
     if constexpr (kFormat == Format::kInt4) addend = _mm512_mul_ps(scale, _mm512_set1_ps(-8));
@@ -50,7 +51,7 @@ struct Grid {
   template <int kShift>
   __m512 nibble(__m512i line) const {
     const __m512 level = _mm512_permutexvar_ps(_mm512_srli_epi32(line, kShift), levels);
-    if constexpr (kFormat == Format::kNf4) return _mm512_mul_ps(level, scale);
+    if constexpr (has_codebook(kFormat)) return _mm512_mul_ps(level, scale);
     return _mm512_fmadd_ps(level, scale, addend);
   }
 

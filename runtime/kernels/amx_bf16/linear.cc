@@ -163,7 +163,7 @@ void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begi
     PanelView views[kPanels] = {};
     for (int64_t i = 0; i < panels; ++i) views[i] = panel_view(weights, p + i);
     multiply_panels<kFormat>(views, panels, x, &memory);
-    if (kFormat == Format::kNf4) scale_panels(weights.scale_unit, x.rows, panels, &memory);
+    if (has_codebook(kFormat)) scale_panels(weights.scale_unit, x.rows, panels, &memory);
     for (int64_t i = 0; i < panels; ++i) {
       store_panel(memory, i, x.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows,
                   y_stride);
@@ -187,6 +187,8 @@ void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begi
       return run(multiply_rows<Format::kInt8>);
     case Format::kNf4:
       return run(multiply_rows<Format::kNf4>);
+    case Format::kFp4:
+      return run(multiply_rows<Format::kFp4>);
     case Format::kFloat:
       return;  // has no integer path
   }

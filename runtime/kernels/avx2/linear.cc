@@ -1,7 +1,7 @@
 // y[m, n] = Σ_b xscale[m, b] · (scale[n, b] · dot_b [+ offset[n, b] · sum_b]),  b: blocks of 32 of
 // K
 //
-// Codes of 16 rows × 8 K, int4 and nf4, 64 bytes, two registers (rows 0–7, rows 8–15):
+// Codes of 16 rows × 8 K, int4, nf4 and fp4, 64 bytes, two registers (rows 0–7, rows 8–15):
 //     │ r0: K0 K1 K2 K3 │ r1: K0 … │ … │ r7 │     low nibbles; the high nibbles are K4 … K7
 // x is broadcast 4 bytes at a time, so a 32-bit lane is a row of W and sums only its own K; an int16
 // lane has half of them.
@@ -9,7 +9,7 @@
 // int4: maddubs(code, x) ≤ 15·127·2; eight of them, a whole block, add up to 30480 in int16, so one
 //   madd with ones widens a block. Σ(code − zp)·x = Σ code·x − zp·Σx, exact integers in float.
 // int8: maddubs(|w|, x with w's sign) ≤ 128·127·2 = 32512: fits int16, but no two of them do.
-// nf4: a byte table, pshufb, gives levels 1…126 for −1…1 (nf4.h); maddubs(level, x) ≤ 126·127·2.
+// nf4, fp4: a byte table, pshufb, gives levels 1…126 for −1…1 (codebooks.h); maddubs(level, x) ≤ 126·127·2.
 //   A sum of four starts at −64·Σx: it ends as Σ(level − 64)·x, at most 63·Σ|x|, and int16 holds it
 //   where Σ|x| ≤ 520 of the 8 x in a lane, overflows on the way notwithstanding. So two madd widen a
 //   block; where some sum is greater (up to 1016; `wide` blocks), every product is widened.
@@ -20,7 +20,7 @@
 // Several rows: many_rows.h.
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/many_rows.h"
-#include "kernels/nf4_scales.h"
+#include "kernels/absmax_scales.h"
 
 namespace edgelora::kernels::avx2 {
 namespace {
@@ -31,17 +31,18 @@ struct Dots {  // of one block
 };
 
 // int16: start + 16 K (two lines of codes) of 16 rows of W.
+template <Format kFormat>
 Dots add_levels(const uint8_t* codes, const int8_t* x, __m256i start) {
   __m256i sum0 = start, sum1 = start;
 #pragma GCC unroll 2
   for (int q = 0; q < 2; ++q) {
     const __m256i x0 = broadcast4(x + 8 * q), x1 = broadcast4(x + 8 * q + 4);
     const __m256i c0 = load_bytes(codes + 64 * q), c1 = load_bytes(codes + 64 * q + 32);
-    sum0 = add16(sum0, _mm256_maddubs_epi16(levels(low_nibbles(c0)), x0));
-    sum1 = add16(sum1, _mm256_maddubs_epi16(levels(low_nibbles(c1)), x0));
+    sum0 = add16(sum0, _mm256_maddubs_epi16(levels<kFormat>(low_nibbles(c0)), x0));
+    sum1 = add16(sum1, _mm256_maddubs_epi16(levels<kFormat>(low_nibbles(c1)), x0));
     keep_order(&sum0, &sum1);
-    sum0 = add16(sum0, _mm256_maddubs_epi16(levels(high_nibbles(c0)), x1));
-    sum1 = add16(sum1, _mm256_maddubs_epi16(levels(high_nibbles(c1)), x1));
+    sum0 = add16(sum0, _mm256_maddubs_epi16(levels<kFormat>(high_nibbles(c0)), x1));
+    sum1 = add16(sum1, _mm256_maddubs_epi16(levels<kFormat>(high_nibbles(c1)), x1));
     keep_order(&sum0, &sum1);
   }
   return {sum0, sum1};
@@ -76,26 +77,28 @@ Dots int8_dots(const uint8_t* codes, const int8_t* x) {
   return {sum0, sum1};
 }
 
-// 250·Σ value·x.
-Dots nf4_dots(const uint8_t* codes, const RowTile& x, int64_t b) {
+// level_scale·Σ value·x.
+template <Format kFormat>
+Dots level_dots(const uint8_t* codes, const RowTile& x, int64_t b) {
   const int8_t* xb = x.codes + b * kActivationBlock;
-  const Dots first = add_levels(codes, xb, broadcast4(x.starts + 4 * b));
-  const Dots second = add_levels(codes + 128, xb + 16, broadcast4(x.starts + 4 * b + 2));
-  const __m256i term = _mm256_set1_epi32(x.terms[b]);
+  const Dots first = add_levels<kFormat>(codes, xb, broadcast4(x.starts + 4 * b));
+  const Dots second = add_levels<kFormat>(codes + 128, xb + 16, broadcast4(x.starts + 4 * b + 2));
+  const __m256i term = level_term<kFormat>(x.terms[b]);
   return {add32(add32(widen(first.rows0_7, 4), term), widen(second.rows0_7, 4)),
           add32(add32(widen(first.rows8_15, 4), term), widen(second.rows8_15, 4))};
 }
 
-Dots wide_nf4_dots(const uint8_t* codes, const RowTile& x, int64_t b) {
+template <Format kFormat>
+Dots wide_level_dots(const uint8_t* codes, const RowTile& x, int64_t b) {
   const int8_t* xb = x.codes + b * kActivationBlock;
-  __m256i sum0 = wide_start(x.terms[b]), sum1 = sum0;
+  __m256i sum0 = wide_start<kFormat>(x.terms[b]), sum1 = sum0;
   for (int q = 0; q < 4; ++q) {
     const __m256i x0 = broadcast4(xb + 8 * q), x1 = broadcast4(xb + 8 * q + 4);
     const __m256i c0 = load_bytes(codes + 64 * q), c1 = load_bytes(codes + 64 * q + 32);
-    sum0 = add32(sum0, level_dot(levels(low_nibbles(c0)), x0));
-    sum1 = add32(sum1, level_dot(levels(low_nibbles(c1)), x0));
-    sum0 = add32(sum0, level_dot(levels(high_nibbles(c0)), x1));
-    sum1 = add32(sum1, level_dot(levels(high_nibbles(c1)), x1));
+    sum0 = add32(sum0, level_dot(levels<kFormat>(low_nibbles(c0)), x0));
+    sum1 = add32(sum1, level_dot(levels<kFormat>(low_nibbles(c1)), x0));
+    sum0 = add32(sum0, level_dot(levels<kFormat>(high_nibbles(c0)), x1));
+    sum1 = add32(sum1, level_dot(levels<kFormat>(high_nibbles(c1)), x1));
   }
   return {sum0, sum1};
 }
@@ -105,9 +108,9 @@ Dots block_dots(const uint8_t* panel_codes, int64_t b, const RowTile& x) {
   const int8_t* xb = x.codes + b * kActivationBlock;
   if constexpr (kFormat == Format::kInt8) return int8_dots(panel_codes + b * kBlockBytes, xb);
   const uint8_t* codes = panel_codes + b * kInt4BlockBytes;
-  if constexpr (kFormat == Format::kNf4) {
-    if (x.wide[b] != 0) return wide_nf4_dots(codes, x, b);
-    return nf4_dots(codes, x, b);
+  if constexpr (has_codebook(kFormat)) {
+    if (x.wide[b] != 0) return wide_level_dots<kFormat>(codes, x, b);
+    return level_dots<kFormat>(codes, x, b);
   }
   return int4_dots(codes, xb);
 }
@@ -121,7 +124,7 @@ struct Isa {
   static constexpr int64_t kPrefetchBytes = 2048;
 
   static int32_t term_factor(Format format) {
-    return format == Format::kInt4 ? 8 : format == Format::kNf4 ? 1 : 0;
+    return format == Format::kInt4 ? 8 : has_codebook(format) ? 1 : 0;
   }
 
   static constexpr bool unpacks(Format format) { return format != Format::kInt8; }
@@ -132,7 +135,7 @@ struct Isa {
     for (int i = 0; i < 8; ++i) {  // line i / 2, half i % 2
       const __m256i line = load_bytes(codes + 32 * i);
       __m256i low = low_nibbles(line), high = high_nibbles(line);
-      if constexpr (kFormat == Format::kNf4) low = levels(low), high = levels(high);
+      if constexpr (has_codebook(kFormat)) low = levels<kFormat>(low), high = levels<kFormat>(high);
       auto* to = reinterpret_cast<__m256i*>(bytes + i / 2 * 128 + i % 2 * 32);
       _mm256_store_si256(to, low);
       _mm256_store_si256(to + 2, high);
@@ -181,13 +184,13 @@ struct Isa {
       if constexpr (kFormat == Format::kInt8) {
         add_int8_half<kRows>(chunk, b, 0, x, i, acc);
         add_int8_half<kRows>(chunk, b, 1, x, i, acc);
-      } else if constexpr (kFormat == Format::kNf4) {
+      } else if constexpr (has_codebook(kFormat)) {
         if (x.wide[chunk.first + b] != 0) {
-          add_wide_nf4_half<kRows>(chunk, b, 0, x, i, acc);
-          add_wide_nf4_half<kRows>(chunk, b, 1, x, i, acc);
+          add_wide_levels_half<kFormat, kRows>(chunk, b, 0, x, i, acc);
+          add_wide_levels_half<kFormat, kRows>(chunk, b, 1, x, i, acc);
         } else {
-          add_nf4_half<kRows>(chunk, b, 0, x, i, acc);
-          add_nf4_half<kRows>(chunk, b, 1, x, i, acc);
+          add_levels_half<kFormat, kRows>(chunk, b, 0, x, i, acc);
+          add_levels_half<kFormat, kRows>(chunk, b, 1, x, i, acc);
         }
       } else {
         add_int4<kFormat, kRows>(chunk, b, x, i, acc);
@@ -216,7 +219,7 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, kNf4LevelScale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).level_scale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::avx2

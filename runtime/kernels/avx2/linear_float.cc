@@ -8,14 +8,14 @@
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/registers.h"
 #include "kernels/float_driver.h"
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 
 namespace edgelora::kernels::avx2 {
 namespace {
 
-__m256 nf4_values(__m256i codes) {  // int32 lanes 0…15
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values), codes);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4Values + 8), codes);
+__m256 look_up(const float* values, __m256i codes) {  // int32 lanes 0…15
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), codes);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + 8), codes);
   const __m256i bit3 = _mm256_slli_epi32(codes, 28);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(bit3));
 }
@@ -28,7 +28,9 @@ struct Dequantizer {
   __m256i zero_points;
 
   __m256 operator()(__m256i codes) const {
-    if (format == Format::kNf4) return _mm256_mul_ps(nf4_values(codes), scale);
+    if (has_codebook(format)) {
+      return _mm256_mul_ps(look_up(codebook(format).values, codes), scale);
+    }
     const __m256 integers = _mm256_cvtepi32_ps(_mm256_sub_epi32(codes, zero_points));
     const __m256 product = _mm256_mul_ps(scale, integers);
     return format == Format::kInt4Offsets ? _mm256_add_ps(product, offset) : product;
@@ -51,7 +53,7 @@ Dequantizer dequantizer(const Weights& weights, int64_t panel, int64_t k, int ha
   const int64_t block = first_scale_block(weights, panel) + in_panel;
   Dequantizer d{weights.format, _mm256_setzero_ps(), _mm256_setzero_ps(),
                 zero_points_of(weights, block, half)};
-  if (weights.format == Format::kNf4) {
+  if (has_codebook(weights.format)) {
     d.scale = _mm256_loadu_ps(absmax + in_panel * kPanelRows + half * 8);
   } else {
     d.scale = load_half8(weights.scales + block * kPanelRows + half * 8);

@@ -1,8 +1,8 @@
-// Several rows of x (avx2/linear.cc has formula and layout): up to 4 rows meet 16 rows of W (int8, nf4: 8)
+// Several rows of x (avx2/linear.cc has formula and layout): up to 4 rows meet 16 rows of W (int8, nf4, fp4: 8)
 // at a time, bytes of a chunk unpacked before.
 //   low, high [4]       int4: int16 sums of rows 0–7 and 8–15
-//   dots [4]            int8, nf4: int32
-//   first, second [4]   nf4: int16, of 16 K each
+//   dots [4]            int8, nf4, fp4: int32
+//   first, second [4]   nf4, fp4: int16, of 16 K each
 //   acc                 float [rows, 16], in L1
 #pragma once
 
@@ -76,8 +76,8 @@ void add_int8_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, in
   add_dots<Format::kInt8, kRows>(chunk, b, half, dots, x, i, acc);
 }
 
-template <int kRows>
-void add_nf4_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
+template <Format kFormat, int kRows>
+void add_levels_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
                   float* acc) {
   const HalfBlock<kRows> block(chunk, b, half, x, i);
   __m256i dots[kRows], first[kRows], second[kRows];
@@ -94,7 +94,7 @@ void add_nf4_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    dots[r] = add32(widen(first[r], 4), _mm256_set1_epi32(x.terms[i + r]));
+    dots[r] = add32(widen(first[r], 4), level_term<kFormat>(x.terms[i + r]));
     second[r] = broadcast4(x.starts + (i + r) * 4 + 2);
   }
 #pragma GCC unroll 4
@@ -108,23 +108,23 @@ void add_nf4_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) dots[r] = add32(dots[r], widen(second[r], 4));
-  add_dots<Format::kNf4, kRows>(chunk, b, half, dots, x, i, acc);
+  add_dots<kFormat, kRows>(chunk, b, half, dots, x, i, acc);
 }
 
-template <int kRows>
-void add_wide_nf4_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
+template <Format kFormat, int kRows>
+void add_wide_levels_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
                        float* acc) {
   const HalfBlock<kRows> block(chunk, b, half, x, i);
   __m256i dots[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) dots[r] = wide_start(x.terms[i + r]);
+  for (int r = 0; r < kRows; ++r) dots[r] = wide_start<kFormat>(x.terms[i + r]);
 #pragma GCC unroll 2
   for (int q = 0; q < 8; ++q) {
     const __m256i w = block.bytes(q);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) dots[r] = add32(dots[r], level_dot(w, block.row(r, q)));
   }
-  add_dots<Format::kNf4, kRows>(chunk, b, half, dots, x, i, acc);
+  add_dots<kFormat, kRows>(chunk, b, half, dots, x, i, acc);
 }
 
 }  // namespace

@@ -23,9 +23,10 @@ inline __m256i widen(__m256i pairs, int16_t factor) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
 }
 
-inline __m256i levels(__m256i codes) {
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(as_m128(kNf4Levels))),
-                             codes);
+template <Format kFormat>
+__m256i levels(__m256i codes) {
+  const __m128i table = _mm_loadu_si128(as_m128(codebook(kFormat).levels));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
 }
 
 // Σ w·x of each 32-bit lane, w signed bytes.
@@ -51,8 +52,17 @@ __m256 add_block(__m256 acc, __m256i dot, const HalfScales& s, const RowTile& x,
   return fma(product, _mm256_mul_ps(s.scale, _mm256_set1_ps(x.scales[i])), acc);
 }
 
-// −255·Σx, from Σx: what a sum of 4·level·x lacks.
-inline __m256i wide_start(int32_t sum) { return _mm256_set1_epi32(sum - 256 * sum); }
+// (256 − level_offset)·Σx, from Σx: what sums of 4·(level − 64)·x lack.
+template <Format kFormat>
+__m256i level_term(int32_t sum) {
+  return _mm256_set1_epi32((256 - codebook(kFormat).level_offset) * sum);
+}
+
+// −level_offset·Σx, from Σx: what a sum of 4·level·x lacks.
+template <Format kFormat>
+__m256i wide_start(int32_t sum) {
+  return _mm256_set1_epi32(-codebook(kFormat).level_offset * sum);
+}
 
 }  // namespace
 }  // namespace edgelora::kernels

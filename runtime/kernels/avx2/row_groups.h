@@ -149,7 +149,7 @@ RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_r
   } else if (Isa::term_factor(weights.format) != 0) {
     pack_terms(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
   }
-  if (weights.format == Format::kNf4) Isa::pack_starts(&tile, scratch, layout);
+  if (has_codebook(weights.format)) Isa::pack_starts(&tile, scratch, layout);
   return tile;
 }
 
@@ -235,7 +235,7 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
     for (float*& each : to) each += groups.of[g].rows * kPanelRows;
   }
   for (int i = 0; i < kPanels; ++i) {
-    if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc[i]);
+    if (has_codebook(kFormat)) scale_tile(weights.scale_unit, groups.rows, acc[i]);
     store_tile(acc[i], groups.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows, y_stride);
   }
 }
@@ -257,7 +257,7 @@ void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t pa
   ChunkMemory memory;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     multiply_panel<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
-    if (kFormat == Format::kNf4) scale_tile(weights.scale_unit, groups.rows, acc);
+    if (has_codebook(kFormat)) scale_tile(weights.scale_unit, groups.rows, acc);
     store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
   }
 }
@@ -279,6 +279,8 @@ void multiply_tile(const Weights& weights, const RowGroups& groups, int64_t pane
       return run(multiply_panels<Isa, Format::kInt8>);
     case Format::kNf4:
       return run(multiply_panels<Isa, Format::kNf4>);
+    case Format::kFp4:
+      return run(multiply_panels<Isa, Format::kFp4>);
     case Format::kFloat:
       return;  // has no integer path
   }

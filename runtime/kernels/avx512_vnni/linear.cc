@@ -3,7 +3,7 @@
 // loads a cycle as the CPUs do.
 #include "kernels/avx512_vnni/avx512_vnni.h"
 #include "kernels/avx512_vnni/panel_pairs.h"
-#include "kernels/nf4_scales.h"
+#include "kernels/absmax_scales.h"
 
 namespace edgelora::kernels::avx512_vnni {
 
@@ -13,7 +13,7 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, kNf4ByteScale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::avx512_vnni

@@ -91,8 +91,8 @@ struct PanelPairs : VnniIsa<Registers> {
     const Ints codes = V::load(panel_codes + b * kBlockBytes / 2 + 64 * line);
     bytes[0] = V::low_nibbles(codes);
     bytes[1] = V::high_nibbles(codes);
-    if constexpr (kFormat == Format::kNf4) {
-      for (int i = 0; i < 2; ++i) bytes[i] = V::look_up(bytes[i]);
+    if constexpr (has_codebook(kFormat)) {
+      for (int i = 0; i < 2; ++i) bytes[i] = V::template look_up<kFormat>(bytes[i]);
     }
   }
 };

@@ -35,9 +35,10 @@ struct Registers {
   static Ints high_nibbles(Ints bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
   static Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
 
+  template <Format kFormat>
   static Ints look_up(Ints codes) {
-    const __m128i table =
-        _mm_xor_si128(_mm_loadu_si128(as_m128(kNf4Bytes)), _mm_set1_epi8(-128));
+    const __m128i bytes = _mm_loadu_si128(as_m128(codebook(kFormat).bytes));
+    const __m128i table = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
   }
 

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx_vnni/avx_vnni.h"
-#include "kernels/nf4_scales.h"
+#include "kernels/absmax_scales.h"
 #include "kernels/vnni_linear.h"
 
 namespace edgelora::kernels::avx_vnni {
@@ -33,9 +33,10 @@ struct Registers {
   static Ints high_nibbles(Ints bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
   static Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 
+  template <Format kFormat>
   static Ints look_up(Ints codes) {
-    const __m128i table =
-        _mm_xor_si128(_mm_loadu_si128(as_m128(kNf4Bytes)), _mm_set1_epi8(-128));
+    const __m128i bytes = _mm_loadu_si128(as_m128(codebook(kFormat).bytes));
+    const __m128i table = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
   }
 
@@ -60,7 +61,7 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, kNf4ByteScale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::avx_vnni

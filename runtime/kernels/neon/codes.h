@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels/neon/registers.h"
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 #include "kernels/panels.h"
 
 namespace edgelora::kernels {
@@ -21,22 +21,26 @@ struct Codes {          // of four rows
 
 struct Unpacking {
   uint8x16_t nibble;
-  int8x16_t nf4;
+  int8x16_t codebook;
 };
 
-EDGELORA_INLINE Unpacking unpacking() { return {vdupq_n_u8(15), vld1q_s8(kNf4Bytes)}; }
-
-// q: which 8 K of the block; g: which four rows. int4: 0 … 15, nf4: the table's bytes.
 template <Format kFormat>
-EDGELORA_INLINE Codes load_codes(const uint8_t* block, int q, int g, Unpacking by = unpacking()) {
+EDGELORA_INLINE Unpacking unpacking() {
+  return {vdupq_n_u8(15), vld1q_s8(codebook(kFormat).bytes)};
+}
+
+// q: which 8 K of the block; g: which four rows. int4: 0 … 15, nf4, fp4: the codebook's bytes.
+template <Format kFormat>
+EDGELORA_INLINE Codes load_codes(const uint8_t* block, int q, int g,
+                                 Unpacking by = unpacking<kFormat>()) {
   if constexpr (kFormat == Format::kInt8) {
     const uint8_t* from = block + 128 * q + 16 * g;
     return {vreinterpretq_s8_u8(load_bytes(from)), vreinterpretq_s8_u8(load_bytes(from + 64))};
   }
   const uint8x16_t bytes = load_bytes(block + 64 * q + 16 * g);
   const uint8x16_t low = vandq_u8(bytes, by.nibble), high = vshrq_n_u8(bytes, 4);
-  if constexpr (kFormat == Format::kNf4) {
-    return {vqtbl1q_s8(by.nf4, low), vqtbl1q_s8(by.nf4, high)};
+  if constexpr (has_codebook(kFormat)) {
+    return {vqtbl1q_s8(by.codebook, low), vqtbl1q_s8(by.codebook, high)};
   }
   return {vreinterpretq_s8_u8(low), vreinterpretq_s8_u8(high)};
 }

@@ -147,7 +147,7 @@ void quantize_activations(const float* x, int64_t in_features, int8_t* codes, fl
 }
 
 void dequantize_row(const Weights& weights, int64_t row, float* out) {
-  if (weights.format == Format::kNf4) return nf4_row(weights, row, out);
+  if (has_codebook(weights.format)) return codebook_row(weights, row, out);
   if (weights.format == Format::kFloat) return float_row(weights, row, out);
   for (int64_t k = 0; k < weights.in_features; k += kActivationBlock) {
     const RowBlock codes = row_block(weights, row, k / kActivationBlock);

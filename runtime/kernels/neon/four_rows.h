@@ -10,7 +10,7 @@
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx. Zero points: codes less theirs.
 // int8: bytes as they are.
-// nf4: a byte table, tbl, gives w = round(124.125·value). The rounding costs at most 0.0037 of
+// nf4, fp4: a byte table, tbl, gives w = round(124.125·value). The rounding costs at most 0.0037 of
 //   absmax a weight.
 //
 // The 32 registers: acc 16, bytes of W 8, sums 4; the rest x, the scales of W and what
@@ -45,9 +45,9 @@ inline const int8_t* hidden(const int8_t* from) {
 template <Format kFormat>
 EDGELORA_INLINE void load_quarter(const uint8_t* block, const uint8_t* zero_points, int g,
                                   int8x16_t out[8]) {
-  Unpacking by = unpacking();  // anew for each block: no register is left for it
+  Unpacking by = unpacking<kFormat>();  // anew for each block: no register is left for it
   asm volatile("" : "+w"(by.nibble));
-  if constexpr (kFormat == Format::kNf4) by.nf4 = vld1q_s8(hidden(kNf4Bytes));
+  if constexpr (has_codebook(kFormat)) by.codebook = vld1q_s8(hidden(codebook(kFormat).bytes));
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
     const Codes codes = load_codes<kFormat>(block, q, g, by);

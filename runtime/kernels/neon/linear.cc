@@ -8,24 +8,24 @@
 // int4: a block adds eight products of at most 15·127 to a lane, two lanes together 30480: int16
 //   holds them, and one addp and one sadalp a block leave the dots of four rows.
 // int8: two products of at most 128·127 are 32512, so every second one is followed by sadalp.
-// nf4: a byte table, tbl, gives w = round(124.125·value); then as int8. The rounding costs at most
-//   0.0037 of absmax a weight.
+// nf4, fp4: a byte table, tbl, gives w = round(124.125·value) (fp4: 120·value); then as int8. The
+//   rounding costs at most 0.0037 (0.0031) of absmax a weight.
 //
 // Tile: 16 rows of W × 1 row of x (decode) or 2 (several rows, whose codes are unpacked once for up
 // to 32).
-//   sums [rows][4]   two registers each: int16 (int4) or int32 (int8, nf4), 16 of the 32 registers
+//   sums [rows][4]   two registers each: int16 (int4) or int32 (int8, nf4, fp4), 16 of the 32 registers
 //   acc              float; registers for one row of x, [rows, 16] in L1 for several
 #include <type_traits>
 
 #include "kernels/neon/neon.h"
 #include "kernels/neon/panel_rows.h"
-#include "kernels/nf4_scales.h"
+#include "kernels/absmax_scales.h"
 
 namespace edgelora::kernels::neon {
 namespace {
 
 constexpr bool signed_codes(Format format) {
-  return format == Format::kInt8 || format == Format::kNf4;
+  return format == Format::kInt8 || has_codebook(format);
 }
 
 // 4 K of x in every 32-bit lane; kLane: which 4 of 16.
@@ -63,7 +63,7 @@ struct ByteSums {
     low = kFirst ? vpaddlq_s16(pairs.low) : vpadalq_s16(low, pairs.low);
     high = kFirst ? vpaddlq_s16(pairs.high) : vpadalq_s16(high, pairs.high);
   }
-  EDGELORA_INLINE int32x4_t rows(int32x4_t) const {  // int8, nf4: it starts at 0
+  EDGELORA_INLINE int32x4_t rows(int32x4_t) const {  // int8, nf4, fp4: it starts at 0
     return vpaddq_s32(low, high);
   }
 };
@@ -159,7 +159,7 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, kNf4ByteScale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales, scratch);
 }
 
 }  // namespace edgelora::kernels::neon

@@ -8,15 +8,15 @@
 #include "kernels/float_driver.h"
 #include "kernels/neon/neon.h"
 #include "kernels/neon/registers.h"
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 
 namespace edgelora::kernels::neon {
 namespace {
 
 // The table's 64 bytes are one lookup: float c is bytes 4c … 4c+3.
-float32x4_t nf4_values(int32x4_t codes) {  // lanes 0…15
+float32x4_t look_up(const float* values, int32x4_t codes) {  // lanes 0…15
   uint8x16x4_t table;
-  for (int i = 0; i < 4; ++i) table.val[i] = load_bytes(kNf4Values + 4 * i);
+  for (int i = 0; i < 4; ++i) table.val[i] = load_bytes(values + 4 * i);
   const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100u), vreinterpretq_u32_s32(codes),
                                        0x04040404u);
   return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes)));
@@ -30,7 +30,9 @@ struct Dequantizer {
   int32x4_t zero_points;
 
   float32x4_t operator()(int32x4_t codes) const {
-    if (format == Format::kNf4) return vmulq_f32(nf4_values(codes), scale);
+    if (has_codebook(format)) {
+      return vmulq_f32(look_up(codebook(format).values, codes), scale);
+    }
     const float32x4_t product = vmulq_f32(scale, vcvtq_f32_s32(vsubq_s32(codes, zero_points)));
     return format == Format::kInt4Offsets ? vaddq_f32(product, offset) : product;
   }
@@ -52,7 +54,7 @@ Dequantizer dequantizer(const Weights& weights, int64_t panel, int64_t k, int g,
   const int64_t block = first_scale_block(weights, panel) + in_panel;
   Dequantizer d{weights.format, vdupq_n_f32(0.0f), vdupq_n_f32(0.0f),
                 zero_points_of(weights, block, g)};
-  if (weights.format == Format::kNf4) {
+  if (has_codebook(weights.format)) {
     d.scale = load_float4(absmax + in_panel * kPanelRows + 4 * g);
   } else {
     d.scale = load_half4(weights.scales + block * kPanelRows + 4 * g);

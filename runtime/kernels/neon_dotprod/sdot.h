@@ -7,7 +7,7 @@
 //     dot[r] += Σ_j w[r, j]·x[j]
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx (zero points: −zp·Σx).
-// int8: bytes as they are; nf4: a byte table, tbl (neon/four_rows.h).
+// int8: bytes as they are; nf4, fp4: a byte table, tbl (neon/four_rows.h).
 #pragma once
 
 #include "kernels/neon/scales.h"

@@ -4,16 +4,16 @@
 //   zero points   dot_b = Σ code·x − zp·Σ x
 //   offsets       dot_b = Σ code·x, and the offset term
 //   int8          dot_b = Σ code·x
-//   nf4           dot_b = Σ byte[code]·x, scale ≈ absmax / 124.125
+//   nf4, fp4      dot_b = Σ byte[code]·x, scale ≈ absmax / 124.125, / 120
 //
-// Codes of a panel, int4 and nf4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
+// Codes of a panel, int4, nf4 and fp4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
 //     byte 4r+j:  high nibble K = 8q+4+j │ low nibble K = 8q+j
 // int8: byte 4r+j of 64 is K = 4q+j of row r.
 //
 // One row of x and one row of W at a time; dot is an exact int32, the accumulator a float.
 #include "kernels/half.h"
 #include "kernels/kernels.h"
-#include "kernels/nf4_scales.h"
+#include "kernels/absmax_scales.h"
 #include "kernels/panels.h"
 #include "kernels/row_values.h"
 #include "kernels/scalar/scalar.h"
@@ -28,7 +28,7 @@ int code_value(const Weights& weights, const uint8_t* codes, int64_t r, int64_t 
   }
   const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
   const int code = k % 8 < 4 ? byte & 15 : byte >> 4;
-  return weights.format == Format::kNf4 ? kNf4Bytes[code] : code;
+  return has_codebook(weights.format) ? codebook(weights.format).bytes[code] : code;
 }
 
 int zero_point(const Weights& weights, int64_t panel, int64_t block, int64_t r) {
@@ -74,7 +74,7 @@ float block_product(const Weights& weights, int64_t panel, int64_t r, int64_t in
 }
 
 float* panel_absmax(const Weights& weights, int64_t panel, void* scratch) {
-  if (weights.format != Format::kNf4) return nullptr;
+  if (!has_codebook(weights.format)) return nullptr;
   auto* absmax =
       reinterpret_cast<float*>(static_cast<char*>(scratch) + scratch_layout(weights).absmax);
   decode_absmax_panel(weights, panel, 1.0f, absmax);
@@ -89,9 +89,10 @@ float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const 
   const int64_t block = k / scale_block_size(weights);
   const uint8_t* codes = panel_codes(weights, panel);
   const float scale = block_scale(weights, panel, block, r, absmax);
-  if (weights.format == Format::kNf4) {
+  if (has_codebook(weights.format)) {
     const uint8_t byte = codes[k / 8 * 64 + 4 * r + k % 4];
-    float value = kNf4Values[k % 8 < 4 ? byte & 15 : byte >> 4] * scale;
+    const int code = k % 8 < 4 ? byte & 15 : byte >> 4;
+    float value = codebook(weights.format).values[code] * scale;
     round_values(weights.rounding, &value, 1);
     return value;
   }
@@ -106,7 +107,7 @@ float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t y_stride, void*) {
   const int64_t blocks = activation_blocks(weights.in_features);
-  const float unit = weights.format == Format::kNf4 ? weights.scale_unit : 1.0f;
+  const float unit = has_codebook(weights.format) ? weights.scale_unit : 1.0f;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     for (int64_t m = 0; m < x.rows; ++m) {
       for (int64_t r = 0; r < panel_rows(weights, p); ++r) {
@@ -126,7 +127,7 @@ void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void
   const auto store = [](const float* from, uint16_t* to) {
     for (int64_t r = 0; r < kPanelRows; ++r) to[r] = float_to_half(from[r]);
   };
-  unpack_absmax_panel(weights, panel, kNf4ByteScale, store, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store, scales, scratch);
 }
 
 void linear_float(const Weights& weights, const float* x, int64_t rows, int64_t panel_begin,
@@ -148,7 +149,7 @@ void linear_float(const Weights& weights, const float* x, int64_t rows, int64_t 
 }
 
 void dequantize_row(const Weights& weights, int64_t row, float* out) {
-  if (weights.format == Format::kNf4) return nf4_row(weights, row, out);
+  if (has_codebook(weights.format)) return codebook_row(weights, row, out);
   if (weights.format == Format::kFloat) return float_row(weights, row, out);
   for (int64_t k = 0; k < weights.in_features; ++k) {
     out[k] = weight(weights, row / kPanelRows, row % kPanelRows, k, nullptr);

@@ -1,7 +1,7 @@
-// nf4's absmax as float16 scales, of the ISA's table of bytes: once, when weights are loaded.
+// absmax of nf4 and fp4 as float16 scales, of the ISA's table of bytes: once, when weights are loaded.
 #pragma once
 
-#include "kernels/nf4.h"
+#include "kernels/codebooks.h"
 #include "kernels/scratch.h"
 
 namespace edgelora::kernels {
