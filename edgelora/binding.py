@@ -13,8 +13,8 @@ from edgelora.checkpoint import Checkpoint
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import expected_tensors, weight_name
-from edgelora.merge import merge, row_factors, scaled
-from edgelora.quantize import dequantize, quantize_nf4
+from edgelora.merge import block_deltas, merge, row_factors, scaled
+from edgelora.quantize import Int4Matrix, dequantize, move_offsets, quantize_nf4
 from edgelora.soft_prompt import prefix_of
 
 Float32 = NDArray[np.float32]
@@ -28,6 +28,16 @@ def merged(target: str, weight: Float32, branch: Branch) -> Float32:
         if branch.rank == 0:
             return scaled(weight, branch.output_factor, branch.input_factor)
         return merge(weight, branch.lora_a, branch.lora_b, branch.scaling, branch.magnitude)
+
+
+def merged_codes(target: str, matrix: Int4Matrix, branch: Branch) -> Int4Matrix:
+    """Codes with a branch in their offsets whose delta is the same for all inputs of a block
+    (QA-LoRA). Raises EdgeLoraError.
+    """
+    with _naming(target):
+        size = matrix.block_size
+        delta = block_deltas(branch.lora_a, branch.lora_b, branch.scaling, size)
+        return move_offsets(matrix, delta)
 
 
 def as_nf4(target: str, weight: Float32) -> Float32:

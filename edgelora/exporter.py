@@ -173,8 +173,12 @@ def _write_weights(
         (adapter,) = request.adapters.values()
         branches = dict(adapter.branches)
     windows = request.calibration.windows if request.calibration else None
-    changed = {target for target, branch in branches.items() if branch.changes_weight}
-    rounding = Rounding(checkpoint, request.plan, changed, windows)
+    rounding = Rounding(checkpoint, request.plan, {}, windows)
+    rounding.changed = {
+        target
+        for target, branch in branches.items()
+        if branch.changes_weight and not rounding.keeps_codes(target, branch)
+    }
     file, fingerprint = WeightFile(folder), FingerprintBuilder()
     writer = WeightWriter(checkpoint, request.plan, branches, rounding, file, fingerprint, advance)
     try:

@@ -37,6 +37,9 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
             name: frozenset(t for t, b in adapter.branches.items() if _has_row_factors(b))
             for name, adapter in adapters.items()
         },
+        groups={
+            t: b.group for a in adapters.values() for t, b in a.branches.items() if b.group > 1
+        },
         biases={
             name: frozenset(t for t, b in adapter.branches.items() if _has_bias(t, b, stored))
             for name, adapter in adapters.items()

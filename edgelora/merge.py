@@ -80,6 +80,18 @@ def row_factors(
     return factors[:, 0]
 
 
+def block_deltas(lora_a: Factor, lora_b: Factor, scaling: float, block_size: int) -> Float32:
+    """scaling·(lora_b @ lora_a) of the first input of each block, [out_features, blocks].
+
+    ValueError: a result that is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        firsts = lora_a[:, ::block_size].astype(np.float32)
+        delta = _product(lora_b.astype(np.float32), firsts) * np.float32(scaling)
+    _refuse_nonfinite(delta, 0)
+    return delta
+
+
 def _product(lora_b: Float32, lora_a: Float32) -> Float32:
     """lora_b @ lora_a, each element summed in the order of the ranks."""
     delta = np.zeros((lora_b.shape[0], lora_a.shape[1]), np.float32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.adapter import Branch
 from edgelora.calibration import Arithmetic, Stream
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
@@ -33,7 +34,7 @@ class Rounding:
 
     checkpoint: Checkpoint
     plan: Plan
-    changed: Collection[str]  # targets whose weights an adapter is merged into
+    changed: Collection[str]  # targets whose codes an adapter is merged into
     windows: NDArray[np.int64] | None = None  # calibration text: token ids [windows, positions]
     stream: Stream | None = None
 
@@ -81,16 +82,21 @@ class Rounding:
         except ValueError as error:
             raise EdgeLoraError(f"{self.checkpoint.path}: {target}.weight: {error}") from error
 
+    def keeps_codes(self, target: str, branch: Branch) -> bool:
+        """Whether merging moves offsets only."""
+        return self.plan.keeps_codes(self._stored_as(target), target, branch.group)
+
     def pass_on(self, matrices: Sequence[Matrix], biases: Sequence[Float32]) -> None:
         """The text goes through a projection as it will be stored."""
         if self.stream is not None:
             self.stream.advance([dequantize(matrix) for matrix in matrices], biases)
 
     def _carries(self, target: str) -> bool:
-        name = f"{target}.weight"
-        if target in self.changed or name not in self.checkpoint.names():  # a tied lm_head
-            return False
-        return self.plan.carries(self.checkpoint.stored_as(name), target)
+        return target not in self.changed and self.plan.carries(self._stored_as(target), target)
+
+    def _stored_as(self, target: str) -> str | None:
+        name = f"{target}.weight"  # of a tied lm_head not there
+        return self.checkpoint.stored_as(name) if name in self.checkpoint.names() else None
 
     def _round(self, values: Float32, target: str, curvature: Curvature | None) -> Matrix:
         match self.plan.wanted(target):

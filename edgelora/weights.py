@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Branch
-from edgelora.binding import as_nf4, merged, merged_bias
+from edgelora.binding import as_nf4, merged, merged_bias, merged_codes
 from edgelora.bundle import WeightFile
 from edgelora.changed_base import source_of
 from edgelora.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projecti
 from edgelora.plan import Plan
 from edgelora.quantize import (
     Curvature,
+    Int4Matrix,
     Matrix,
     NBitsLinear,
     PackedLinear,
@@ -104,7 +105,7 @@ class WeightWriter:
         name = weight_name(self.checkpoint.config, linear.target)
         values = self.checkpoint.read(name) if tied else self._read(name)
         curvature = self.rounding.inputs_of(projection.name, [linear.target])
-        matrix = self.rounding.matrix(linear.target, self._merged(linear, values), curvature)
+        matrix = self._matrix(linear, values, curvature)
         self._store(projection.name, self._laid_out([matrix]), self._bias(linear))
 
     def _write_shared_head(self, projection: Projection) -> None:
@@ -133,14 +134,22 @@ class WeightWriter:
             self._store(linear.target, self._laid_out([part]), bias)
 
     def _linear_matrix(self, linear: Linear, curvature: Curvature | None) -> Matrix:
-        values = self._merged(linear, self._read(linear.weight))
-        return self.rounding.matrix(linear.target, values, curvature)
+        return self._matrix(linear, self._read(linear.weight), curvature)
 
-    def _merged(self, linear: Linear, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _matrix(
+        self, linear: Linear, values: NDArray[np.float32], curvature: Curvature | None
+    ) -> Matrix:
+        """Merged, then rounded; or rounded, and the branch merged into the offsets."""
+        target = linear.target
         if self.plan.merge_base == "nf4":
-            values = as_nf4(linear.target, values)
-        branch = self.branches.get(linear.target)
-        return values if branch is None else merged(linear.target, values, branch)
+            values = as_nf4(target, values)
+        branch = self.branches.get(target)
+        if branch is None or target in self.rounding.changed or not branch.changes_weight:
+            values = values if branch is None else merged(target, values, branch)
+            return self.rounding.matrix(target, values, curvature)
+        matrix = self.rounding.matrix(target, values, curvature)
+        assert isinstance(matrix, Int4Matrix)
+        return merged_codes(target, matrix, branch)
 
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""

@@ -96,7 +96,9 @@ def int4(rows: int, columns: int, block_size: int, extra: str = "") -> Packed:
     zero = np.full(grid, 8, np.uint8) if not extra else rng.integers(0, 16, grid, np.uint8)
     offsets = rng.uniform(-1, 1, grid).astype(np.float16)
     scale = by_column(scales, block_size, columns)
-    if extra == "offsets":
+    if extra.endswith("offsets"):
+        if extra.startswith("float32"):
+            offsets = offsets.astype(np.float32) * np.float32(1 + 2**-13)  # no float16
         arrays["zero_points"] = pack_rows(offsets)
         matrix = scale * codes + by_column(offsets, block_size, columns)
     else:

@@ -228,7 +228,7 @@ class BundleWeights:
         if not inputs[2]:
             return wide * (values - 8)
         extra = self.array(inputs[2])
-        if extra.dtype == np.float16:
+        if extra.dtype != np.uint8:
             return wide * values + np.repeat(self._rows(inputs[2])[:rows], block, 1)[:, :width]
         points = np.concatenate([extra & 15, extra >> 4], axis=2).astype(np.float32)
         points = points.transpose(0, 2, 1).reshape(-1, points.shape[1])[:rows]

@@ -29,7 +29,8 @@ def random_int4(rows: int, columns: int, block_size: int, *, zero: str = "none")
     codes = rng.integers(0, 16, (rows, columns), np.uint8)
     scales = rng.standard_normal(grid).astype(np.float16)
     zero_points = rng.integers(0, 16, grid, np.uint8) if zero == "points" else None
-    offsets = rng.standard_normal(grid).astype(np.float16) if zero == "offsets" else None
+    moved = np.float32 if zero == "float32 offsets" else np.float16
+    offsets = rng.standard_normal(grid).astype(moved) if zero.endswith("offsets") else None
     return Int4Matrix(codes, scales, block_size, zero_points, offsets)
 
 
@@ -96,7 +97,7 @@ def assert_same(first: Matrix, second: Matrix) -> None:
             np.testing.assert_array_equal(value, other, err_msg=name)
 
 
-@pytest.mark.parametrize("zero", ["none", "points", "offsets"])
+@pytest.mark.parametrize("zero", ["none", "points", "offsets", "float32 offsets"])
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int4_layout_follows_the_index_formula(
@@ -109,8 +110,8 @@ def test_int4_layout_follows_the_index_formula(
     assert_nibbles(packed.codes, matrix.codes)
     assert_per_block(packed.scales, matrix.scales)
     assert (packed.zero_points is None) == (zero != "points")
-    assert (packed.offsets is None) == (zero != "offsets")
-    if zero == "offsets":
+    assert (packed.offsets is None) == (not zero.endswith("offsets"))
+    if zero.endswith("offsets"):
         assert_per_block(packed.offsets, matrix.offsets)
 
 
@@ -199,6 +200,7 @@ def test_slices_lie_in_the_panels_as_one_taller_matrix() -> None:
         [random_int4(37, 100, 32)],
         [random_int4(37, 100, 64, zero="points")],
         [random_int4(16, 33, 128, zero="offsets"), random_int4(32, 33, 128, zero="offsets")],
+        [random_int4(16, 33, 128, zero="float32 offsets")],
         [random_int8(17, 35, 32)],
         [random_int8(16, 64, 32), random_int8(48, 64, 32)],
         [random_nf4(37, 96)],
@@ -255,6 +257,7 @@ def test_packing_reads_a_matrix_that_is_not_contiguous() -> None:
         (random_int4(16, 96, 32), False),
         (random_int4(16, 64, 32, zero="points"), False),
         (random_int4(16, 64, 32, zero="offsets"), False),
+        (random_int4(16, 64, 32, zero="float32 offsets"), False),
         (random_int8(16, 64, 32), False),
         (random_nf4(16, 64), False),
         (random_float(16, 64), False),

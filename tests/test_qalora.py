@@ -2,7 +2,9 @@
 PEFT has it in GPTQ's only.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +34,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_qwen2(tmp_path_factory.mktemp("base"))
 
 
-def make_qalora(base: Path, folder: Path, group: int) -> np.ndarray:
+NAMES = ("q_proj", "up_proj", "down_proj", PLAIN)
+
+
+def make_qalora(
+    base: Path, folder: Path, group: int, names: tuple[str, ...] = NAMES, plain: str = PLAIN
+) -> np.ndarray:
     """A PEFT folder, and PEFT's logits with it."""
-    names = ["q_proj", "up_proj", "down_proj", PLAIN]
     settings = {"use_qalora": True, "qalora_group_size": group, "use_rslora": True}
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names, **settings)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(names), **settings)
     adapted = get_peft_model(oracle.float_model(base), config)
     for name, module in adapted.named_modules():
-        if isinstance(module, Linear) and not name.endswith(PLAIN):
+        if isinstance(module, Linear) and not name.endswith(plain):
             module.lora_variant["default"] = QALoraLinearVariant()
             QALoraLinearVariant.init(module, "default", config)
     torch.manual_seed(7)
@@ -82,6 +88,91 @@ def test_a_width_that_is_neither_is_refused(base: Path, tmp_path: Path) -> None:
     save_file(tensors | {name: np.ones((4, 8), np.float32)}, tmp_path / WEIGHTS)
     with pytest.raises(EdgeLoraError, match=rf"{Q0}.lora_A.weight: shape \[4, 8\], .*\[4, 64\]"):
         read_adapter(tmp_path, targets(open_checkpoint(base).config))
+
+
+MERGES: list[tuple[int, dict[str, Any]]] = [
+    (32, {}),
+    (32, {"zero_points": True}),
+    (64, {"block_size": 64}),
+    (64, {"block_size": 32, "embedding_format": "int4"}),
+]
+WIDE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")  # 64 inputs
+ALL = (*WIDE, "down_proj")  # 96
+
+
+@pytest.mark.parametrize(("group", "options"), MERGES, ids=str)
+def test_merging_moves_offsets_and_no_code(
+    group: int, options: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    names = ALL if group == 32 else WIDE
+    make_qalora(base, tmp_path / "a", group, names, plain="none")
+    edgelora.export(base, tmp_path / "side", report=False, **options)
+    settings: dict[str, Any] = {"adapters": {"a": tmp_path / "a"}, "mode": "merge"}
+    merged = edgelora.export(base, tmp_path / "merged", **settings, **options, report=False)
+    assert f"of {2 * len(names)} linears no code, only" in merged.plan.reasons["mode"]
+    plain, moved = (oracle.BundleWeights(tmp_path / name) for name in ("side", "merged"))
+    for name in plain.tensors:
+        if name.endswith((".codes", ".scales")):
+            assert np.array_equal(plain.array(name), moved.array(name)), name
+    before, after = dict(plain.matrices()), dict(moved.matrices())
+    branches = read_adapter(tmp_path / "a", targets(open_checkpoint(base).config)).branches
+    for target, branch in branches.items():
+        delta = branch.scaling * (branch.lora_b.astype(float) @ branch.lora_a.astype(float))
+        wanted = before[target] + delta
+        assert np.abs(after[target] - wanted).max() <= 1e-6 * np.abs(wanted).max(), target
+
+
+@pytest.mark.parametrize("kind", ["float", "Q4_0", "Q4_1"])
+def test_merged_computes_what_the_side_branch_does(kind: str, base: Path, tmp_path: Path) -> None:
+    """On the float path; on the int8 path to the float16 of its offsets. A base's own codes stay.
+    A side branch's A is float16, which holds PEFT's times 64 / 32 / 32.
+    """
+    make_qalora(base, tmp_path / "a", 32, WIDE, plain="none")
+    source = base if kind == "float" else tiny.tiny_gguf(tmp_path / "b.gguf", kind, source=base)
+    adapters = {"a": tmp_path / "a"}
+    edgelora.export(source, tmp_path / "m", adapters=adapters, mode="merge", report=False)
+    edgelora.export(source, tmp_path / "s", adapters=adapters, report=False)
+    with edgelora.load(tmp_path / "m", accuracy="float") as merged:
+        ours = merged.logits(TOKENS)
+    with edgelora.load(tmp_path / "s", accuracy="float") as side:
+        theirs, without = side.logits(TOKENS, adapter="a"), side.logits(TOKENS)
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    assert np.abs(theirs - without).max() > 0.01 * np.abs(theirs).max()
+    model = oracle.bundle_model(tmp_path / "m", oracle.float_model(base))
+    oracle.assert_close(ours, oracle.logits(model, TOKENS), 1e-5)
+    with edgelora.load(tmp_path / "m") as merged:
+        merged.selfcheck()
+        rounded = merged.logits(TOKENS)
+    assert np.abs(rounded - ours).mean() < 0.02 * np.abs(ours).max()
+
+
+def test_a_merged_bundle_of_stock_operators_computes_the_same(base: Path, tmp_path: Path) -> None:
+    make_qalora(base, tmp_path / "a", 32, ALL, plain="none")
+    options: dict[str, Any] = {"adapters": {"a": tmp_path / "a"}, "report": False, "flavor": "ort"}
+    edgelora.export(base, tmp_path / "m", mode="merge", **options)
+    edgelora.export(base, tmp_path / "s", **options)
+    with edgelora.load(tmp_path / "m") as merged, edgelora.load(tmp_path / "s") as side:
+        ours, theirs = merged.logits(TOKENS), side.logits(TOKENS, adapter="a")
+    assert np.abs(ours - theirs).mean() < 0.02 * np.abs(theirs).max()
+
+
+def test_groups_that_blocks_do_not_divide_are_rounded_anew_and_it_is_said(
+    base: Path, tmp_path: Path
+) -> None:
+    make_qalora(base, tmp_path / "a", 16)
+    options: dict[str, Any] = {"adapters": {"a": tmp_path / "a"}, "mode": "merge"}
+    report = edgelora.export(base, tmp_path / "m", **options)
+    assert "only offsets of 0 of QA-LoRA's 6 linears" in report.plan.reasons["mode"]
+    assert "divide its groups of 16" in report.plan.reasons["mode"]
+
+
+def test_the_report_sees_a_delta_that_no_rounding_touched(base: Path, tmp_path: Path) -> None:
+    make_qalora(base, tmp_path / "a", 32, ALL, plain="none")
+    edgelora.export(base, tmp_path / "m", adapters={"a": tmp_path / "a"}, mode="merge")
+    variants = json.loads((tmp_path / "m" / "report.json").read_text())["variants"]
+    for variant in variants:
+        if variant["kind"].startswith("merged"):
+            assert variant["delta_changed"] == 0 and variant["delta_correlation"] > 0.999
 
 
 def test_it_is_added_and_inspected_without_the_base(base: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Branch:
     trained_bias: Factor | None = None  # [out_features], takes the place of the base's
     output_factor: NDArray[np.float32] | None = None  # [out_features]
     input_factor: NDArray[np.float32] | None = None  # [in_features]
+    group: int = 1  # consecutive inputs to which lora_a gives one value (QA-LoRA)
 
     @classmethod
     def of_rank_0(cls, size: tuple[int, int], **parts: Any) -> "Branch":
@@ -189,7 +190,7 @@ def read_branch(
     if bias is not None and not np.isfinite(bias).all():
         return None, [refused(pair[BIAS], f"times scaling {scaling:g} is not finite")]
     lora_a = expanded(values["A"], group) if group > 1 else values["A"]
-    branch = Branch(lora_a, values["B"], scaling, values.get(MAGNITUDE), bias=bias)
+    branch = Branch(lora_a, values["B"], scaling, values.get(MAGNITUDE), bias=bias, group=group)
     pooled = ", of means of inputs (QA-LoRA)" if group > 1 else ""
     reason = f"rank {rank}, scaling {scaling:g}{pooled}{_what_else(branch)}"
     return branch, [exported(name, reason) for name in names.values()]

@@ -91,7 +91,7 @@ def _packed(
             named["nested_absmax"], named["absmax"] = named.pop("scales"), named.pop("zero_points")
         else:
             named["plain_absmax"] = named.pop("scales")
-    elif "zero_points" in named and named["zero_points"].dtype == np.float16:
+    elif "zero_points" in named and named["zero_points"].dtype != np.uint8:
         named["offsets"] = named.pop("zero_points")
     shape = (name, matrix.block_size, matrix.in_features, tuple(slices))
     return PackedLinear(*shape, **named)

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch, Prefix, SoftPrompt
-from edgelora.binding import as_nf4, merged, merged_bias
+from edgelora.binding import as_nf4, merged, merged_bias, merged_codes
 from edgelora.calibration import Past
 from edgelora.checkpoint import Checkpoint
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.layout import EMBEDDING, Linear, weight_name
 from edgelora.merge import merge, scaled
 from edgelora.plan import Plan
-from edgelora.quantize import Matrix, dequantize
+from edgelora.quantize import Int4Matrix, Matrix, dequantize
 from edgelora.rounding import Rounding
 
 Float32 = NDArray[np.float32]
@@ -136,12 +136,21 @@ class LinearWeights:
     def survival(self, variant: Variant) -> Survival | None:
         """Of the adapter's delta; None where it has none or nothing is merged."""
         branch = self._branch(variant.adapter)
-        changed = branch is not None and branch.changes_weight
-        if variant.kind not in ("merged", "merged_nf4") or not changed:
+        if branch is None or not branch.changes_weight:
+            return None
+        if variant.kind not in ("merged", "merged_nf4"):
             return None
         delta = self._float(variant.adapter) - self._source
-        base = self._rounded_anew if variant.kind == "merged" else self._rounded_nf4
+        base = self._unmerged(variant, branch)
         return survival(base, self._rounded_merged(variant), delta)
+
+    def _unmerged(self, variant: Variant, branch: Branch) -> Matrix:
+        """What merging changed: codes that are kept, or that were rounded anew without it."""
+        if variant.kind == "merged_nf4":
+            return self._rounded_nf4
+        if self._rounding.keeps_codes(self.linear.target, branch):
+            return self._rounding.matrix(self.linear.target, self._source)
+        return self._rounded_anew
 
     def _branch(self, adapter: str | None, *, bound: bool = False) -> Branch | None:
         return self.subject.branch(adapter, self.linear.target, bound=bound)
@@ -206,10 +215,20 @@ class LinearWeights:
         branch = self._branch(variant.adapter)
         if branch is None:
             return self._rounded if variant.kind == "merged" else self._rounded_nf4
+        if branch.group > 1 and (matrix := self._kept(variant, branch)):
+            return merged_codes(self.linear.target, matrix, branch)
         values = self._float(variant.adapter)
         if variant.kind == "merged_nf4":
             values = merged(self.linear.target, self._nf4, branch)
         return self._rounding.anew(self.linear.target, values)
+
+    def _kept(self, variant: Variant, branch: Branch) -> Int4Matrix | None:
+        """Codes whose offsets take up a QA-LoRA delta."""
+        matrix = self._unmerged(variant, branch)
+        if not isinstance(matrix, Int4Matrix) or branch.group % matrix.block_size:
+            return None
+        nf4 = variant.kind == "merged_nf4"
+        return matrix if nf4 or self._rounding.keeps_codes(self.linear.target, branch) else None
 
     @property
     def _stored_as(self) -> str:

@@ -1,7 +1,7 @@
 """The frozen decisions of one export, and what follows from them for one matrix."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgelora.config import ModelConfig
 from edgelora.layout import EMBEDDING
@@ -65,6 +65,14 @@ class Plan:
             return False  # GatherBlockQuantized has no offsets
         return carry == "any" and any({stored, wanted} <= kinds for kinds in _ALIKE)
 
+    def keeps_codes(self, stored: str | None, target: str, group: int) -> bool:
+        """Whether merging a delta that is one number for each `group` of inputs (QA-LoRA) changes
+        no code of `target`, which the base holds as `stored`: the offsets of its blocks take it up.
+        """
+        carried = self.carries(stored, target)
+        block_size = CARRIED_BLOCK if carried else self.block_size
+        return (stored if carried else self.wanted(target)) == "int4" and group % block_size == 0
+
 
 def int8_block(target: str) -> int:
     """Block size where the plan wants int8."""
@@ -77,13 +85,26 @@ class Kind:
 
     format: str
     block_size: int
-    extra: str = ""  # "zero_points" or "offsets" of int4, "plain" of nf4, fp4: absmax in float32
+    # of int4 "zero_points", "offsets", "moved": offsets in float32; of nf4, fp4 "plain": absmax so
+    extra: str = ""
 
 
 def is_carried(plan: Plan, base: Inventory, target: str) -> bool:
     """Whether the bundle holds the base's own codes of this matrix."""
-    merged = plan.mode == "merge" and target in base.changed
-    return not merged and plan.carries(base.stored.get(target), target)
+    return not is_merged(plan, base, target) and plan.carries(base.stored.get(target), target)
+
+
+def is_merged(plan: Plan, base: Inventory, target: str) -> bool:
+    """Whether an adapter changes its codes."""
+    changed = plan.mode == "merge" and target in base.changed
+    return changed and not moves_offsets(plan, base, target)
+
+
+def moves_offsets(plan: Plan, base: Inventory, target: str) -> bool:
+    """Whether an adapter changes its offsets and no code."""
+    if plan.mode != "merge" or target not in base.groups:
+        return False
+    return plan.keeps_codes(base.stored.get(target), target, base.groups[target])
 
 
 def shares_head(config: ModelConfig, plan: Plan, base: Inventory) -> bool:
@@ -99,6 +120,11 @@ def outer_matrices(config: ModelConfig, plan: Plan, base: Inventory) -> list[str
 
 def kind_of(plan: Plan, base: Inventory, target: str) -> Kind:
     """How the bundle holds this matrix."""
+    kind = _kind_of_codes(plan, base, target)
+    return replace(kind, extra="moved") if moves_offsets(plan, base, target) else kind
+
+
+def _kind_of_codes(plan: Plan, base: Inventory, target: str) -> Kind:
     if is_carried(plan, base, target):
         stored = base.stored[target]
         if stored in ("nf4", "fp4"):

@@ -18,6 +18,8 @@ class Inventory:
     """Adapter → target → rank (0 for (IA)³), of those whose weights it changes."""
     magnitudes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Adapter → targets that have a factor for each row (DoRA, (IA)³)."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """Target → inputs that share a value of A, where it is QA-LoRA's."""
     biases: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Adapter → targets that get a bias."""
 

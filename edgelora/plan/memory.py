@@ -12,7 +12,7 @@ OVERHEAD_BYTES = 60 * 10**6  # runtime, graph and activations beside weights and
 _K_STEP = 32  # columns that codes are padded to
 _NF4_GROUP = 256 * 64  # weights whose absmax codes share a nested absmax
 _NF4_TABLE = 256 * 4  # absmax_table, one a node
-_EXTRA_BYTES = {"": 0.0, "zero_points": 0.5, "offsets": 2.0}  # a block
+_EXTRA_BYTES = {"": 0.0, "zero_points": 0.5, "offsets": 2.0, "moved": 4.0}  # a block
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from edgelora.plan.decisions import (
     SENSITIVE,
     Plan,
     is_carried,
+    is_merged,
     kind_of,
+    moves_offsets,
     outer_matrices,
     shares_head,
 )
@@ -83,12 +85,27 @@ def _merge_base(plan: Plan, facts: Facts) -> str:
 
 def _mode(plan: Plan, facts: Facts) -> str:
     if plan.mode == "merge":
-        return "asked for: W0 + scaling·B·A in float32, then quantized once"
+        return (
+            f"asked for: W0 + scaling·B·A in float32, then quantized once{_of_groups(plan, facts)}"
+        )
     if facts.base.adapters:
         return "adapters stay apart: the base is shared and they can be switched"
     if plan.flavor == "ort":
         return "no adapter is given; this flavor takes adapters at export only"
     return "no adapter is given; they can be added later with `edgelora add-adapter`"
+
+
+def _of_groups(plan: Plan, facts: Facts) -> str:
+    """What becomes of QA-LoRA's deltas."""
+    groups = facts.base.groups
+    moved = [target for target in groups if moves_offsets(plan, facts.base, target)]
+    if len(moved) == len(groups):
+        return f"; of {len(moved)} linears no code, only float32 offsets (QA-LoRA)" if moved else ""
+    sizes = ", ".join(map(str, sorted({*groups.values()})))
+    return (
+        f"; only offsets of {len(moved)} of QA-LoRA's {len(groups)} linears: the others are not "
+        f"int4 in blocks that divide its groups of {sizes}"
+    )
 
 
 def _format(plan: Plan, facts: Facts) -> str:
@@ -219,7 +236,7 @@ def _carry(plan: Plan, facts: Facts, names: Iterable[str], decision: str) -> str
     """What becomes of the codes of these matrices."""
     base, held = facts.base, _held(facts, names)
     kept = [t for t in held if is_carried(plan, base, t)]
-    merged = [t for t in held if plan.mode == "merge" and t in base.changed]
+    merged = [t for t in held if is_merged(plan, base, t)]
     lost = [t for t in held if t not in kept and t not in merged]
     parts = []
     if kept:

@@ -15,6 +15,7 @@ from edgelora.quantize.matrix import (
     Nf4Matrix,
     PlainNf4Matrix,
 )
+from edgelora.quantize.moved import move_offsets
 from edgelora.quantize.nbits import (
     NBitsLinear,
     dequantize_nbits,
@@ -48,6 +49,7 @@ __all__ = [
     "dequantize_nbits",
     "dequantize_rows",
     "factorize",
+    "move_offsets",
     "pack",
     "quantize_int4",
     "quantize_int8",

@@ -81,7 +81,9 @@ def _zeros(matrix: Int4Matrix, part: slice) -> Float32 | np.float32:
 
 
 def _spread(
-    per_block: NDArray[np.float16] | NDArray[np.uint8], block_size: int, columns: int
+    per_block: NDArray[np.float16 | np.float32] | NDArray[np.uint8],
+    block_size: int,
+    columns: int,
 ) -> Float32:
     """[rows, blocks] → float32 [rows, columns]."""
     return np.repeat(per_block.astype(np.float32), block_size, axis=1)[:, :columns]

@@ -19,8 +19,9 @@ class Int4Matrix:
     """w = scale·(code − 8), or scale·(code − zero_point), or scale·code + offset.
 
     codes uint8 [out_features, in_features] in 0…15; scales float16 [out_features, blocks];
-    zero_points uint8 [out_features, blocks] in 0…15 or None; offsets float16 [out_features, blocks]
-    or None (never both). blocks = ceil(in_features / block_size), block_size 32, 64 or 128.
+    zero_points uint8 [out_features, blocks] in 0…15 or None; offsets float16 or float32
+    [out_features, blocks] or None (never both). blocks = ceil(in_features / block_size),
+    block_size 32, 64 or 128.
     ValueError: another shape or dtype, a scale or offset that is not finite.
     """
 
@@ -28,7 +29,7 @@ class Int4Matrix:
     scales: NDArray[np.float16]
     block_size: int
     zero_points: NDArray[np.uint8] | None = None
-    offsets: NDArray[np.float16] | None = None
+    offsets: NDArray[np.float16 | np.float32] | None = None
 
     def __post_init__(self) -> None:
         _check_blockwise(self.codes, np.uint8, self.scales, self.block_size)
@@ -37,7 +38,8 @@ class Int4Matrix:
         if self.zero_points is not None:
             check_array("zero_points", self.zero_points, np.uint8, self.scales.shape)
         if self.offsets is not None:
-            check_array("offsets", self.offsets, np.float16, self.scales.shape)
+            dtype = offset_dtype(self.offsets)
+            check_array("offsets", self.offsets, dtype, self.scales.shape)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ Matrix = CodedMatrix | FloatMatrix
 def ceil_div(count: int, size: int) -> int:
     """Pieces of `size` that hold `count`; the last may be partial."""
     return -(-count // size)
+
+
+def offset_dtype(offsets: NDArray[Any]) -> DTypeLike:
+    """float32 or float16, which is what GGUF has."""
+    return np.float32 if offsets.dtype == np.float32 else np.float16
 
 
 def check_block_size(block_size: int) -> None:

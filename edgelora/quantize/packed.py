@@ -20,6 +20,7 @@ from edgelora.quantize.matrix import (
     check_array,
     check_block_size,
     check_rounding,
+    offset_dtype,
 )
 from edgelora.quantize.panels import K_STEP, PANEL
 
@@ -45,7 +46,7 @@ class PackedLinear:
     codes: NDArray[Any]
     scales: NDArray[np.float16] | None = None  # [P, blocks, 16]
     zero_points: NDArray[np.uint8] | None = None  # [P, blocks, 8]
-    offsets: NDArray[np.float16] | None = None  # [P, blocks, 16]
+    offsets: NDArray[np.float16 | np.float32] | None = None  # [P, blocks, 16]
     nested_absmax: NDArray[np.float32] | None = None  # [G]
     absmax: NDArray[np.uint8] | None = None  # [256·G], zeros after each slice's last code
     absmax_offset: NDArray[np.float32] | None = None  # [slices]
@@ -102,7 +103,7 @@ class PackedLinear:
         if self.zero_points is not None:
             layout["zero_points"] = (np.uint8, (panels, blocks, 8))
         elif self.offsets is not None:
-            layout["offsets"] = scales
+            layout["offsets"] = (offset_dtype(self.offsets), scales[1])
         return layout
 
     def _absmax_layout(self) -> Layout:
@@ -188,4 +189,6 @@ def _kind(matrix: Matrix) -> tuple[object, ...]:
         return "plain", matrix.codebook, columns, matrix.rounded_to
     if isinstance(matrix, Int8Matrix):
         return "int8", columns, matrix.block_size
-    return "int4", columns, matrix.block_size, matrix.zero_points is None, matrix.offsets is None
+    extras = (matrix.zero_points, matrix.offsets)
+    dtypes = [None if extra is None else extra.dtype.name for extra in extras]
+    return "int4", columns, matrix.block_size, *dtypes

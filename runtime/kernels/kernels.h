@@ -37,6 +37,9 @@ struct Weights {
   const uint16_t* scales;
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;
+  // kInt4Offsets: float32 [P, blocks, 16], what linear_float and dequantize_row add in the place of
+  // zero_points, which are rounded from them; or null.
+  const float* exact_offsets;
   // nf4 and fp4 only
   const uint8_t* absmax;       // codes, slices padded to multiples of 256; null: not quantized
   const float* nested_absmax;  // one for 256 absmax codes; without codes absmax itself, padded so

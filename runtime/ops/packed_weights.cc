@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/ceil_div.h"
+#include "kernels/half.h"
 #include "ops/scratch.h"
 #include "src/element_type.h"
 
@@ -174,11 +175,25 @@ void PackedWeights::read_zero_points(const NodeInfo& node, size_t index) {
   const std::optional<Tensor> tensor = node.constant(index, "zero_points");
   if (!tensor) return;
   if (weights_.format == Format::kInt8) refuse("int8 has no zero_points");
+  if (tensor->type == kFloat) return read_exact_offsets(*tensor);
   const bool offsets = tensor->type == kHalf;
   weights_.format = offsets ? Format::kInt4Offsets : Format::kInt4ZeroPoints;
   weights_.zero_points =
       offsets ? expect(*tensor, "offsets", kHalf, shape_of({panels_, blocks_, kPanelRows}))
               : expect(*tensor, "zero_points", kUint8, shape_of({panels_, blocks_, 8}));
+}
+
+// `linear` gets them in float16.
+void PackedWeights::read_exact_offsets(const Tensor& tensor) {
+  const int64_t count = panels_ * blocks_ * kPanelRows;
+  weights_.exact_offsets = static_cast<const float*>(
+      expect(tensor, "offsets", kFloat, shape_of({panels_, blocks_, kPanelRows})));
+  offsets_.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    offsets_[static_cast<size_t>(i)] = kernels::float_to_half(weights_.exact_offsets[i]);
+  }
+  weights_.format = Format::kInt4Offsets;
+  weights_.zero_points = offsets_.data();
 }
 
 void PackedWeights::read_absmax(const NodeInfo& node, size_t index) {

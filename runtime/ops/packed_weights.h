@@ -30,12 +30,14 @@ class PackedWeights {
   void read_codes(const NodeInfo& node, size_t index);
   void read_scales(const NodeInfo& node, size_t index);
   void read_zero_points(const NodeInfo& node, size_t index);
+  void read_exact_offsets(const Tensor& tensor);
   void read_absmax(const NodeInfo& node, size_t index);
   void check_slices() const;
   void refuse_surplus(const NodeInfo& node, size_t index,
                       std::initializer_list<const char*> names) const;
 
   std::vector<int64_t> slices_;
+  std::vector<uint16_t> offsets_;  // float16 of float32 ones
   std::vector<uint16_t> absmax_scales_;
   kernels::Weights weights_{};
   int64_t panels_ = 0;

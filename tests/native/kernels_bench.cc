@@ -119,6 +119,7 @@ class Linear {
                  nullptr,
                  nullptr,
                  nullptr,
+                 nullptr,
                  Rounding::kNone,
                  1.0f,
                  &slice_,

@@ -419,6 +419,14 @@ void test_linear_float(const std::vector<TestedIsa>& isas) {
     for_each_shape(
         format, [&](const Shape& shape, int64_t rows) { check_linear_float(isas, shape, rows); });
   }
+  for (int64_t features : {31, 96, 257}) {  // offsets in float32; linear has them in float16
+    for (int64_t room : {0, 256}) {
+      const Shape shape{Format::kInt4Offsets, features, {16, 19}, 64, 0, room, true};
+      check_linear_float(isas, shape, 3);
+      check_dequantize_row(isas, shape);
+      check_linear(isas, shape, 3, Fill::kPowers);
+    }
+  }
   for (int64_t features : {96, 160, 1056}) {
     check_linear_float(isas, {Format::kNf4, features, {32, 16, 64}, 64}, 3);
   }

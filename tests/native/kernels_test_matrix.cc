@@ -186,6 +186,11 @@ double Matrix::offset(int64_t n, int64_t k) const {
   return half_value(offsets_[static_cast<size_t>(n * shape_.blocks() + k / shape_.block_size)]);
 }
 
+float Matrix::exact_offset(int64_t n, int64_t k) const {
+  const double half = offset(n, k);
+  return static_cast<float>(shape_.exact_offsets ? half * (1 + 0x1p-13) : half);
+}
+
 float Matrix::weight(int64_t n, int64_t k) const {
   if (shape_.format == Format::kFloat) {
     return floats_[static_cast<size_t>(n * shape_.in_features + k)];
@@ -195,7 +200,7 @@ float Matrix::weight(int64_t n, int64_t k) const {
                            ? codebook_value(shape_.format, code(n, k))
                            : code(n, k) - zero_point(n, k);
   const float product = static_cast<float>(scale(n, k) * value);
-  return static_cast<float>(static_cast<double>(product) + offset(n, k));
+  return static_cast<float>(static_cast<double>(product) + static_cast<double>(exact_offset(n, k)));
 }
 
 void Matrix::pack() {
@@ -279,6 +284,16 @@ void Matrix::pack() {
   };
   packed_.scales = reinterpret_cast<uint16_t*>(pack_halves(scales_));
   if (shape_.format == Format::kInt4Offsets) packed_.zero_points = pack_halves(offsets_);
+  if (shape_.exact_offsets) {
+    uint8_t* out = allocate(block_stride * 64, blocks * 64, slack);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const float value = exact_offset(n, b * shape_.block_size);
+        std::memcpy(out + ((n / 16 * block_stride + b) * 16 + n % 16) * 4, &value, 4);
+      }
+    }
+    packed_.exact_offsets = reinterpret_cast<float*>(out);
+  }
   if (shape_.format == Format::kInt4ZeroPoints) {
     uint8_t* out = allocate(block_stride * 8, blocks * 8, 0);
     for (int64_t n = 0; n < rows; ++n) {

@@ -25,6 +25,7 @@ struct Shape {
   int64_t block_size;
   double absmax = 0;  // of nf4's and fp4's exact fills, a power of two less or more
   int64_t room = 0;  // K, a multiple of 128, that panels have room for beyond in_features
+  bool exact_offsets = false;  // int4 offsets in float32, near those in float16
 
   int64_t out_features() const;
   int64_t blocks() const { return (in_features + block_size - 1) / block_size; }
@@ -44,7 +45,8 @@ class Matrix {
   int code(int64_t n, int64_t k) const;  // int formats: the integer; nf4, fp4: 0…15
   int zero_point(int64_t n, int64_t k) const;
   double scale(int64_t n, int64_t k) const;  // nf4, fp4: absmax
-  double offset(int64_t n, int64_t k) const;
+  double offset(int64_t n, int64_t k) const;        // in float16
+  float exact_offset(int64_t n, int64_t k) const;
   float weight(int64_t n, int64_t k) const;  // dequantized as numpy does
 
   Weights packed() const;  // points into this object

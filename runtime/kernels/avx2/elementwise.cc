@@ -111,7 +111,9 @@ RowScale row_scale(const Weights& weights, int64_t row, int64_t block_in_panel) 
              _mm_setzero_si128()};
   if (weights.format == Format::kInt4) s.zero_point = _mm_set1_epi32(8);
   if (weights.format == Format::kInt4Offsets) {
-    s.offset = _mm_set1_ps(half_to_float(load_u16(weights.zero_points, i)));
+    s.offset = _mm_set1_ps(weights.exact_offsets != nullptr
+                               ? load_f32(weights.exact_offsets, i)
+                               : half_to_float(load_u16(weights.zero_points, i)));
   }
   if (weights.format == Format::kInt4ZeroPoints) {
     const int byte = static_cast<const uint8_t*>(weights.zero_points)[block * 8 + r % 8];

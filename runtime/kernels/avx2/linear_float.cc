@@ -59,8 +59,10 @@ Dequantizer dequantizer(const Weights& weights, int64_t panel, int64_t k, int ha
     d.scale = load_half8(weights.scales + block * kPanelRows + half * 8);
   }
   if (weights.format == Format::kInt4Offsets) {
-    d.offset = load_half8(static_cast<const uint16_t*>(weights.zero_points) + block * kPanelRows +
-                          half * 8);
+    const int64_t at = block * kPanelRows + half * 8;
+    d.offset = weights.exact_offsets != nullptr
+                   ? _mm256_loadu_ps(weights.exact_offsets + at)
+                   : load_half8(static_cast<const uint16_t*>(weights.zero_points) + at);
   }
   return d;
 }

@@ -89,7 +89,9 @@ RowScale row_scale(const Weights& weights, int64_t row, int64_t block_in_panel) 
   RowScale s{half_to_float(load_u16(weights.scales, i)), 0.0f, 0};
   if (weights.format == Format::kInt4) s.zero_point = 8;
   if (weights.format == Format::kInt4Offsets) {
-    s.offset = half_to_float(load_u16(weights.zero_points, i));
+    s.offset = weights.exact_offsets != nullptr
+                   ? load_f32(weights.exact_offsets, i)
+                   : half_to_float(load_u16(weights.zero_points, i));
   }
   if (weights.format == Format::kInt4ZeroPoints) {
     const int byte = static_cast<const uint8_t*>(weights.zero_points)[block * 8 + r % 8];

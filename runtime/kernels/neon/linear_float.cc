@@ -60,8 +60,10 @@ Dequantizer dequantizer(const Weights& weights, int64_t panel, int64_t k, int g,
     d.scale = load_half4(weights.scales + block * kPanelRows + 4 * g);
   }
   if (weights.format == Format::kInt4Offsets) {
-    d.offset = load_half4(static_cast<const uint16_t*>(weights.zero_points) + block * kPanelRows +
-                          4 * g);
+    const int64_t at = block * kPanelRows + 4 * g;
+    d.offset = weights.exact_offsets != nullptr
+                   ? load_float4(weights.exact_offsets + at)
+                   : load_half4(static_cast<const uint16_t*>(weights.zero_points) + at);
   }
   return d;
 }

@@ -53,6 +53,12 @@ float block_offset(const Weights& weights, int64_t panel, int64_t block, int64_t
       load_u16(weights.zero_points, (first_scale_block(weights, panel) + block) * kPanelRows + r));
 }
 
+float exact_offset(const Weights& weights, int64_t panel, int64_t block, int64_t r) {
+  if (weights.exact_offsets == nullptr) return block_offset(weights, panel, block, r);
+  return load_f32(weights.exact_offsets,
+                  (first_scale_block(weights, panel) + block) * kPanelRows + r);
+}
+
 struct Block {  // one activation block of one row of x
   const int8_t* codes;
   float scale;
@@ -98,7 +104,7 @@ float weight(const Weights& weights, int64_t panel, int64_t r, int64_t k, const 
   }
   const int value = code_value(weights, codes, r, k) - zero_point(weights, panel, block, r);
   const float product = scale * static_cast<float>(value);
-  return weights.format == Format::kInt4Offsets ? product + block_offset(weights, panel, block, r)
+  return weights.format == Format::kInt4Offsets ? product + exact_offset(weights, panel, block, r)
                                                 : product;
 }
 
