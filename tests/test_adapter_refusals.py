@@ -94,7 +94,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"modules_to_save": "embed_tokens"}, "modules_to_save"),
     ({"trainable_token_indices": [1.0]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
-    ({"target_parameters": ["experts.w"]}, "target_parameters"),
+    ({"target_parameters": ["experts.w"]}, "no supported base has other matrices"),
+    ({"target_parameters": ["q_proj.bias"]}, "no supported base has other matrices"),
+    ({"target_parameters": ["weight"]}, "target_parameters"),
     ({"alora_invocation_tokens": []}, "alora_invocation_tokens"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
 ]

@@ -123,7 +123,7 @@ def test_replaced_tensors_are_refused(
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head': the file has nothing of it"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: the file has nothing of it"),
-        ({"target_parameters": ["experts"]}, "LoRA on bare parameters"),
+        ({"target_parameters": ["experts"]}, "no supported base has other matrices"),
         ({"init_lora_weights": "pissa"}, "made another base"),
         ({"peft_type": "LOHA"}, "LoHa is not supported"),
     ],

@@ -61,6 +61,7 @@ _UNUSED: Mapping[str, tuple[object, ...]] = {
     "alpha_pattern": (None, {}),
     "bias": (None, "none"),
     "lora_bias": (None, False),
+    "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "use_dora": (None, False),
     "use_qalora": (None, False),

@@ -30,6 +30,7 @@ class Targeting:
     """Which modules an adapter changes: what the configs of several families have in common."""
 
     target_modules: str | tuple[str, ...]  # a string is a regex or "all-linear"
+    target_parameters: tuple[str, ...] = ()  # ends of paths of weights, all layers
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
@@ -91,7 +92,6 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
     "merge_weights": ((False, None), "PEFT's old merging during training is not supported"),
     "monteclora_config": ((None,), "MonteCLoRA is not supported"),
-    "target_parameters": ((None, []), "LoRA on bare parameters (experts) is not supported"),
     "use_bdlora": ((None, False), "block-diagonal LoRA is not supported"),
     "velora_config": ((None,), "VeLoRA is not supported"),
 }
@@ -117,6 +117,10 @@ def _is_token_list(value: object, *, unique: bool = True) -> bool:
         return False
     distinct = not unique or len(set(value)) == len(value)
     return distinct and all(0 <= token < 2**31 for token in value)
+
+
+def _is_weights(value: Any) -> bool:
+    return is_names(value) and all(re.fullmatch(r".*[^.]\.weight", name) for name in value)
 
 
 # field: (PEFT's default, check, what the value must be)
@@ -145,6 +149,12 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
         None,
         is_text_or_names,
         "must be a list of names or a regex; save the adapter with PEFT again",
+    ),
+    "target_parameters": (
+        [],
+        _is_weights,
+        "must be a list of weights (q_proj.weight): no supported base has other matrices, such as "
+        "experts",
     ),
     "exclude_modules": ([], is_text_or_names, "must be a list of names or a regex"),
     "layers_to_transform": ([], is_layers, "must be a layer index or a list of them"),
@@ -240,6 +250,7 @@ def targeting(values: Mapping[str, Any]) -> Targeting:
     layers, pattern = values.get("layers_to_transform", []), values.get("layers_pattern", [])
     return Targeting(
         target_modules=frozen(values["target_modules"]),
+        target_parameters=tuple(values.get("target_parameters", [])),
         exclude_modules=frozen(values["exclude_modules"]),
         layers_to_transform=layers if isinstance(layers, int) else (tuple(layers) or None),
         layers_pattern=(pattern,) * bool(pattern) if isinstance(pattern, str) else tuple(pattern),

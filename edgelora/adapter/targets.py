@@ -61,13 +61,27 @@ def implied_targets(settings: Targeting, modules: Iterable[str]) -> list[str]:
         return [
             each
             for each in modules
-            if each not in NOT_IN_ALL_LINEAR and not _is_excluded(settings, each)
+            if has_parameter(settings, each)
+            or (each not in NOT_IN_ALL_LINEAR and not _is_excluded(settings, each))
         ]
     return [
         each
         for each in modules
-        if not _is_excluded(settings, each) and _is_targeted(settings, each)
+        if has_parameter(settings, each)
+        or (not _is_excluded(settings, each) and _is_targeted(settings, each))
     ]
+
+
+def has_parameter(settings: Targeting, module: str) -> bool:
+    """Whether its weight is among target_parameters, which no other field narrows
+    (`_inject_parameters`).
+    """
+    return _ends_with_one_of(f"{module}.weight", settings.target_parameters)
+
+
+def _key(settings: Targeting, module: str) -> str:
+    """What PEFT matches patterns of ranks and alphas against."""
+    return f"{module}.weight" if has_parameter(settings, module) else module
 
 
 def _is_excluded(settings: Targeting, module: str) -> bool:
@@ -118,13 +132,13 @@ def _matches_end(pattern: str, module: str) -> bool:
 
 def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
     """A refusal for every rank or alpha pattern that matches none of the adapter's targets."""
-    modules = list(modules)
+    keys = [_key(settings, module) for module in modules]
     fields = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     return [
-        refused(f"{field} {key!r}", "matches no target of the adapter")
+        refused(f"{field} {pattern!r}", "matches no target of the adapter")
         for field, patterns in fields.items()
-        for key in patterns
-        if not any(_matches_end(key, module) for module in modules)
+        for pattern in patterns
+        if not any(_matches_end(pattern, key) for key in keys)
     ]
 
 
@@ -135,12 +149,20 @@ def unmatched_names(settings: Targeting, modules: Iterable[str]) -> list[LedgerE
     unused = [
         name for name in names if not any(_ends_with_one_of(each, [name]) for each in modules)
     ]
+    parameters = [
+        name
+        for name in settings.target_parameters
+        if not any(_ends_with_one_of(f"{each}.weight", [name]) for each in modules)
+    ]
     reason = "matches no linear of the base; PEFT skips it too"
-    return [harmless(f"target_modules {name!r}", reason) for name in unused]
+    return [harmless(f"target_modules {name!r}", reason) for name in unused] + [
+        harmless(f"target_parameters {name!r}", reason) for name in parameters
+    ]
 
 
 def rank_and_scaling(settings: Settings, module: str) -> tuple[int, float]:
     """The rank and alpha/rank, or alpha/√rank for rsLoRA, of one target."""
-    rank = pattern_value(settings.rank_pattern, module, settings.rank)
-    alpha = pattern_value(settings.alpha_pattern, module, settings.alpha)
+    key = _key(settings, module)
+    rank = pattern_value(settings.rank_pattern, key, settings.rank)
+    alpha = pattern_value(settings.alpha_pattern, key, settings.alpha)
     return rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank)
