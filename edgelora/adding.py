@@ -19,6 +19,7 @@ from edgelora.adapter import (
     refuse_input_factors,
     refuse_parts,
     refuse_prefix,
+    refuse_ranges,
     refuse_replaced,
     valid_adapter_names,
 )
@@ -118,6 +119,10 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     file = bound_adapter_file(path)
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
+    again = "export a bundle of its own with the base"
+    if "layers" in manifest["base"]:
+        raise EdgeLoraError(f"{bundle}: its base repeats layers (layer_replication): {again}")
+    refuse_ranges(path, f"repeated layers make another base: {again}")
     adapter = read_adapter(path, targets)
     refuse_replaced(adapter, path)
     refuse_input_factors(adapter, path)

@@ -19,6 +19,7 @@ from edgelora.bundle import (
     adapter_path,
     write_manifest,
 )
+from edgelora.changed_base import source_of
 from edgelora.checkpoint.fingerprint import FingerprintBuilder, merged_fingerprint
 from edgelora.config import ModelConfig
 from edgelora.evaluation import StoredWeights, Subject
@@ -27,6 +28,7 @@ from edgelora.layout import targets
 from edgelora.manifest import SELFCHECK
 from edgelora.onnx_adapter import write_onnx_adapter
 from edgelora.plan import ExportOptions, Plan
+from edgelora.repeated_base import layers_of
 from edgelora.reporting import Report, subject_of, write_up
 from edgelora.request import Progress, Request, prepare, silently
 from edgelora.rounding import Rounding
@@ -196,10 +198,12 @@ def _fields(
 ) -> dict[str, Any]:
     config, plan = request.checkpoint.config, request.plan
     shapes = targets(config)
+    layers = layers_of(source_of(request.checkpoint))
+    repeats = {"layers": list(layers)} if layers else {}
     return {
         "flavor": plan.flavor,
         "model": _model_fields(config, plan, request.tokenizer),
-        "base": {"name": request.checkpoint.name, "fingerprint": fingerprint},
+        "base": {"name": request.checkpoint.name, "fingerprint": fingerprint} | repeats,
         "targets": [
             {"name": name, "in_features": shape[1], "out_features": shape[0]}
             for name, shape in shapes.items()

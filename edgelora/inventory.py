@@ -11,6 +11,7 @@ from edgelora.checkpoint.gguf import GgufCheckpoint
 from edgelora.checkpoint.gguf_config import huggingface_name
 from edgelora.checkpoint.gguf_file import read_gguf
 from edgelora.plan import Inventory
+from edgelora.repeated_base import RepeatedBase
 
 _SUFFIX = ".weight"
 
@@ -20,13 +21,13 @@ def take_inventory(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> I
     stored = {name: checkpoint.stored_as(name) for name in checkpoint.names()}
     foreign: Counter[str] = Counter()
     plain: frozenset[str] = frozenset()
-    source = source_of(checkpoint)
+    source, origins = _origins(checkpoint)
     if isinstance(source, BitsAndBytesCheckpoint):
-        foreign = Counter(why for name in source.names() if (why := source.obstacle(name)))
-        plain = frozenset(n.removesuffix(_SUFFIX) for n in source.names() if source.is_plain(n))
+        foreign = Counter(why for origin in origins.values() if (why := source.obstacle(origin)))
+        plain = frozenset(n.removesuffix(_SUFFIX) for n, o in origins.items() if source.is_plain(o))
     return Inventory(
         stored={name.removesuffix(_SUFFIX): kind for name, kind in stored.items() if kind},
-        offsets=_with_offsets(source),
+        offsets=_with_offsets(source, origins),
         plain=plain,
         foreign=dict(foreign),
         adapters={
@@ -58,7 +59,15 @@ def _has_bias(target: str, branch: Branch, names: Collection[str]) -> bool:
     return changes or branch.bias is not None or branch.trained_bias is not None
 
 
-def _with_offsets(checkpoint: Checkpoint) -> frozenset[str]:
+def _origins(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
+    """The base as the files have it; the tensors' names → theirs."""
+    source = source_of(checkpoint)
+    if not isinstance(source, RepeatedBase):
+        return source, {name: name for name in source.names()}
+    return source.source, {name: source.origin(name) for name in source.names()}
+
+
+def _with_offsets(checkpoint: Checkpoint, origins: Mapping[str, str]) -> frozenset[str]:
     if not isinstance(checkpoint, GgufCheckpoint):
         return frozenset()
     names = {
@@ -66,4 +75,4 @@ def _with_offsets(checkpoint: Checkpoint) -> frozenset[str]:
         for name, tensor in read_gguf(checkpoint.path).tensors.items()
         if tensor.type.name == "Q4_1"
     }
-    return frozenset(name.removesuffix(_SUFFIX) for name in names if name)
+    return frozenset(n.removesuffix(_SUFFIX) for n, origin in origins.items() if origin in names)

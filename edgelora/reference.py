@@ -18,6 +18,7 @@ from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import EvaluationText, Subject, Variant, Walk
 from edgelora.layout import targets
 from edgelora.plan import ExportOptions, make_plan
+from edgelora.repeated_base import repeated
 
 Float32 = NDArray[np.float32]
 
@@ -54,7 +55,7 @@ def open_reference(
 
     Raises EdgeLoraError unless base and adapters are those of the bundle.
     """
-    checkpoint = open_checkpoint(base)
+    checkpoint = repeated(open_checkpoint(base), manifest["base"].get("layers", ()))
     shapes = targets(checkpoint.config)
     given = {name: read_adapter(path, shapes) for name, path in folders.items()}
     _check_adapters(bundle, manifest, folders, given)

@@ -12,6 +12,7 @@ from edgelora.adapter import (
     PrefixFit,
     check_invocation,
     compare_base_name,
+    layer_ranges,
     read_adapter,
     refuse_input_factors,
     refuse_invocation,
@@ -32,6 +33,7 @@ from edgelora.inventory import take_inventory
 from edgelora.layout import targets
 from edgelora.manifest import is_unicode
 from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
+from edgelora.repeated_base import common_layers, repeated
 from edgelora.reporting import measure_choices, read_report_text, subject_of
 from edgelora.tokenizer import TokenizerFiles
 
@@ -67,7 +69,7 @@ def prepare(
     Mode auto and merge base auto measure for it. Raises EdgeLoraError.
     """
     profile = load_profile(options.device) if options.device else None
-    source = open_checkpoint(base)
+    source = _repeated(open_checkpoint(base), adapters)
     read = _read_adapters(adapters, source, options)
     choice = settle(options, read)
     options = choice.options
@@ -98,6 +100,12 @@ def prepare(
     warnings = tuple(warning for warning in named if warning)
     shown = text if options.report else None
     return Request(checkpoint, tokenizer, read, plan, calibration, shown, warnings)
+
+
+def _repeated(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
+    """The base with its layers as the adapters repeat them."""
+    ranges = {path: layer_ranges(path) for path in folders.values()}
+    return repeated(checkpoint, common_layers(ranges, checkpoint.config.num_hidden_layers))
 
 
 def _read_adapters(

@@ -93,7 +93,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"future_field": {"a": 1}}, "future_field"),
     ({"modules_to_save": "embed_tokens"}, "modules_to_save"),
     ({"trainable_token_indices": [1.0]}, "trainable_token_indices"),
-    ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ({"layer_replication": [[1, 1]]}, "layer_replication"),
+    ({"layer_replication": [0, 1]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "no supported base has other matrices"),
     ({"target_parameters": ["q_proj.bias"]}, "no supported base has other matrices"),
     ({"target_parameters": ["weight"]}, "target_parameters"),
@@ -256,10 +257,10 @@ def test_ledger_says_what_becomes_of_biases(folder: Path) -> None:
 
 
 def test_all_problems_are_raised_at_once(folder: Path) -> None:
-    change_config(folder, fan_in_fan_out=True, layer_replication=[[0, 1]])
+    change_config(folder, fan_in_fan_out=True, enable_lora=[True])
     save_file(good_tensors() | {QA: np.full((8, 64), np.nan, np.float32)}, folder / WEIGHTS)
     text = refusal(folder)
-    assert all(each in text for each in ("fan_in_fan_out", "layer_replication", QA))
+    assert all(each in text for each in ("fan_in_fan_out", "enable_lora", QA))
 
 
 def test_names_with_an_adapter_name_are_read(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgelora.adapter.branches import Branch
 from edgelora.adapter.families import family_of, is_adapter_hub, refuse_adapter_hub
+from edgelora.adapter.fields import is_ranges
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, refusals
 from edgelora.adapter.name import model_name, valid_adapter_name, valid_adapter_names
@@ -43,6 +44,7 @@ __all__ = [
     "compare_base_name",
     "is_adapter_hub",
     "is_saved",
+    "layer_ranges",
     "model_name",
     "read_adapter",
     "read_folder",
@@ -50,6 +52,7 @@ __all__ = [
     "refuse_invocation",
     "refuse_parts",
     "refuse_prefix",
+    "refuse_ranges",
     "refuse_replaced",
     "tokens_of",
     "valid_adapter_name",
@@ -172,6 +175,23 @@ def check_invocation(adapter: Adapter, path: Path, vocab_size: int) -> None:
             f"{path}: {INVOCATION}: {', '.join(beyond)}: not below vocab_size {vocab_size}: use "
             "the base it was trained on"
         )
+
+
+def layer_ranges(path: Path) -> tuple[tuple[int, int], ...]:
+    """layer_replication of a PEFT folder: ranges of the base's layers, one after another, that are
+    the layers it was trained on; none for the base as it is. What is no such list is left to
+    `read_adapter`, and so is a folder that cannot be read.
+    """
+    if not (path / CONFIG).is_file():
+        return ()
+    ranges = _parse_config(_read(path, CONFIG), path / CONFIG).get("layer_replication")
+    return tuple((first, end) for first, end in ranges) if ranges and is_ranges(ranges) else ()
+
+
+def refuse_ranges(path: Path, why: str) -> None:
+    """Raises EdgeLoraError if the adapter was trained on repeated layers."""
+    if layer_ranges(path):
+        raise EdgeLoraError(f"{path}: layer_replication: {why}")
 
 
 def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ...]:

@@ -60,6 +60,7 @@ _TRAINING = (
 _UNUSED: Mapping[str, tuple[object, ...]] = {
     "alpha_pattern": (None, {}),
     "bias": (None, "none"),
+    "layer_replication": (None, []),
     "lora_bias": (None, False),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),

@@ -92,5 +92,16 @@ def is_layers(value: object) -> bool:
     )
 
 
+def is_ranges(value: object) -> bool:
+    """Pairs of layers, the second beyond the last."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == len(("first", "end"))
+        and all(type(index) is int for index in pair)
+        and 0 <= pair[0] < pair[1]
+        for pair in value
+    )
+
+
 def is_map_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(check(each) for each in value.values())

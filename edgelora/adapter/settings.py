@@ -17,6 +17,7 @@ from edgelora.adapter.fields import (
     is_layers,
     is_map_of,
     is_names,
+    is_ranges,
     is_rank,
     is_text_or_names,
 )
@@ -88,7 +89,6 @@ REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "ensure_weight_tying": ((False, None), "tied embedding adapters are not supported"),
     "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
     "kasa_config": ((None,), "KaSA changes the base weights; not supported"),
-    "layer_replication": ((None, []), "repeated layers are not supported"),
     "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
     "merge_weights": ((False, None), "PEFT's old merging during training is not supported"),
     "monteclora_config": ((None,), "MonteCLoRA is not supported"),
@@ -157,6 +157,7 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
         "experts",
     ),
     "exclude_modules": ([], is_text_or_names, "must be a list of names or a regex"),
+    "layer_replication": ([], is_ranges, "must be a list of pairs: first layer, end"),
     "layers_to_transform": ([], is_layers, "must be a layer index or a list of them"),
     "layers_pattern": ([], is_text_or_names, "must be a name or a list of names"),
     "modules_to_save": ([], is_names, "must be a list of names"),

@@ -15,6 +15,7 @@ from edgelora.adapter import (
     refuse_invocation,
     refuse_parts,
     refuse_prefix,
+    refuse_ranges,
     refuse_replaced,
 )
 from edgelora.adapter.settings import Settings, read_settings
@@ -86,6 +87,7 @@ def _read_part(path: Path, weight: float) -> Part:
         raise EdgeLoraError(f"{path}: the weight {weight!r} is not a finite number")
     if abs(weight) > MAX_WEIGHT:
         raise EdgeLoraError(f"{path}: the weight {weight:g} does not fit float32")
+    refuse_ranges(path, "a sum does not say of which layers: weigh it at run time (--adapter)")
     folder = read_folder(path)
     adapter = adapter_of(folder, None)
     refuse_replaced(adapter, path)
