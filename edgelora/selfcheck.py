@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.calibration import Arithmetic, Past, Stream
+from edgelora.calibration import Arithmetic, Past, Stream, Weight
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import LinearWeights, StoredWeights, Subject, Variant
@@ -46,7 +46,7 @@ class RoundedArithmetic(Arithmetic):
         super().__init__(config, positions, rotary)
         self.block_size, self.kv_int8 = block_size, kv_int8
 
-    def linear(self, x: Float32, weight: Float32, bias: Float32) -> Float32:
+    def linear(self, x: Float32, weight: Weight, bias: Float32) -> Float32:
         """Of the rounded x."""
         return super().linear(rounded(x, self.block_size), weight, bias)
 
@@ -128,7 +128,7 @@ class Rehearsal:
     def _through(
         self,
         projection: Projection,
-        step: Callable[[Stream, list[Float32], list[Float32]], Result],
+        step: Callable[[Stream, list[Weight], list[Float32]], Result],
     ) -> list[list[Result]]:
         stored = self.stored.linears(projection)
         linears = [LinearWeights(self.subject, linear) for linear in projection.linears]
@@ -140,7 +140,7 @@ class Rehearsal:
             results.append([step(stream, weights, biases) for stream in streams])
         return results
 
-    def _head(self, stream: Stream, weights: list[Float32], biases: list[Float32]) -> Float32:
+    def _head(self, stream: Stream, weights: list[Weight], biases: list[Float32]) -> Float32:
         prompts, tokens = self.windows.shape
         inputs = stream.inputs.reshape(prompts, tokens, -1)[:, -POSITIONS:]
         rows = np.ascontiguousarray(inputs.reshape(-1, inputs.shape[-1]))

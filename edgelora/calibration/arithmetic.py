@@ -6,6 +6,7 @@ graph of stock operators has.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,22 @@ _TILE = 512  # columns: of a Gram matrix only the tiles on and above the diagona
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Past = tuple[Float32, Float32]  # keys, as attention multiplies them, and values
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A weight W with an adapter at its side: factors ⊙ (W·x) + scaling·B·(A·x)."""
+
+    weight: Float32  # [out_features, in_features]
+    factors: Float32 | None  # [out_features], or all 1
+    lora_a: Float32  # [rank, in_features], rank may be 0
+    lora_b: Float32  # [out_features, rank], times scaling
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+Weight = Float32 | Beside
 
 
 class Arithmetic:
@@ -46,11 +63,24 @@ class Arithmetic:
         session = self._double if a.dtype == np.float64 else self._single
         return _run(session, a=a, b=b)
 
-    def linear(self, x: Float32, weight: Float32, bias: Float32) -> Float32:
+    def linear(self, x: Float32, weight: Weight, bias: Float32) -> Float32:
         """x·Wᵀ + bias: [rows, in_features], [out_features, in_features], [out_features] or [0]."""
-        y = _run(self._transposed_right, a=x, b=weight)
+        if isinstance(weight, Beside):
+            y = self._beside(x, weight)
+        else:
+            y = _run(self._transposed_right, a=x, b=weight)
         if bias.size:
             y += bias
+        return y
+
+    def _beside(self, x: Float32, beside: Beside) -> Float32:
+        y = _run(self._transposed_right, a=x, b=beside.weight)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused with the logits
+            if beside.factors is not None:
+                y *= beside.factors
+            if len(beside.lora_a):
+                t = _run(self._transposed_right, a=x, b=beside.lora_a)
+                y += _run(self._transposed_right, a=t, b=beside.lora_b)
         return y
 
     def gram(self, x: Float32) -> Float64:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.calibration.arithmetic import Arithmetic, Past
+from edgelora.calibration.arithmetic import Arithmetic, Past, Weight
 from edgelora.config import ModelConfig
 from edgelora.layout import FINAL_NORM
 
@@ -50,7 +50,7 @@ class Stream:
             total += self.arithmetic.gram(self.inputs[part])
         return total / len(self.inputs)
 
-    def advance(self, weights: Sequence[Float32], biases: Sequence[Float32]) -> None:
+    def advance(self, weights: Sequence[Weight], biases: Sequence[Float32]) -> None:
         """Runs the projection and what follows it, up to the next projection's input.
 
         weights [out_features, in_features] and biases [out_features] or [0] of its linears.
@@ -67,7 +67,7 @@ class Stream:
     def _through(
         self,
         step: Callable[[Sequence[Float32]], Float32],
-        weights: Sequence[Float32],
+        weights: Sequence[Weight],
         biases: Sequence[Float32],
     ) -> Float32:
         """step(outputs of the linears), [tokens, out_features of the first]."""
@@ -105,7 +105,7 @@ class Stream:
         with np.errstate(over="ignore", invalid="ignore"):  # exp(−gate) = Inf is a gate of 0
             return np.asarray(gate / (1 + np.exp(-gate)) * up, np.float32)
 
-    def _add(self, weight: Float32, bias: Float32) -> None:
+    def _add(self, weight: Weight, bias: Float32) -> None:
         for part in self._parts():
             self.residual[part] += self.arithmetic.linear(self.inputs[part], weight, bias)
         self.inputs = self._normed()

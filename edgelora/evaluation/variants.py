@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Branch, Prefix, SoftPrompt
 from edgelora.binding import as_nf4, merged, merged_bias, merged_codes
-from edgelora.calibration import Past
+from edgelora.calibration import Beside, Past, Weight
 from edgelora.checkpoint import Checkpoint
 from edgelora.evaluation.survival import Survival, survival
 from edgelora.layout import EMBEDDING, Linear, weight_name
-from edgelora.merge import merge, scaled
+from edgelora.merge import scaled
 from edgelora.plan import Plan
 from edgelora.quantize import Int4Matrix, Matrix, dequantize
 from edgelora.rounding import Rounding
@@ -103,7 +103,8 @@ class Subject:
 
 
 class LinearWeights:
-    """One linear's weight [out_features, in_features] in every variant, rounded plainly.
+    """One linear's weight [out_features, in_features] in every variant, rounded plainly; of side
+    branches beside it.
 
     What several variants need is kept, of the adapters' only the last one's: ask for the variants
     of an adapter one after another.
@@ -114,7 +115,7 @@ class LinearWeights:
         self._merged: dict[str, Float32] = {}
         self._rounded_variants: dict[Variant, Matrix] = {}
 
-    def weight(self, variant: Variant, stored: Float32 | None = None) -> Float32:
+    def weight(self, variant: Variant, stored: Float32 | None = None) -> Weight:
         """`stored`: what a bundle holds in place of a plainly rounded weight.
 
         Raises EdgeLoraError.
@@ -174,15 +175,14 @@ class LinearWeights:
             self._merged = {adapter: merged(self.linear.target, self._source, branch)}
         return self._merged[adapter]
 
-    def _beside(self, base: Float32, adapter: str | None) -> Float32:
+    def _beside(self, base: Float32, adapter: str | None) -> Weight:
         branch = self._branch(adapter, bound=True)
         if branch is None:
             return base
-        if branch.row_factor is not None or branch.input_factor is not None:
-            base = scaled(base, branch.row_factor, branch.input_factor)
-        if branch.rank == 0:
-            return base
-        return merge(base, branch.lora_a, branch.lora_b, branch.scaling)
+        if branch.input_factor is not None:
+            base = scaled(base, None, branch.input_factor)
+        lora_a, lora_b = (each.astype(np.float32) for each in (branch.lora_a, branch.lora_b))
+        return Beside(base, branch.row_factor, lora_a, lora_b * np.float32(branch.scaling))
 
     @cached_property
     def _rounding(self) -> Rounding:

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.calibration import Arithmetic, Stream
+from edgelora.calibration import Arithmetic, Stream, Weight
 from edgelora.evaluation.scores import Score, Tally
 from edgelora.evaluation.stored import StoredWeights
 from edgelora.evaluation.survival import Survival
@@ -107,7 +107,7 @@ class Walk:
         weights = [LinearWeights(self.subject, linear) for linear in projection.linears]
         stored = None if self.stored is None else self.stored.linears(projection)
         probes = {v.adapter: self.streams[v].inputs[:PROBE] for v in self.variants if _leads(v)}
-        reference: list[Float32] = []
+        reference: list[Weight] = []
         for variant in self.variants:
             used = [
                 each.weight(variant, self._stored(variant, stored, index))
@@ -126,8 +126,8 @@ class Walk:
         self,
         variant: Variant,
         weights: list[LinearWeights],
-        used: list[Float32],
-        reference: list[Float32],
+        used: list[Weight],
+        reference: list[Weight],
         probe: Float32,
     ) -> None:
         nothing = np.zeros(0, np.float32)
