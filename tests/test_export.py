@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import edgelora
 import tiny
 from edgelora import EdgeLoraError
+from edgelora.adding import add_adapter
 from edgelora.manifest import NAME, read_manifest
 from killing import kill_at_every_step
 from test_float_oracle import make_adapter
@@ -280,11 +281,14 @@ def test_manifest_names_every_file(base: Path, tmp_path: Path) -> None:
 
 def test_manifest_has_the_documented_fields(base: Path, adapter: Path, tmp_path: Path) -> None:
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
+    exported = read_manifest(tmp_path / "bundle")
+    add_adapter(tmp_path / "bundle", "b", adapter)
     written = read_manifest(tmp_path / "bundle")
     text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
     table = text.partition("### `manifest.json`")[2].partition("\nNo two adapters")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     assert list(rows) == list(written)
+    assert [row for row in rows if row != "selfcheck"] == list(exported)
     inside = {key: written[key] for key in ("model", "base", "plan")}
     inside |= {"targets": written["targets"][0], "adapters": written["adapters"]["a"]}
     for key, fields in inside.items():
