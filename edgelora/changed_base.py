@@ -26,12 +26,15 @@ class ChangedBase:
         self.path, self.name = source.path, source.name
         self._replaced = replaced
         tied = source.config.tie_word_embeddings and not _unties(replaced)
-        self.config = replace(source.config, tie_word_embeddings=tied)
+        rows = grown_rows(replaced, source.config)
+        self.config = replace(source.config, tie_word_embeddings=tied, vocab_size=rows)
 
     def names(self) -> Sequence[str]:
         return sorted(expected_tensors(self.config))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._replaced.tensors:
+            return self._replaced.tensors[name].shape
         return self.source.shape(self._source_name(name))
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -93,8 +96,21 @@ def _tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return expected_tensors(config) | {ROWS_OUT: (config.vocab_size, config.hidden_size)}
 
 
+def grown_rows(replaced: Replaced, config: ModelConfig) -> int:
+    """vocab_size, or that of a greater embedding that was saved whole."""
+    tensor = replaced.tensors.get(ROWS_IN)
+    return max(config.vocab_size, tensor.shape[0] if tensor and tensor.shape else 0)
+
+
 def _misfits(replaced: Replaced, config: ModelConfig) -> list[str]:
-    ours, problems = _tensors(config), []
+    count = grown_rows(replaced, config)
+    grown = count > config.vocab_size
+    ours, problems = _tensors(replace(config, vocab_size=count)), []
+    if grown and ROWS_OUT not in replaced.tensors:
+        problems.append(
+            f"{ROWS_IN}: saved as {list(replaced.tensors[ROWS_IN].shape)}, the base has "
+            f"{config.vocab_size} rows: of a grown vocabulary modules_to_save must have lm_head too"
+        )
     for name, tensor in replaced.tensors.items():
         if name not in ours:
             problems.append(f"{name}: saved whole, but the base has no such tensor")

@@ -187,7 +187,7 @@ def _write_weights(
         writer.write()
     finally:
         writer.file.close()
-    return writer, writer.fingerprint.finish(request.tokenizer)
+    return writer, writer.fingerprint.finish(request.base_tokenizer)
 
 
 def _fields(

@@ -35,7 +35,7 @@ from edgelora.manifest import is_unicode
 from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
 from edgelora.repeated_base import common_layers, repeated
 from edgelora.reporting import measure_choices, read_report_text, subject_of
-from edgelora.tokenizer import TokenizerFiles
+from edgelora.tokenizer import TokenizerFiles, from_folder
 
 Progress = Callable[[str, int, int], None]
 """Stage ("measuring" for mode auto, "weights", "report"), steps done, steps in all."""
@@ -51,6 +51,7 @@ class Request:
 
     checkpoint: Checkpoint
     tokenizer: TokenizerFiles
+    base_tokenizer: TokenizerFiles  # the same, unless the adapter has more tokens
     adapters: Mapping[str, Adapter]
     plan: Plan
     calibration: CalibrationText | None
@@ -74,7 +75,8 @@ def prepare(
     choice = settle(options, read)
     options = choice.options
     checkpoint = _checked(source, adapters, read, options)
-    tokenizer = read_tokenizer(base)
+    own_tokenizer = read_tokenizer(base)
+    tokenizer = _tokenizer(own_tokenizer, source, checkpoint, adapters)
     _check_end_tokens(tokenizer, checkpoint)
     _check_all_texts(base, checkpoint, tokenizer, adapters, read)
     calibration = _read_calibration(checkpoint, tokenizer, options)
@@ -99,7 +101,8 @@ def prepare(
     named = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     warnings = tuple(warning for warning in named if warning)
     shown = text if options.report else None
-    return Request(checkpoint, tokenizer, read, plan, calibration, shown, warnings)
+    texts = (calibration, shown)
+    return Request(checkpoint, tokenizer, own_tokenizer, read, plan, *texts, warnings)
 
 
 def _repeated(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
@@ -133,6 +136,16 @@ def _checked(
         if options.mode == "merge":
             checkpoint = changed_base(checkpoint, adapter, folders[name])
     return checkpoint
+
+
+def _tokenizer(
+    own: TokenizerFiles, source: Checkpoint, checkpoint: Checkpoint, folders: Mapping[str, Path]
+) -> TokenizerFiles:
+    """The base's, or of a grown vocabulary the adapter's. Raises EdgeLoraError."""
+    if checkpoint.config.vocab_size == source.config.vocab_size:
+        return own
+    (folder,) = folders.values()
+    return from_folder(folder)
 
 
 def _check_prefixes(

@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgelora.adapter.ledger import LedgerEntry, exported, refused
+from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 from edgelora.adapter.settings import TOKEN_MODULES, Targeting, Tokens
 from edgelora.adapter.tensors import Factor, StoredTensor
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"\.(lora_|ia3_l)")
 ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+
+# Of a grown vocabulary PEFT writes a saved embedding or head three times.
+COPY = re.compile(
+    r"(?P<module>.+\.(embed_tokens|lm_head))\.(modules_to_save|original_module)\.weight"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,10 @@ def read_replaced(
     ledger = _unmatched(tensors, settings)
     for name in sorted(each for each in tensors if is_replaced(each, settings)):
         tensor, match = tensors[name], ROWS.fullmatch(name)
+        copy = COPY.fullmatch(name)
+        if copy and f"{copy['module']}.weight" in tensors:
+            ledger.append(harmless(name, f"PEFT reads {copy['module']}.weight"))
+            continue
         if reason := _obstacle(tensor) or (match and _no_rows(match["module"], tensor, settings)):
             ledger.append(refused(name, reason))
         elif match:
