@@ -27,24 +27,24 @@ using Scalings = std::map<std::string, float>;  // by target
   throw Error(EDGELORA_BAD_FILE, path + ": " + what + "; " + advice);
 }
 
-const std::string& field(const std::string& path, const SafeTensors& file, const char* key) {
-  const auto found = file.metadata.find(key);
-  if (found == file.metadata.end()) refuse(path, std::string("no ") + key + " in its metadata");
+const std::string& field(const std::string& path, const Metadata& metadata, const char* key) {
+  const auto found = metadata.find(key);
+  if (found == metadata.end()) refuse(path, std::string("no ") + key + " in its metadata");
   return found->second;
 }
 
-void check_metadata(const std::string& path, const SafeTensors& file,
+void check_metadata(const std::string& path, const Metadata& metadata,
                     const std::string& base_fingerprint) {
-  const auto format = file.metadata.find("format");
-  if (format == file.metadata.end() || format->second != kFormat) {
+  const auto format = metadata.find("format");
+  if (format == metadata.end() || format->second != kFormat) {
     refuse(path, "not an EdgeLoRA adapter", "make one with edgelora export or add-adapter");
   }
-  const std::string& version = field(path, file, "format_version");
+  const std::string& version = field(path, metadata, "format_version");
   if (version != kFormatVersion) {
     refuse(path, "format_version is " + version + ", this library reads 1", "update edgelora");
   }
-  field(path, file, "name");
-  const std::string& found = field(path, file, "base_fingerprint");
+  field(path, metadata, "name");
+  const std::string& found = field(path, metadata, "base_fingerprint");
   if (found != base_fingerprint) {
     refuse(path, "made for the base " + found + ", the model is " + base_fingerprint,
            "use the base it was exported for");
@@ -52,7 +52,7 @@ void check_metadata(const std::string& path, const SafeTensors& file,
 }
 
 Scalings parse_scalings(const std::string& path, const SafeTensors& file) {
-  const std::string& text = field(path, file, "scaling");
+  const std::string& text = field(path, file.metadata, "scaling");
   const auto json =
       parse_json_object(path + ": scaling", text.data(), text.data() + text.size(), 1);
   Scalings scalings;
@@ -255,8 +255,10 @@ void check_no_others(const std::string& path, const SafeTensors& file, const Sca
 AdapterFile::AdapterFile(const std::string& path, const std::string& base_fingerprint,
                          const Targets& targets, const PrefixShape& shape)
     : file_(path), base_fingerprint_(base_fingerprint) {
-  const SafeTensors file = parse_safetensors(path, file_.data(), file_.size());
-  check_metadata(path, file, base_fingerprint);
+  const auto check = [&](const Metadata& metadata) {
+    check_metadata(path, metadata, base_fingerprint);
+  };
+  const SafeTensors file = parse_safetensors(path, file_.data(), file_.size(), check);
   const Scalings scalings = parse_scalings(path, file);
   invocation_ = parse_invocation(path, file);
   if (has_prefix(file)) prefix_ = read_prefix(path, file, scalings, shape);

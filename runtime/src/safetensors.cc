@@ -15,6 +15,7 @@ using Json = nlohmann::json;
 constexpr int64_t kPrefix = 8;                        // bytes of the header's length
 constexpr int64_t kLargestHeader = 64 * 1024 * 1024;  // bytes
 constexpr int kHeaderDepth = 3;                       // header, tensor, shape
+constexpr const char* kMetadata = "__metadata__";
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
   throw Error(EDGELORA_BAD_FILE, path + ": " + what + "; the file is damaged, make it again");
@@ -24,7 +25,8 @@ constexpr int kHeaderDepth = 3;                       // header, tensor, shape
 // equal keys by itself).
 class KeyGuard {
  public:
-  KeyGuard(const std::string& where, int max_depth) : where_(where), max_depth_(max_depth) {}
+  KeyGuard(const std::string& where, int max_depth, const OnMember& on_member)
+      : where_(where), max_depth_(max_depth), on_member_(on_member) {}
 
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
     const bool opens =
@@ -33,6 +35,10 @@ class KeyGuard {
     if (event == Json::parse_event_t::object_start) keys_.emplace_back();
     if (event == Json::parse_event_t::object_end) keys_.pop_back();
     if (event == Json::parse_event_t::key) check_key(parsed.get_ref<const std::string&>());
+    if (depth == 1 && event == Json::parse_event_t::key) member_ = parsed.get<std::string>();
+    if (depth == 1 && event == Json::parse_event_t::object_end && on_member_) {
+      on_member_(member_, parsed);
+    }
     return true;
   }
 
@@ -44,6 +50,8 @@ class KeyGuard {
 
   std::string where_;
   int max_depth_;
+  OnMember on_member_;
+  std::string member_;                       // the outermost object's last key
   std::vector<std::set<std::string>> keys_;  // of the objects that are open
 };
 
@@ -114,9 +122,8 @@ void check_contiguous(const Source& source, const std::map<std::string, SafeTens
   if (end != source.data + source.size) refuse(source.path, "bytes follow the last tensor");
 }
 
-std::map<std::string, std::string> parse_metadata(const std::string& path, const Json& entry) {
-  std::map<std::string, std::string> metadata;
-  if (!entry.is_object()) refuse(path, "__metadata__ is no object");
+Metadata parse_metadata(const std::string& path, const Json& entry) {
+  Metadata metadata;
   for (const auto& [key, value] : entry.items()) {
     if (!value.is_string()) refuse(path, "__metadata__ " + key + " is no string");
     metadata[key] = value.get<std::string>();
@@ -137,10 +144,10 @@ int64_t header_length(const std::string& path, const uint8_t* data, int64_t size
 }  // namespace
 
 Json parse_json_object(const std::string& where, const char* begin, const char* end,
-                       int max_depth) {
+                       int max_depth, const OnMember& on_member) {
   Json json;
   try {
-    json = Json::parse(begin, end, KeyGuard(where, max_depth));
+    json = Json::parse(begin, end, KeyGuard(where, max_depth, on_member));
   } catch (const Json::exception&) {  // its text quotes the file: not one line, not ours
     refuse(where, "not valid JSON");
   }
@@ -148,18 +155,21 @@ Json parse_json_object(const std::string& where, const char* begin, const char* 
   return json;
 }
 
-SafeTensors parse_safetensors(const std::string& path, const uint8_t* data, int64_t size) {
+SafeTensors parse_safetensors(const std::string& path, const uint8_t* data, int64_t size,
+                              const std::function<void(const Metadata&)>& check) {
   const int64_t length = header_length(path, data, size);
   const auto* text = reinterpret_cast<const char*>(data + kPrefix);
-  const Json header = parse_json_object(path, text, text + length, kHeaderDepth);
-  const Source source{path, data + kPrefix + length, size - kPrefix - length};
   SafeTensors result;
+  const auto read_metadata = [&](const std::string& key, const Json& entry) {
+    if (key == kMetadata) check(result.metadata = parse_metadata(path, entry));
+  };
+  const Json header = parse_json_object(path, text, text + length, kHeaderDepth, read_metadata);
+  const Json metadata = header.value(kMetadata, Json::object());
+  if (!metadata.is_object()) refuse(path, "__metadata__ is no object");
+  if (metadata.empty()) check({});
+  const Source source{path, data + kPrefix + length, size - kPrefix - length};
   for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") {
-      result.metadata = parse_metadata(path, entry);
-    } else {
-      result.tensors.emplace(name, parse_tensor(source, name, entry));
-    }
+    if (name != kMetadata) result.tensors.emplace(name, parse_tensor(source, name, entry));
   }
   check_contiguous(source, result.tensors);
   return result;

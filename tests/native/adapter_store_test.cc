@@ -78,6 +78,8 @@ const Wrong kWrong[] = {
     {"format_version is 2", [](auto& f) { f.metadata()["format_version"] = "2"; }},
     {"no name", [](auto& f) { f.metadata().erase("name"); }},
     {"is no string", [](auto& f) { f.metadata()["name"] = 7; }},
+    {"__metadata__ is no object", [](auto& f) { f.metadata() = Json::array({f.metadata()}); }},
+    {"not an EdgeLoRA adapter", [](auto& f) { f.metadata() = Json::object(); }},
     {"made for the base sha256:b", [](auto& f) { f.metadata()["base_fingerprint"] = "sha256:b"; }},
     {"no base_fingerprint", [](auto& f) { f.metadata().erase("base_fingerprint"); }},
     {"no scaling", [](auto& f) { f.metadata().erase("scaling"); }},
@@ -200,6 +202,31 @@ void test_wrong_files_are_refused_with_one_line(const TemporaryFolder& folder) {
                       message.rfind(path, 0) == 0 && message.find('\n') == std::string::npos;
     check(told, __FILE__, __LINE__, std::string(wrong.message) + " ← \"" + message + "\"");
   }
+}
+
+// What follows the metadata is not read for it: it may be damaged.
+void test_another_base_is_refused_by_the_metadata_alone(const TemporaryFolder& folder) {
+  const std::string path = folder.file("other"), other = "sha256:" + std::string(64, 'b');
+  const std::string metadata = good().metadata().dump();
+  std::string theirs = metadata;
+  theirs.replace(theirs.find(kBase), kBase.size(), other);
+  const auto refusal = [&](const std::string& header) {
+    write_file(path, AdapterBytes::with_header(header, ""));
+    return message_of([&] { load(path); });
+  };
+  const auto tells = [](const std::string& message, const char* what) {
+    return message.find(what) != std::string::npos;
+  };
+  for (const std::string rest : {"", ",", ",\"up.lora_a\":{\"dtype\"", ",\"x\":[[[[[[1]]]]]]}"}) {
+    CHECK(tells(refusal("{\"__metadata__\":" + theirs + rest), "made for the base sha256:b"));
+    CHECK(tells(refusal("{\"__metadata__\":" + metadata + rest),
+                rest.find("[[") == rest.npos ? "not valid JSON" : "nested too deeply"));
+  }
+  const std::string later = "{\"x\":{\"__metadata__\":1},\"__metadata__\":";
+  CHECK(tells(refusal(later + theirs + "}"), "made for the base sha256:b"));
+  CHECK(tells(refusal(later + metadata + "}"), "x is no tensor entry"));
+  const std::string twice = "{\"__metadata__\":" + metadata + ",\"__metadata__\":" + theirs + "}";
+  CHECK(tells(refusal(twice), "key \"__metadata__\" twice"));
 }
 
 void test_rank_zero_is_refused(const TemporaryFolder& folder) {
@@ -459,6 +486,7 @@ int main() {
   const TemporaryFolder folder;
   test_a_good_file_gives_its_factors(folder);
   test_wrong_files_are_refused_with_one_line(folder);
+  test_another_base_is_refused_by_the_metadata_alone(folder);
   test_rank_zero_is_refused(folder);
   test_values_that_are_not_finite_are_refused(folder);
   test_values_in_padding_rows_are_refused(folder);
