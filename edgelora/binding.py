@@ -59,13 +59,31 @@ def merged_bias(target: str, bias: Float32, branch: Branch) -> Float32:
 
 
 def check_biases(adapter: Adapter, path: Path, config: ModelConfig) -> None:
-    """Raises EdgeLoraError if the base lacks a bias that the adapter replaces."""
+    """Raises EdgeLoraError if the base lacks a bias that the adapter replaces, or the adapter one
+    that it trained.
+    """
     ours = expected_tensors(config)
     names = [f"{each}.bias" for each, b in adapter.branches.items() if b.trained_bias is not None]
     if missing := [name for name in names if name not in ours]:
         raise EdgeLoraError(
             f"{path}: trained biases that the base does not have: {', '.join(missing)}: "
             "use the base it was trained on"
+        )
+    _refuse_missing_biases(adapter, path, [n[: -len(".bias")] for n in ours if n.endswith(".bias")])
+
+
+def _refuse_missing_biases(adapter: Adapter, path: Path, biased: Collection[str]) -> None:
+    """biased: the base's linears with a bias, all of which were trained, or those with factors."""
+    branches, saved = adapter.branches, adapter.replaced.tensors
+    ranks = {target: branch.rank for target, branch in branches.items()}
+    trained = {target for target, branch in branches.items() if branch.trained_bias is not None}
+    wanted = {"all": {*biased}, "lora_only": {each for each in biased if ranks.get(each)}}
+    missing = wanted.get(adapter.bias, set()) - trained
+    if names := [f"{each}.bias" for each in sorted(missing) if f"{each}.bias" not in saved]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise EdgeLoraError(
+            f"{path}: bias = {adapter.bias}, but the file has no {names[0]}{more}: save the "
+            "adapter again with PEFT 0.21.2"
         )
 
 
@@ -99,10 +117,11 @@ def bound(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
 
 
 def bound_without_base(adapter: Adapter, path: Path, biased: Collection[str]) -> Adapter:
-    """Its output factors as factors of rows; biased: targets whose biases they would change.
+    """Its output factors as factors of rows; biased: the base's linears with a bias.
 
-    Raises EdgeLoraError for those.
+    Raises EdgeLoraError where a bias would be changed.
     """
+    _refuse_missing_biases(adapter, path, biased)
     found = {t for t, branch in adapter.branches.items() if branch.output_factor is not None}
     if changed := sorted(found.intersection(biased)):
         raise EdgeLoraError(

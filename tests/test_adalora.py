@@ -1,6 +1,5 @@
 """AdaLoRA as PEFT itself reads its folder, pruned ranks too."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -63,9 +62,7 @@ def test_pruned_ranks_compute_as_peft_reads_them(base: Path, mode: str, tmp_path
     assert (branches[Q0].rank, Q1 in branches) == (2, False)
 
 
-def test_every_field_of_peft_is_known_and_its_default_passes() -> None:
-    names = {field.name for field in dataclasses.fields(AdaLoraConfig)}
-    assert names <= FIELDS.exported.keys() | FIELDS.harmless.keys() | FIELDS.off.keys()
+def test_peft_s_defaults_pass() -> None:
     config = AdaLoraConfig(target_modules="x", total_step=10).to_dict()
     assert [each for each in FIELDS.ledger(config) if each.verdict == "refused"] == []
 

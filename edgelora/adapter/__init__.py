@@ -76,6 +76,7 @@ class Adapter:
     replaced: Replaced = field(default_factory=Replaced)
     invocation: tuple[int, ...] = ()  # token ids from which on it acts (aLoRA); empty: everywhere
     prefix: Prefix | SoftPrompt | None = None  # then there are no branches
+    bias: str = "none"  # "none", "all" or "lora_only": whose biases were trained
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     base = folder.config.get("base_model_name_or_path")
     name, entries = path.resolve().name, tuple(ledger)
     invocation = tuple(folder.config.get(INVOCATION) or ())
-    fingerprint = folder.fingerprint
-    return Adapter(name, base, branches, fingerprint, entries, replaced, invocation, prefix)
+    fingerprint, bias = folder.fingerprint, folder.config.get("bias") or "none"
+    return Adapter(name, base, branches, fingerprint, entries, replaced, invocation, prefix, bias)
 
 
 def _judge(folder: PeftFolder, targets: Targets | None) -> Judged:

@@ -17,7 +17,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
-from edgelora.adapter.fields import Fields, is_broken, is_map_of
+from edgelora.adapter.fields import Fields, check_version, is_broken, is_map_of
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
@@ -27,6 +27,7 @@ from edgelora.adapter.settings import (
     INVOCATION,
     REFUSED_UNLESS_OFF,
     Targeting,
+    check_layers,
     targeting,
 )
 from edgelora.adapter.targets import check_patterns, implied_targets, unmatched_names
@@ -92,6 +93,7 @@ FIELDS = Fields(
     off=REFUSED_UNLESS_OFF
     | {INVOCATION: ((None,), "not supported with AdaLoRA")}
     | {name: (off, "not supported with AdaLoRA") for name, off in _UNUSED.items()},
+    judged={"peft_version": check_version},
 )
 
 
@@ -106,7 +108,8 @@ def own_targets(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple[
 
 
 def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judged:
-    values, ledger = FIELDS.values(config), FIELDS.ledger(config)
+    values = FIELDS.values(config)
+    ledger = FIELDS.ledger(config) + check_layers(config, values)
     if is_broken(FIELDS, ledger):
         return Judged({}, Replaced(), ledger + _by_target(tensors)[1])
     settings = targeting(values)

@@ -1,6 +1,7 @@
 """A PEFT config's fields: each exported, harmless or refused by name."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 
 Check = Callable[[Any], bool]
+PEFT = (0, 21, 2)  # the version whose meanings are read
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Fields:
         off, reason = self.off[name]
         is_off = any(type(value) is type(each) and value == each for each in off)
         return harmless(item, "off") if is_off else refused(item, reason)
+
+
+def check_version(item: str, value: Any) -> LedgerEntry:
+    """What wrote the config; PEFT writes it since 0.18."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
+    if value is None:
+        return harmless(item, "not said")
+    if found is None:
+        return refused(item, "no version of PEFT; save the adapter with PEFT again")
+    if tuple(int(number or 0) for number in found.groups()) <= PEFT:
+        return harmless(item, "its fields mean what they mean here")
+    return refused(
+        item,
+        "newer than the 0.21.2 that is read here, so a field may mean something else: update "
+        "edgelora, or set peft_version to 0.21.2 if you know that none does",
+    )
 
 
 def is_broken(fields: Fields, ledger: list[LedgerEntry]) -> bool:

@@ -18,7 +18,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
-from edgelora.adapter.fields import Fields, is_broken, is_names, is_text_or_names
+from edgelora.adapter.fields import Fields, check_version, is_broken, is_names, is_text_or_names
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
@@ -57,7 +57,6 @@ FIELDS = Fields(
             "auto_mapping",
             "base_model_name_or_path",
             "inference_mode",
-            "peft_version",
             "revision",
             "runtime_config",
             "task_type",
@@ -67,6 +66,7 @@ FIELDS = Fields(
     off={
         "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
     },
+    judged={"peft_version": check_version},
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgelora.adapter.branches import check_tensor
-from edgelora.adapter.fields import Fields, is_broken, is_rank
+from edgelora.adapter.fields import Fields, check_version, is_broken, is_rank
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.prefix import Array, Prefix, SoftPrompt
@@ -36,7 +36,7 @@ NO_LAYERS = dict.fromkeys(LAYER_SIZES, "of the base; embeddings have neither")
 def _fields(owner: str, peft_type: str, names: tuple[str, ...], **harmless: str) -> Fields:
     sizes = dict.fromkeys(names, (None, is_rank, SAVE_AGAIN))
     kind = (None, lambda value: value == peft_type, f"must be {peft_type}")
-    common = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
+    common = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
     return Fields(
         owner,
         exported={"peft_type": kind, **sizes},
@@ -45,6 +45,7 @@ def _fields(owner: str, peft_type: str, names: tuple[str, ...], **harmless: str)
             "num_transformer_submodules": ((1, None), "2 is for encoder-decoder models"),
             "modules_to_save": ((None, []), "modules saved whole beside a prompt: not supported"),
         },
+        judged={"peft_version": check_version},
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from edgelora.adapter.fields import (
     Check,
     Fields,
+    check_version,
     is_alpha,
     is_broken,
     is_flag,
@@ -76,7 +77,6 @@ HARMLESS = {
     "lora_ga_config": "used only by init_lora_weights = lora_ga",
     "loftq_config": "used only by init_lora_weights = loftq",
     "megatron_core": "used only with megatron_config",
-    "peft_version": "for people",
     "revision": "for people; the fingerprint binds the base",
     "runtime_config": "ignored by PEFT too",
     "task_type": "chooses a wrapper class of PEFT",
@@ -186,7 +186,11 @@ def _check_init(item: str, value: Any) -> LedgerEntry:
 
 
 FIELDS = Fields(
-    "LoraConfig", EXPORTED, HARMLESS, REFUSED_UNLESS_OFF, {"init_lora_weights": _check_init}
+    "LoraConfig",
+    EXPORTED,
+    HARMLESS,
+    REFUSED_UNLESS_OFF,
+    {"init_lora_weights": _check_init, "peft_version": check_version},
 )
 
 
@@ -199,6 +203,12 @@ def _check_together(config: Mapping[str, Any], values: Mapping[str, Any]) -> lis
         entries += _check_activated(values)
     if values["use_qalora"] is True:
         entries += _check_qalora(values)
+    return entries + check_layers(config, values)
+
+
+def check_layers(config: Mapping[str, Any], values: Mapping[str, Any]) -> list[LedgerEntry]:
+    """PEFT's rules for the fields that narrow target_modules to some layers."""
+    entries = []
     is_regex = isinstance(values["target_modules"], str)
     for name in ("layers_to_transform", "layers_pattern"):
         if is_regex and config.get(name) is not None:
