@@ -1,4 +1,4 @@
-"""One more adapter for a bundle that is there already; the base is not needed."""
+"""One more adapter for a bundle that is there already; only some kinds need the base."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,25 +24,39 @@ from edgelora.adapter import (
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_adapter
-from edgelora.binding import bound_without_base
+from edgelora.binding import bound, bound_without_base, check_biases, with_prefix
 from edgelora.bundle import adapter_entry, adapter_path, exchange, free_path, locked
 from edgelora.bundle_base import open_bundle_base
+from edgelora.checkpoint import Checkpoint, open_checkpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import Subject
-from edgelora.manifest import SELFCHECK, bound_adapter_file, read_manifest, selfcheck_path
-from edgelora.plan import Plan
+from edgelora.manifest import (
+    REPORT,
+    SELFCHECK,
+    bound_adapter_file,
+    read_manifest,
+    report_paths,
+    selfcheck_path,
+)
+from edgelora.plan import ExportOptions, Plan
+from edgelora.reference import check_base
+from edgelora.repeated_base import repeated
+from edgelora.reporting import Report, read_report_text, subject_of, with_adapter
 from edgelora.selfcheck import extended
+from edgelora.tokenizer import from_folder
 
 
 @dataclass(frozen=True)
 class AddedAdapter:
-    """The adapter's line in the manifest, its size in bytes, and a warning about its base or
-    None.
+    """The adapter's line in the manifest, its size in bytes, a warning about its base or None.
+
+    mean_kl: of the adapter in the report; None where the report tells nothing of it.
     """
 
     entry: dict[str, Any]
     size: int
     warning: str | None
+    mean_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,23 @@ class _NewAdapter:
     source: str | None = None  # fingerprint of its PEFT folder
     base: str | None = None  # the name it gave
     warning: str | None = None
+    trained: Adapter | None = None  # its factors as trained, where the base is given
 
 
-def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> AddedAdapter:
+def add_adapter(
+    bundle: Path,
+    name: str,
+    path: Path,
+    *,
+    force: bool = False,
+    base: Path | None = None,
+    report_text: Path | None = None,
+) -> AddedAdapter:
     """Binds a PEFT folder, or an adapter.safetensors made for the same base, to the bundle.
+
+    With the base, which is recognised by its fingerprint, a PEFT folder may have DoRA, trained
+    biases and soft prompts, and its losses go into the bundle's report, if it has one; they are
+    measured on the report's text, which is given if it is not the built-in one.
 
     Raises EdgeLoraError if the name is taken (unless `force`), if the base differs by
     fingerprint, or if the adapter does not fit. The bundle stays usable at every moment.
@@ -68,7 +95,8 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
         manifest = read_manifest(bundle)
         valid_adapter_names([*manifest["adapters"], name])
         _refuse(bundle, manifest, name, force=force)
-        new = _read(bundle, manifest, name, path)
+        checkpoint = None if base is None else _open_base(bundle, manifest, base)
+        new = _read(bundle, manifest, name, path, checkpoint)
         place = free_path(manifest, adapter_path(name), new.data)
         positions = new.prefix.positions if new.prefix else 0
         entry = adapter_entry(
@@ -81,9 +109,43 @@ def add_adapter(bundle: Path, name: str, path: Path, *, force: bool = False) -> 
             changed["selfcheck"] = free_path(manifest, SELFCHECK, data)
             files[SELFCHECK] = (changed["selfcheck"], data)
             entry |= {"selfcheck": True}
+        report = _reported(bundle, manifest, checkpoint, name, new, report_text)
+        if report is not None:
+            data_of = {"json": report.json, "html": report.html}
+            places = {k: free_path(manifest, REPORT[k], data_of[k]) for k in REPORT}
+            files |= {REPORT[kind]: (places[kind], data_of[kind]) for kind in REPORT}
+            changed["report"] = places
+        elif report_paths(manifest):
+            entry |= {"report": False}
         changed["adapters"] = manifest["adapters"] | {name: entry}
         exchange(bundle, files, manifest | changed)
-        return AddedAdapter(entry, len(new.data), new.warning)
+        mean_kl = None if report is None else report.mean_kl[name]
+        return AddedAdapter(entry, len(new.data), new.warning, mean_kl)
+
+
+def _open_base(bundle: Path, manifest: dict[str, Any], base: Path) -> Checkpoint:
+    checkpoint = repeated(open_checkpoint(base), manifest["base"].get("layers", ()))
+    check_base(bundle, manifest, checkpoint)
+    return checkpoint
+
+
+def _reported(
+    bundle: Path,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    name: str,
+    new: _NewAdapter,
+    text_file: Path | None,
+) -> Report | None:
+    """The bundle's report with the adapter; None without a report or without the base."""
+    paths = report_paths(manifest)
+    if checkpoint is None or new.trained is None or not paths:
+        return None
+    options = ExportOptions(report_text=None if text_file is None else str(text_file))
+    text = read_report_text(options, checkpoint, from_folder(bundle))
+    subject = subject_of(checkpoint, Plan(**manifest["plan"]), {name: new.trained})
+    stored = open_bundle_base(bundle, manifest).stored
+    return with_adapter(bundle / paths["json"], subject, text, stored)
 
 
 def _selfchecked(
@@ -111,12 +173,16 @@ def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -
         raise EdgeLoraError(f"{bundle}: has an adapter {name!r} already: choose a name or --force")
 
 
-def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _NewAdapter:
+def _read(
+    bundle: Path, manifest: dict[str, Any], name: str, path: Path, checkpoint: Checkpoint | None
+) -> _NewAdapter:
     targets = {
         target["name"]: (target["out_features"], target["in_features"])
         for target in manifest["targets"]
     }
     file = bound_adapter_file(path)
+    if file.is_file() and checkpoint is not None:
+        raise EdgeLoraError(f"{file}: is bound already: give its PEFT folder, or no --base")
     if file.is_file():
         return _read_bound(bundle, manifest, file, targets)
     again = "export a bundle of its own with the base"
@@ -127,12 +193,12 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     refuse_replaced(adapter, path)
     refuse_input_factors(adapter, path)
     check_invocation(adapter, path, manifest["model"]["vocab_size"])
-    why = "that takes the base: export the bundle again with it"
-    refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
-    if isinstance(adapter.prefix, SoftPrompt):
-        refuse_prefix(adapter, path, f"embeddings become keys and values: {why}")
     _check_prefix(adapter.prefix, path, manifest)
-    adapter = bound_without_base(adapter, path, _biased(bundle, targets))
+    trained = None if checkpoint is None else _with_base(adapter, path, checkpoint)
+    if checkpoint is None or trained is None:
+        adapter = _without_base(adapter, path, _biased(bundle, targets))
+    else:
+        adapter = bound(trained, checkpoint)
     fingerprint = manifest["base"]["fingerprint"]
     dtype: Dtype = "float32" if manifest["plan"]["format"] == "float" else "float16"
     data = write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
@@ -140,7 +206,21 @@ def _read(bundle: Path, manifest: dict[str, Any], name: str, path: Path) -> _New
     warning = compare_base_name(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
     found = (adapter.branches, stored.branches, adapter.invocation, stored.prefix)
-    return _NewAdapter(data, *found, adapter.fingerprint, base, warning)
+    return _NewAdapter(data, *found, adapter.fingerprint, base, warning, trained)
+
+
+def _with_base(adapter: Adapter, path: Path, checkpoint: Checkpoint) -> Adapter:
+    """As trained, soft embeddings as the base's keys and values."""
+    check_biases(adapter, path, checkpoint.config)
+    return with_prefix(adapter, checkpoint)
+
+
+def _without_base(adapter: Adapter, path: Path, biased: set[str]) -> Adapter:
+    why = "that takes the base: add it with --base"
+    refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
+    if isinstance(adapter.prefix, SoftPrompt):
+        refuse_prefix(adapter, path, f"embeddings become keys and values: {why}")
+    return bound_without_base(adapter, path, biased)
 
 
 def _check_prefix(prefix: Prefix | SoftPrompt | None, path: Path, manifest: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def bound_without_base(adapter: Adapter, path: Path, biased: Collection[str]) ->
     if changed := sorted(found.intersection(biased)):
         raise EdgeLoraError(
             f"{path}: (IA)³ multiplies {len(changed)} biases of the base, {changed[0]}.bias first: "
-            "that takes the base: export the bundle again with it"
+            "that takes the base: add it with --base"
         )
     branches = {target: _scaled_rows(branch) for target, branch in adapter.branches.items()}
     return replace(adapter, branches=branches)

@@ -51,6 +51,15 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     return fields
 
 
+REPORT = {"json": "report.json", "html": "report.html"}
+
+
+def report_paths(fields: Mapping[str, Any]) -> dict[str, str]:
+    """By kind, relative; empty if the bundle has no report."""
+    paths: dict[str, str] = fields.get("report", REPORT)
+    return paths if paths["json"] in fields["files"] else {}
+
+
 def selfcheck_path(fields: Mapping[str, Any]) -> str:
     """Relative; not always among the bundle's files."""
     return str(fields.get("selfcheck", SELFCHECK))

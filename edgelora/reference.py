@@ -60,7 +60,7 @@ def open_reference(
     given = {name: read_adapter(path, shapes) for name, path in folders.items()}
     _check_adapters(bundle, manifest, folders, given)
     merged = list(manifest["merged"])
-    _check_base(bundle, manifest, checkpoint, [given[name].fingerprint for name in merged])
+    check_base(bundle, manifest, checkpoint, [given[name].fingerprint for name in merged])
     for name in merged:
         checkpoint = changed_base(checkpoint, given[name], folders[name])
     read = {
@@ -103,9 +103,10 @@ def _check_adapters(
         raise EdgeLoraError(f"{bundle}: give the PEFT folders of its adapters: {options}")
 
 
-def _check_base(
-    bundle: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, merged: Sequence[str]
+def check_base(
+    bundle: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, merged: Sequence[str] = ()
 ) -> None:
+    """Raises EdgeLoraError unless it is the bundle's; merged: the adapters' fingerprints."""
     found = base_fingerprint(checkpoint, read_tokenizer(checkpoint.path))
     for fingerprint in merged:
         found = merged_fingerprint(found, fingerprint)

@@ -20,7 +20,7 @@ from edgelora.evaluation import (
 )
 from edgelora.inventory import take_inventory
 from edgelora.plan import ExportOptions, Plan, plan_sizes
-from edgelora.report import Bytes, report_html, report_json
+from edgelora.report import Bytes, read_report, report_html, report_json
 from edgelora.tokenizer import TokenizerFiles
 
 WINDOWS, POSITIONS = 4, 128  # of the text
@@ -75,10 +75,36 @@ def write_up(
     subject: Subject, text: EvaluationText, stored: StoredWeights, progress: Progress
 ) -> Report:
     """Measures every variant, those that the bundle holds with its own weights."""
-    plan = subject.plan
     exported = subject.exported()
     evaluation = evaluate(Walk(subject, text, subject.variants(), stored, exported, progress))
-    warnings, sizes = _warnings(evaluation, exported), _sizes(subject)
+    return _report(subject, evaluation, _sizes(subject), _warnings(evaluation, exported))
+
+
+def with_adapter(
+    path: Path, subject: Subject, text: EvaluationText, stored: StoredWeights
+) -> Report:
+    """The report at `path` with the one adapter of the subject, or with it anew.
+
+    Raises EdgeLoraError unless it was measured on that text.
+    """
+    known, sizes, warnings = read_report(path, text)
+    walk = Walk(subject, text, subject.variants(), stored, subject.exported())
+    evaluation = _joined(known, evaluate(walk), *subject.adapters)
+    return _report(subject, evaluation, {**sizes, **_sizes(subject)}, warnings)
+
+
+def _joined(known: Evaluation, new: Evaluation, adapter: str) -> Evaluation:
+    """All of the one, and the adapter of the other."""
+    others = [each for each in known.results if each.variant.adapter != adapter]
+    own = [each for each in new.results if each.variant.adapter == adapter]
+    effects, unapplied = ({**known.effects, **new.effects}, {**known.unapplied, **new.unapplied})
+    return Evaluation(known.text, (*others, *own), effects, unapplied)
+
+
+def _report(
+    subject: Subject, evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...]
+) -> Report:
+    plan = subject.plan
     title = f"{subject.checkpoint.name}, {plan.format}"
     page = report_html(evaluation, sizes, warnings, title=title, summary=_summary(plan))
     held = [each for each in evaluation.results if each.exported]

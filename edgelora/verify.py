@@ -36,6 +36,8 @@ def verify(bundle: Path) -> Iterator[Check]:
         yield Check(name, f"sha256 {entry['sha256'][:12]}…, {entry['size']} bytes")
     _refuse_strangers(bundle, manifest["files"])
     yield Check("base", _check_bound(bundle, manifest))
+    if untold := [n for n, each in manifest["adapters"].items() if each.get("report") is False]:
+        yield Check("report", f"tells nothing of {', '.join(untold)}, added without the base")
     with load(bundle) as model:
         expected = selfcheck_path(manifest)
         if expected not in manifest["files"]:

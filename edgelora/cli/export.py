@@ -202,7 +202,26 @@ def _show_report(report: "ExportReport", *, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("adapter", type=NamedPath())
 @click.option("--force", is_flag=True, help="Replace the adapter of that name.")
-def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None:
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="BASE",
+    help="The bundle's base: for DoRA, trained biases, soft prompts, and the report's figures.",
+)
+@click.option(
+    "--report-text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The text of the bundle's report.  [default: the built-in one]",
+)
+def add_adapter(
+    bundle: Path,
+    adapter: tuple[str, Path],
+    *,
+    force: bool,
+    base: Path | None,
+    report_text: Path | None,
+) -> None:
     """Binds one more adapter (a PEFT folder, or an adapter.safetensors of the same base) to BUNDLE.
 
     \b
@@ -210,10 +229,16 @@ def add_adapter(bundle: Path, adapter: tuple[str, Path], *, force: bool) -> None
     """
     from edgelora.adding import add_adapter as bind_adapter
 
-    added = bind_adapter(bundle, *adapter, force=force)
+    if report_text is not None and base is None:
+        raise click.UsageError("--report-text needs --base")
+    added = bind_adapter(bundle, *adapter, force=force, base=base, report_text=report_text)
     if added.warning:
         err.print(f"warning: {added.warning}")
     out.print(
         f"{bundle}: {adapter[0]} added, {added.entry['targets']} targets, "
         f"{added.size / MEGABYTE:.1f} MB",
     )
+    if added.mean_kl is not None:
+        out.print(f"mean KL from the float model: {added.mean_kl:.4f}; more in the report")
+    if added.entry.get("report") is False:
+        out.print(f"the report tells nothing of {adapter[0]}: --base BASE --force measures it")
