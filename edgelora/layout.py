@@ -87,6 +87,12 @@ def projections(config: ModelConfig) -> Iterator[Projection]:
     yield head(config)
 
 
+def layer_of(target: str) -> int:
+    """3 of "model.layers.3.mlp.up_proj"; 0 outside the layers."""
+    parts = target.split(".")
+    return int(parts[2]) if parts[1:2] == ["layers"] else 0
+
+
 def targets(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Module path → (out_features, in_features) of every linear that an adapter may name."""
     return {

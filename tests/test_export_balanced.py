@@ -198,11 +198,13 @@ def test_best_keeps_the_sensitive_linears_in_int8_and_loses_less(
     balanced = edgelora.export(base, tmp_path / "balanced", quality="balanced", **options)
     best = edgelora.export(base, tmp_path / "best", quality="best", **options)
     assert best.mean_kl[""] < 0.8 * balanced.mean_kl[""]
-    assert "v_proj and down_proj are int8" in best.plan.reasons["quality"]
+    assert "scales are trained" in best.plan.reasons["quality"]
+    assert best.plan.reasons["int8"].startswith("what 4 bits hurt most: 2 v_proj, 1 gate_proj")
     check(tmp_path / "best", oracle.float_model(base), None)
     own, values = weights(tmp_path / "best"), tiny.float_values(base)
     for target, weight in own.items():
         if "_proj" in target:
-            rounded = dequantize(quantize_int8(values[f"{target}.weight"], 128))
-            is_int8 = target.endswith(("v_proj", "down_proj"))
-            assert np.array_equal(weight, rounded) == is_int8, target
+            rounded = quantize_int8(values[f"{target}.weight"], 128)
+            # Training moves a scale by less than a tenth, and few codes are on the edge then.
+            near = np.abs(weight - dequantize(rounded)) < 0.1 * np.abs(weight) + 1e-6
+            assert near.all() == (target in best.plan.int8), target

@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from edgelora.config import ModelConfig
-from edgelora.layout import EMBEDDING
+from edgelora.layout import EMBEDDING, layer_of, projections
 from edgelora.plan.inventory import Inventory
 
 EMBEDDING_BLOCK = 32  # of an embedding and lm_head in int8
 INT8_BLOCK = 128  # of a linear in int8
-SENSITIVE = ("v_proj", "down_proj")  # int8 in quality best: what 4 bits hurt most
+# int8 in quality best, what 4 bits hurt most: in which parts of the layers, first to last.
+SENSITIVE: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "v_proj": ((0, 1),),
+    "down_proj": ((0, 0.3), (0.55, 1)),
+    "up_proj": ((0, 0.125), (0.93, 1)),
+    "gate_proj": ((0, 0.0625),),
+}
 CARRIED_BLOCK = 32  # of GGUF's codes
 # Codes of one kind are kept where the other is wanted, unless that was asked for.
 _ALIKE = ({"int4", "int8"}, {"nf4", "fp4"})
@@ -31,7 +37,7 @@ class Plan:
     embedding_format: str  # "int8", "int4" or "float"
     head_format: str  # likewise; a tied lm_head of the embedding's format is the same matrix
     # "fast": each weight is rounded for itself; "balanced": errors are compensated; "best": they
-    # are, and the SENSITIVE linears are int8
+    # are, scales are trained, and some linears are int8
     quality: str
     calibration: str | None  # what text the rounding was fitted to
     carry: str
@@ -39,13 +45,14 @@ class Plan:
     flavor: str
     context_length: int
     device: str | None
+    int8: tuple[str, ...] = ()  # linears that have 8 bits where they are not carried
     merge_base: str | None = None  # "float", "nf4": rounded so before; None in mode side
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def wanted(self, target: str) -> str:
         """The format of `target` where it is not carried."""
         outer = {EMBEDDING: self.embedding_format, "lm_head": self.head_format}
-        if self.quality == "best" and target.endswith(SENSITIVE):
+        if target in self.int8:
             return "int8"
         return outer.get(target, "nf4" if self.format == "fp4" else self.format)
 
@@ -72,6 +79,20 @@ class Plan:
         carried = self.carries(stored, target)
         block_size = CARRIED_BLOCK if carried else self.block_size
         return (stored if carried else self.wanted(target)) == "int4" and group % block_size == 0
+
+
+def sensitive(config: ModelConfig) -> tuple[str, ...]:
+    """The SENSITIVE linears of a decoder."""
+    layers = config.num_hidden_layers
+    return tuple(
+        linear.target
+        for projection in projections(config)
+        for linear in projection.linears
+        if any(
+            first <= layer_of(linear.target) / layers < end
+            for first, end in SENSITIVE.get(linear.target.rpartition(".")[2], ())
+        )
+    )
 
 
 def int8_block(target: str) -> int:

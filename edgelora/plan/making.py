@@ -8,7 +8,15 @@ from edgelora.config import ModelConfig
 from edgelora.device import DeviceProfile
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import EMBEDDING, targets
-from edgelora.plan.decisions import OUTER, Plan, is_carried, kind_of, outer_matrices, shares_head
+from edgelora.plan.decisions import (
+    OUTER,
+    Plan,
+    is_carried,
+    kind_of,
+    outer_matrices,
+    sensitive,
+    shares_head,
+)
 from edgelora.plan.fitting import CONTEXT_STEP, Fitted, Fitting
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.options import BLOCK_SIZES, DEFAULT_CONTEXT, ExportOptions
@@ -68,6 +76,7 @@ def _draft(config: ModelConfig, options: ExportOptions, base: Inventory) -> Plan
         flavor=options.flavor,
         context_length=options.context_length or config.max_position_embeddings,
         device=options.device,
+        int8=sensitive(config) if options.quality == "best" else (),
         merge_base=_merge_base(options, base),
     )
 

@@ -10,7 +10,6 @@ from edgelora.layout import EMBEDDING, targets
 from edgelora.plan.decisions import (
     CARRIED_BLOCK,
     OUTER,
-    SENSITIVE,
     Plan,
     is_carried,
     is_merged,
@@ -63,6 +62,7 @@ def all_reasons(facts: Facts) -> dict[str, str]:
         "flavor": _FLAVORS[plan.flavor],
         "context_length": _context_length(plan, facts),
         "device": _device(plan, facts),
+        "int8": _int8(plan),
         "merge_base": _merge_base(plan, facts),
     }
 
@@ -222,8 +222,16 @@ def _quality(plan: Plan, facts: Facts) -> str:
     count = len(rounded) - alone
     left = ", the embedding is rounded plainly" if alone else ""
     what = f"in {count} matrices the errors of weights make up for each other{left}"
-    best = f", {' and '.join(SENSITIVE)} are int8" if plan.quality == "best" else ""
-    return f"asked for: {what}{best}; {held}"
+    trained = ", scales are trained" if plan.quality == "best" else ""
+    return f"asked for: {what}{trained}; {held}"
+
+
+def _int8(plan: Plan) -> str:
+    if not plan.int8:
+        return "only quality best has linears in 8 bits among those in 4"
+    kinds = Counter(target.rpartition(".")[2] for target in plan.int8)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"what 4 bits hurt most: {counts}"
 
 
 def _calibration(plan: Plan) -> str:
