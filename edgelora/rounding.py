@@ -7,14 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Branch
-from edgelora.calibration import Arithmetic, Stream
+from edgelora.calibration import Arithmetic, Drift, Stream
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
-from edgelora.plan import Plan, int8_block
+from edgelora.plan import OUTER, Plan, int8_block
 from edgelora.quantize import (
     Curvature,
     FloatMatrix,
     Matrix,
+    Product,
     compensate_int4,
     dequantize,
     factorize,
@@ -24,6 +25,25 @@ from edgelora.quantize import (
 )
 
 Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a projection say of its weights. drift: of embedding and head none."""
+
+    curvature: Curvature
+    drift: Drift | None
+    product: Product
+
+    def corrected(self, values: Float32) -> Float32:
+        """The weight that brings its outputs nearest to the float model's, given inputs and a
+        residual that have drifted: W + ΔᵀX·H⁻¹ (as GPTAQ, Li et al., arXiv:2504.02692, whose
+        derivation has no residual).
+        """
+        if self.drift is None:
+            return values
+        missing = self.drift.missing(values, self.product)
+        return values + self.curvature.solve(missing, self.product).T
 
 
 @dataclass
@@ -36,49 +56,54 @@ class Rounding:
     plan: Plan
     changed: Collection[str]  # targets whose codes an adapter is merged into
     windows: NDArray[np.int64] | None = None  # calibration text: token ids [windows, positions]
-    stream: Stream | None = None
+    stream: Stream | None = None  # through the weights as stored
+    exact: Stream | None = None  # through the values that they are rounded of
 
-    def begin(self, embedding: Matrix) -> None:
-        """The text's rows of the embedding are the first inputs."""
+    def begin(self, values: Float32, embedding: Float32) -> None:
+        """The text's rows of the embedding, as it was and as it is stored, are the first inputs."""
         if self.windows is None:
             return
         config, positions = self.checkpoint.config, self.windows.shape[1]
-        arithmetic = Arithmetic(config, positions)
-        table = dequantize(embedding)
-        self.stream = Stream(config, arithmetic, self.windows, table, self.checkpoint.read)
+        arithmetic, read = Arithmetic(config, positions), self.checkpoint.read
+        self.exact = Stream(config, arithmetic, self.windows, values, read)
+        self.stream = Stream(config, arithmetic, self.windows, embedding, read)
 
-    def inputs_of(self, name: str, targets: Sequence[str]) -> Curvature | None:
+    def inputs_of(self, name: str, targets: Sequence[str]) -> Inputs | None:
         """What the inputs of the projection `name` say of its weights; None if nobody asks.
 
         targets: the module paths whose weights it multiplies with.
         """
-        if self.stream is None or not any(self.compensates(target) for target in targets):
+        if self.stream is None or self.exact is None:
             return None
-        block_size, product = self.plan.block_size, self.stream.arithmetic.product
+        inner = not set(OUTER).intersection(targets)
+        if all(self._carries(x) if inner else not self.compensates(x) for x in targets):
+            return None
+        product = self.stream.arithmetic.product
         try:
-            return factorize(self.stream.hessian(), block_size, product)
+            curvature = factorize(self.stream.hessian(), self.plan.block_size, product)
         except ValueError as error:
             where = f"{self.checkpoint.path}: {name}: its inputs on the calibration text"
             raise EdgeLoraError(f"{where}: {error}") from error
+        return Inputs(curvature, self.stream.drift(self.exact) if inner else None, product)
 
     def compensates(self, target: str) -> bool:
-        """Whether the calibration text has a say in this matrix."""
+        """Whether errors make up for each other in this matrix."""
         wanted = self.plan.wanted(target)
         return self.windows is not None and wanted == "int4" and not self._carries(target)
 
-    def matrix(self, target: str, values: Float32, curvature: Curvature | None = None) -> Matrix:
+    def matrix(self, target: str, values: Float32, inputs: Inputs | None = None) -> Matrix:
         """`values` (adapters merged) in the format of `target`. Raises EdgeLoraError."""
         name = f"{target}.weight"
         if self._carries(target):
             matrix = self.checkpoint.read_quantized(name)
             assert matrix is not None
             return matrix
-        return self.anew(target, values, curvature)
+        return self.anew(target, values if inputs is None else inputs.corrected(values), inputs)
 
-    def anew(self, target: str, values: Float32, curvature: Curvature | None = None) -> Matrix:
-        """As `matrix`, whatever the base holds. Raises EdgeLoraError."""
+    def anew(self, target: str, values: Float32, inputs: Inputs | None = None) -> Matrix:
+        """As they are, whatever the base holds. Raises EdgeLoraError."""
         try:
-            return self._round(values, target, curvature)
+            return self._round(values, target, inputs)
         except ValueError as error:
             raise EdgeLoraError(f"{self.checkpoint.path}: {target}.weight: {error}") from error
 
@@ -86,10 +111,13 @@ class Rounding:
         """Whether merging moves offsets only."""
         return self.plan.keeps_codes(self._stored_as(target), target, branch.group)
 
-    def pass_on(self, matrices: Sequence[Matrix], biases: Sequence[Float32]) -> None:
-        """The text goes through a projection as it will be stored."""
-        if self.stream is not None:
+    def pass_on(
+        self, values: Sequence[Float32], matrices: Sequence[Matrix], biases: Sequence[Float32]
+    ) -> None:
+        """The text goes through a projection as it will be stored, and as it was."""
+        if self.stream is not None and self.exact is not None:
             self.stream.advance([dequantize(matrix) for matrix in matrices], biases)
+            self.exact.advance(values, biases)
 
     def _carries(self, target: str) -> bool:
         return target not in self.changed and self.plan.carries(self._stored_as(target), target)
@@ -98,7 +126,7 @@ class Rounding:
         name = f"{target}.weight"  # of a tied lm_head not there
         return self.checkpoint.stored_as(name) if name in self.checkpoint.names() else None
 
-    def _round(self, values: Float32, target: str, curvature: Curvature | None) -> Matrix:
+    def _round(self, values: Float32, target: str, inputs: Inputs | None) -> Matrix:
         match self.plan.wanted(target):
             case "float":
                 return FloatMatrix(values)
@@ -107,7 +135,6 @@ class Rounding:
             case "nf4":
                 return quantize_nf4(values)
         zero_points = self.plan.zero_points
-        if curvature is None or self.stream is None:
+        if inputs is None:
             return quantize_int4(values, self.plan.block_size, zero_points=zero_points)
-        product = self.stream.arithmetic.product
-        return compensate_int4(values, curvature, product, zero_points=zero_points)
+        return compensate_int4(values, inputs.curvature, inputs.product, zero_points=zero_points)

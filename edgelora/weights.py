@@ -17,18 +17,18 @@ from edgelora.graph import COS, SIN, StoredMatrix, rotary_tables
 from edgelora.layout import EMBEDDING, Linear, Projection, head, norms, projections, weight_name
 from edgelora.plan import Plan
 from edgelora.quantize import (
-    Curvature,
     Int4Matrix,
     Matrix,
     NBitsLinear,
     PackedLinear,
     concatenate,
+    dequantize,
     pack,
     same_kind,
     to_nbits,
     to_rows,
 )
-from edgelora.rounding import Rounding
+from edgelora.rounding import Inputs, Rounding
 
 Progress = Callable[[int], None]  # called with the number of weights just written
 
@@ -81,12 +81,16 @@ class WeightWriter:
     def _write_embedding(self) -> None:
         """Kept until the head is written, which may be tied to it.
 
-        Where the head's inputs have a say in it, it is rounded anew and stored with the head.
+        Where the head's inputs have a say in it, it is rounded and stored with the head, and the
+        calibration text starts from its values.
         """
-        self.embedding = self.rounding.matrix(EMBEDDING, self._read(f"{EMBEDDING}.weight"))
-        self.rounding.begin(self.embedding)
-        if not (self._shares_head and self.rounding.compensates(EMBEDDING)):
-            self._store_embedding(self.embedding)
+        values = self._read(f"{EMBEDDING}.weight")
+        if self._shares_head and self.rounding.compensates(EMBEDDING):
+            self.rounding.begin(values, values)
+            return
+        self.embedding = self.rounding.matrix(EMBEDDING, values)
+        self.rounding.begin(values, dequantize(self.embedding))
+        self._store_embedding(self.embedding)
 
     def _store_embedding(self, matrix: Matrix) -> None:
         self._store(EMBEDDING, pack(matrix) if self._own else to_rows(matrix))
@@ -104,16 +108,15 @@ class WeightWriter:
         tied = self.checkpoint.config.tie_word_embeddings
         name = weight_name(self.checkpoint.config, linear.target)
         values = self.checkpoint.read(name) if tied else self._read(name)
-        curvature = self.rounding.inputs_of(projection.name, [linear.target])
-        matrix = self._matrix(linear, values, curvature)
+        inputs = self.rounding.inputs_of(projection.name, [linear.target])
+        _, matrix = self._rounded(linear, values, inputs)
         self._store(projection.name, self._laid_out([matrix]), self._bias(linear))
 
     def _write_shared_head(self, projection: Projection) -> None:
-        assert self.embedding is not None
-        if EMBEDDING not in self.matrices:
-            curvature = self.rounding.inputs_of(projection.name, [EMBEDDING])
+        if self.embedding is None:
+            inputs = self.rounding.inputs_of(projection.name, [EMBEDDING])
             values = self.checkpoint.read(f"{EMBEDDING}.weight")
-            self.embedding = self.rounding.matrix(EMBEDDING, values, curvature)
+            self.embedding = self.rounding.matrix(EMBEDDING, values, inputs)
             self._store_embedding(self.embedding)
         if self._own:
             self.matrices[projection.name] = self.matrices[EMBEDDING]
@@ -122,34 +125,33 @@ class WeightWriter:
 
     def _write_projection(self, projection: Projection) -> None:
         """In one packed matrix where the parts allow it, else each linear for itself."""
-        targets = [linear.target for linear in projection.linears]
-        curvature = self.rounding.inputs_of(projection.name, targets)
-        parts = [self._linear_matrix(linear, curvature) for linear in projection.linears]
-        biases = [self._bias(linear) for linear in projection.linears]
-        self.rounding.pass_on(parts, biases)
+        linears = projection.linears
+        inputs = self.rounding.inputs_of(projection.name, [x.target for x in linears])
+        pairs = [self._rounded(x, self._read(x.weight), inputs) for x in linears]
+        values, parts = [value for value, _ in pairs], [part for _, part in pairs]
+        biases = [self._bias(linear) for linear in linears]
+        self.rounding.pass_on(values, parts, biases)
         if len(parts) > 1 and self._own and projection.packable and same_kind(parts):
-            self._store(projection.name, self._laid_out(parts), _joined(biases, projection.linears))
+            self._store(projection.name, self._laid_out(parts), _joined(biases, linears))
             return
-        for linear, part, bias in zip(projection.linears, parts, biases, strict=True):
+        for linear, part, bias in zip(linears, parts, biases, strict=True):
             self._store(linear.target, self._laid_out([part]), bias)
 
-    def _linear_matrix(self, linear: Linear, curvature: Curvature | None) -> Matrix:
-        return self._matrix(linear, self._read(linear.weight), curvature)
-
-    def _matrix(
-        self, linear: Linear, values: NDArray[np.float32], curvature: Curvature | None
-    ) -> Matrix:
-        """Merged, then rounded; or rounded, and the branch merged into the offsets."""
-        target = linear.target
+    def _rounded(
+        self, linear: Linear, values: NDArray[np.float32], inputs: Inputs | None
+    ) -> tuple[NDArray[np.float32], Matrix]:
+        """The merged weight and what it becomes: rounded after merging; or before, and the branch
+        merged into the offsets.
+        """
+        target, branch = linear.target, self.branches.get(linear.target)
         if self.plan.merge_base == "nf4":
             values = as_nf4(target, values)
-        branch = self.branches.get(target)
+        wanted = values if branch is None else merged(target, values, branch)
         if branch is None or target in self.rounding.changed or not branch.changes_weight:
-            values = values if branch is None else merged(target, values, branch)
-            return self.rounding.matrix(target, values, curvature)
-        matrix = self.rounding.matrix(target, values, curvature)
+            return wanted, self.rounding.matrix(target, wanted, inputs)
+        matrix = self.rounding.matrix(target, values, inputs)
         assert isinstance(matrix, Int4Matrix)
-        return merged_codes(target, matrix, branch)
+        return wanted, merged_codes(target, matrix, branch)
 
     def _bias(self, linear: Linear) -> NDArray[np.float32]:
         """float32 [out_features], or [0] for none."""

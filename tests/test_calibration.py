@@ -66,6 +66,38 @@ def test_every_linear_gets_the_inputs_of_the_float_model(maker: str, tmp_path: P
             stream.advance([read(linear.weight) for linear in linears], [*map(bias, linears)])
 
 
+@pytest.mark.parametrize("projection", range(4))
+def test_drift_is_what_inputs_and_residual_miss(projection: int, tmp_path: Path) -> None:
+    """Two streams, one of them through weights that are a little off."""
+    checkpoint = open_checkpoint(tiny.tiny_llama(tmp_path / "base"))
+    config, read = checkpoint.config, checkpoint.read
+    generator = np.random.default_rng(0)
+    windows = generator.integers(0, config.vocab_size, (60, 40))  # more than a part of the tokens
+    table = read(f"{EMBEDDING}.weight")
+    own, exact = (
+        Stream(config, Arithmetic(config, 40), windows, values, read)
+        for values in (table * np.float32(1.01), table)
+    )
+    for done in list(projections(config))[:projection]:
+        weights = [read(linear.weight) for linear in done.linears]
+        off = [w + generator.normal(0, 0.01, w.shape).astype(np.float32) for w in weights]
+        biases = [np.zeros(0, np.float32)] * len(weights)
+        own.advance(off, biases)
+        exact.advance(weights, biases)
+    drift = own.drift(exact)
+    x = own.inputs.astype(np.float64)
+    for found, theirs, ours in (
+        (drift.inputs, exact.inputs, own.inputs),
+        (drift.residual, exact.residual, own.residual),
+    ):
+        if found is None:
+            assert projection in (0, 2)  # their outputs are not added to the residual
+            continue
+        wanted = x.T @ (theirs.astype(np.float64) - ours) / len(x)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert (drift.residual is None) == (projection in (0, 2))
+
+
 def test_products_equal_float64(tmp_path: Path) -> None:
     config = open_checkpoint(tiny.tiny_llama(tmp_path / "base")).config
     arithmetic, generator = Arithmetic(config, 8), np.random.default_rng(0)
@@ -76,6 +108,10 @@ def test_products_equal_float64(tmp_path: Path) -> None:
         magnitude = np.abs(a).astype(np.longdouble) @ np.abs(b)
         assert (np.abs(arithmetic.product(a, b) - exact) <= 1100 * unit * magnitude).all()
     x = generator.standard_normal((50, 1100)).astype(np.float32)
+    y = generator.standard_normal((50, 33)).astype(np.float32)
+    magnitude = np.abs(x.T).astype(float) @ np.abs(y)
+    cross = arithmetic.cross(x, y)
+    assert (np.abs(cross - x.T.astype(float) @ y) <= 50 * EPSILON * magnitude).all()
     gram, magnitude = arithmetic.gram(x), np.abs(x.T).astype(float) @ np.abs(x)
     assert (np.abs(gram - x.T.astype(float) @ x) <= 50 * EPSILON * magnitude).all()
     assert np.array_equal(gram, gram.T)

@@ -35,6 +35,17 @@ def damped(hessian: NDArray[Any]) -> NDArray[Any]:
     return hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian))
 
 
+@pytest.mark.parametrize(("columns", "block_size"), [(7, 32), (80, 32), (64, 64), (200, 128)])
+def test_solve_inverts_the_damped_hessian(columns: int, block_size: int) -> None:
+    wanted, hessian = case(11, columns)
+    curvature = factorize(hessian, block_size, product)
+    right = (damped(hessian) @ wanted.T.astype(np.float64)).astype(np.float32)
+    found = curvature.solve(right, product)
+    # float32 factors: what is off is off by their last places times the condition.
+    condition = np.linalg.cond(damped(hessian))
+    np.testing.assert_allclose(found, wanted.T, rtol=0, atol=2.0**-22 * condition)
+
+
 def output_error(errors: NDArray[Any], hessian: NDArray[Any]) -> NDArray[Any]:
     """eᵀHe of each row, float64."""
     wide = errors.astype(np.float64)

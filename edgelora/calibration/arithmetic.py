@@ -95,6 +95,10 @@ class Arithmetic:
                 total[columns, rows] = total[rows, columns].T
         return total
 
+    def cross(self, x: Float32, y: Float32) -> Float32:
+        """xᵀ·y of [rows, features] each."""
+        return np.asarray(_run(self._transposed_left, a=x, b=y), np.float32)
+
     def attention(self, q: Float32, k: Float32, v: Float32, past: Past | None = None) -> Float32:
         """Causal, with rotary embedding: [windows, positions, features] each. past: keys and values
         [kv_heads, positions, head_dim] that stand before each window.

@@ -1,10 +1,12 @@
 """The calibration text on its way through a decoder, from one projection's input to the next's.
 
 The weights are those that the bundle will hold: what an earlier layer lost is part of a later
-layer's input, so that its rounding can make up for it.
+layer's input, so that its rounding can make up for it. Beside it the same text goes through the
+float weights, which says what is missing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +14,29 @@ from numpy.typing import NDArray
 from edgelora.calibration.arithmetic import Arithmetic, Past, Weight
 from edgelora.config import ModelConfig
 from edgelora.layout import FINAL_NORM
+from edgelora.quantize.curvature import Product
 
 QKV_PROJ, O_PROJ, GATE_UP_PROJ, DOWN_PROJ = range(4)  # the order of a layer's projections
 _ROWS = 2048  # tokens at a time
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """XᵀΔ divided by the number of tokens, X the inputs of a projection: Δ how much is missing from
+    X itself, float32 [in_features, in_features], and from the residual that its output is added to,
+    float32 [in_features, hidden_size], or None.
+    """
+
+    inputs: Float32
+    residual: Float32 | None
+
+    def missing(self, weight: Float32, product: Product) -> Float32:
+        """Xᵀ times what a linear's output should have more of, [in_features, out_features]."""
+        of_inputs = product(self.inputs, np.ascontiguousarray(weight.T))
+        return of_inputs if self.residual is None else of_inputs + self.residual
 
 
 class Stream:
@@ -49,6 +68,19 @@ class Stream:
         for part in self._parts():
             total += self.arithmetic.gram(self.inputs[part])
         return total / len(self.inputs)
+
+    def drift(self, exact: "Stream") -> Drift:
+        """How far this stream has come from `exact`, as the next projection's inputs show it."""
+        adds = self.done % 4 in (O_PROJ, DOWN_PROJ)
+        inputs = self._cross(exact.inputs, self.inputs)
+        return Drift(inputs, self._cross(exact.residual, self.residual) if adds else None)
+
+    def _cross(self, exact: Float32, own: Float32) -> Float32:
+        """Xᵀ(exact − own), divided by the number of tokens."""
+        total = np.zeros((self.inputs.shape[1], own.shape[1]))
+        for part in self._parts():
+            total += self.arithmetic.cross(self.inputs[part], exact[part] - own[part])
+        return np.asarray(total / len(own), np.float32)
 
     def advance(self, weights: Sequence[Weight], biases: Sequence[Float32]) -> None:
         """Runs the projection and what follows it, up to the next projection's input.

@@ -1,6 +1,6 @@
 """The decisions of one export, made once, each with its reason."""
 
-from edgelora.plan.decisions import Plan, int8_block, shares_head
+from edgelora.plan.decisions import OUTER, Plan, int8_block, shares_head
 from edgelora.plan.inventory import Inventory
 from edgelora.plan.making import make_plan
 from edgelora.plan.memory import plan_sizes
@@ -24,6 +24,7 @@ __all__ = [
     "FORMATS",
     "MERGE_BASES",
     "MODES",
+    "OUTER",
     "QUALITIES",
     "ExportOptions",
     "Inventory",

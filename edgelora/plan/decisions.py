@@ -37,7 +37,7 @@ class Plan:
     embedding_format: str  # "int8", "int4" or "float"
     head_format: str  # likewise; a tied lm_head of the embedding's format is the same matrix
     # "fast": each weight is rounded for itself; "balanced": errors are compensated; "best": they
-    # are, scales are trained, and some linears are int8
+    # are, on twice the text, and some linears are int8
     quality: str
     calibration: str | None  # what text the rounding was fitted to
     carry: str

@@ -222,8 +222,7 @@ def _quality(plan: Plan, facts: Facts) -> str:
     count = len(rounded) - alone
     left = ", the embedding is rounded plainly" if alone else ""
     what = f"in {count} matrices the errors of weights make up for each other{left}"
-    trained = ", scales are trained" if plan.quality == "best" else ""
-    return f"asked for: {what}{trained}; {held}"
+    return f"asked for: {what}; {held}"
 
 
 def _int8(plan: Plan) -> str:

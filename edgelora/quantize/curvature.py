@@ -48,6 +48,27 @@ class Curvature:
         ends = [*starts[1:], self.order.size]
         return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
+    def solve(self, right: Float32, product: Product) -> Float32:
+        """H⁻¹·right, float32 [in_features, columns], in the order of the weight's columns."""
+        x, upper = right[self.order], self.upper
+        panels = [slice(at, min(at + _PANEL, len(x))) for at in range(0, len(x), _PANEL)]
+        for panel in reversed(panels):  # U·y = right
+            later = upper[panel, panel.stop :]
+            if later.size:
+                x[panel] -= product(np.ascontiguousarray(later), x[panel.stop :])
+            for row in range(panel.stop - 2, panel.start - 1, -1):
+                x[row] -= (upper[row, row + 1 : panel.stop, None] * x[row + 1 : panel.stop]).sum(0)
+        x /= self.pivots[:, None]
+        for panel in panels:  # Uᵀ·x = D⁻¹·y
+            earlier = upper[: panel.start, panel]
+            if earlier.size:
+                x[panel] -= product(np.ascontiguousarray(earlier.T), x[: panel.start])
+            for row in range(panel.start + 1, panel.stop):
+                x[row] -= (upper[panel.start : row, row, None] * x[panel.start : row]).sum(0)
+        solved = np.empty_like(x)
+        solved[self.order] = x
+        return solved
+
 
 def factorize(
     hessian: Float64, block_size: int, product: Product, *, damping: float = DAMPING
