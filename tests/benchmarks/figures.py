@@ -58,9 +58,9 @@ def read(path: Path) -> list[Row]:
         return [_row(line) for line in reader]
 
 
-def read_quality() -> list[dict[str, str]]:
-    """quality.csv's, as it has them."""
-    with SPEED.with_name("quality.csv").open(newline="") as file:
+def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:
+    """quality.csv's rows, or those of quality-code.csv, as it has them."""
+    with SPEED.with_name(name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -3,7 +3,8 @@
 Windows of 512 tokens, the second half of each scored, as `llama-perplexity --kl-divergence` does.
 
     python tests/benchmarks/quality.py CHECKPOINT TEXT --calibration OTHER_TEXT \\
-        --csv tests/benchmarks/results/quality.csv
+        --csv tests/benchmarks/results/quality.csv \\
+        --also ANOTHER_KIND_OF_TEXT tests/benchmarks/results/quality-code.csv
 """
 
 import csv
@@ -87,6 +88,13 @@ class Score:
 @click.argument("text", type=click.Path(exists=True, path_type=Path))
 @click.option("--windows", default=24, show_default=True)
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Other rows are kept.")
+@click.option(
+    "--also",
+    type=(click.Path(exists=True, path_type=Path), click.Path(path_type=Path)),
+    multiple=True,
+    metavar="TEXT CSV",
+    help="Score this text too, into another file.",
+)
 @click.option("--only", multiple=True, help="Measure these formats only.")
 @click.option(
     "--calibration",
@@ -98,6 +106,7 @@ def main(
     text: Path,
     windows: int,
     csv_path: Path | None,
+    also: tuple[tuple[Path, Path], ...],
     only: tuple[str, ...],
     calibration: Path | None,
 ) -> None:
@@ -110,21 +119,21 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = dict(load_all(checkpoint, folder, chosen))
-        scores = {
-            name: Score(name, model.info.weight_bytes / 1e6, streamed_bytes(folder / name) / 1e6)
+        sizes = {
+            name: (model.info.weight_bytes / 1e6, streamed_bytes(folder / name) / 1e6)
             for name, model in models.items()
         }
-        scores["float"] = Score("float", 0.0, 0.0)
-        for base in both_paths(models):
-            scores[base + ROUNDED] = Score(base + ROUNDED, 0.0, 0.0)
+        sizes |= dict.fromkeys(["float", *(base + ROUNDED for base in both_paths(models))], (0, 0))
         reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        for ids in token_windows(checkpoint, text, windows):
-            score_window(reference, models, scores, ids)
-    rows = [score.row() for score in scores.values()]
-    for row in rows:
-        click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
-    if csv_path:
-        write_csv(csv_path, rows)
+        for file, path in ((text, csv_path), *also):
+            scores = {name: Score(name, *size) for name, size in sizes.items()}
+            for ids in token_windows(checkpoint, file, windows):
+                score_window(reference, models, scores, ids)
+            rows = [score.row() for score in scores.values()]
+            for row in rows:
+                click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
+            if path:
+                write_csv(path, rows)
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:

@@ -21,7 +21,7 @@ FORMATS = {
     "int4 block 32, int4 head": "int4, blocks of 32, embedding and head in int4 too",
     "balanced": "**int4, `--quality balanced`**, embedding and head too",
     "balanced, block 128": "int4, `--quality balanced --block-size 128`: the fastest",
-    "best": "**int4, `--quality best`**: v_proj and down_proj in int8",
+    "best": "**int4, `--quality best`**: some linears in int8",
     "best, int8 embedding": "int4, `--quality best --embedding-format int8`",
 }
 LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
@@ -39,21 +39,31 @@ def inserted(text: str, name: str, generated: str) -> str:
     return head + begin + "\n" + generated + "\n" + end + tail
 
 
-def quality(rows: Sequence[dict[str, str]]) -> str:
-    """What each format loses: of the rows of quality.csv those that the README names."""
-    found = {row["format"]: row for row in rows}
-    lines = [[label, *_quality(found[name])] for name, label in FORMATS.items() if name in found]
-    head = ["format", "mean KL", "same top token", "perplexity", "weights"]
+def quality(rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]]) -> str:
+    """What each format loses: of the rows of quality.csv those that the README names, and the mean
+    KL on another kind of text.
+    """
+    found, other = ({row["format"]: row for row in each} for each in (rows, on_code))
+    lines = [
+        [label, *_quality(found[name]), _mean_kl(other[name]) if name in other else ""]
+        for name, label in FORMATS.items()
+        if name in found
+    ]
+    head = ["format", "mean KL", "same top token", "perplexity", "weights", "mean KL on code"]
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join(f"{_line(cells)}\n" for cells in (head, rule, *lines))
 
 
 def _quality(row: dict[str, str]) -> Iterator[str]:
     megabytes = float(row["weight_megabytes"])
-    yield f"{float(row['mean_kl']):.3f}"
+    yield _mean_kl(row)
     yield f"{100 * float(row['same_top_token']):.1f} %"
     yield f"{float(row['perplexity']):.2f}"
     yield f"{megabytes:.1f} MB" if megabytes else "–"
+
+
+def _mean_kl(row: dict[str, str]) -> str:
+    return f"{float(row['mean_kl']):.3f}"
 
 
 def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
