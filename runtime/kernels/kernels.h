@@ -33,7 +33,8 @@ struct Weights {
   // and blocks of scales, zero points or offsets from one panel to the next. 0: tightly packed.
   int64_t panel_stride;
   int64_t block_stride;
-  // float16 [P, blocks, 16]; null for kFloat. kNf4, kFp4: what `unpack_absmax` wrote, for `linear` alone.
+  // float16 [P, blocks, 16]; null for kFloat. kNf4, kFp4: what `unpack_absmax` wrote, for `linear`
+  // alone.
   const uint16_t* scales;
   // kInt4ZeroPoints: uint8 [P, blocks, 8]; kInt4Offsets: float16 [P, blocks, 16]; else null
   const void* zero_points;
@@ -102,8 +103,8 @@ struct KernelTable {
   void (*linear)(const Weights& weights, const Activations& x, int64_t panel_begin,
                  int64_t panel_end, float* y, int64_t y_stride, void* scratch);
 
-  // kNf4, kFp4: the scales of one panel for this ISA's `linear`, from absmax and scale_unit; float16
-  // [absmax_panel_scales(weights)]. scratch as for `linear`.
+  // kNf4, kFp4: the scales of one panel for this ISA's `linear`, from absmax and scale_unit:
+  // float16 [absmax_panel_scales(weights)]. scratch as for `linear`.
   void (*unpack_absmax)(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch);
 
   // The exact path: float32 activations [M, K] (row stride K), weights dequantized exactly as
