@@ -286,8 +286,8 @@ def test_cancel_without_a_call_has_no_effect(session):
 
 def test_ctrl_c_ends_a_long_call_and_leaves_the_session_usable(bundle):
     code = f"""
-import _thread, threading, edgelora
-from edgelora.generation import Sampling
+import _thread, signal, threading, edgelora
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores it
 with edgelora.load({str(bundle)!r}) as model, model.session() as session:
     session.prefill([5])
     threading.Timer(0.05, _thread.interrupt_main).start()
