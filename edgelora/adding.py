@@ -34,6 +34,7 @@ from edgelora.manifest import (
     REPORT,
     SELFCHECK,
     bound_adapter_file,
+    check_content,
     read_manifest,
     report_paths,
     selfcheck_path,
@@ -95,6 +96,7 @@ def add_adapter(
         manifest = read_manifest(bundle)
         valid_adapter_names([*manifest["adapters"], name])
         _refuse(bundle, manifest, name, force=force)
+        _check_read(bundle, manifest)
         checkpoint = None if base is None else _open_base(bundle, manifest, base)
         new = _read(bundle, manifest, name, path, checkpoint)
         place = free_path(manifest, adapter_path(name), new.data)
@@ -171,6 +173,13 @@ def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -
         raise EdgeLoraError(f"{bundle}: {merged} is merged into its weights: it takes no adapters")
     if name in manifest["adapters"] and not force:
         raise EdgeLoraError(f"{bundle}: has an adapter {name!r} already: choose a name or --force")
+
+
+def _check_read(bundle: Path, manifest: dict[str, Any]) -> None:
+    """Raises EdgeLoraError if a file that is parsed here, the adapter's own aside, is damaged."""
+    for name in ("model.onnx", selfcheck_path(manifest)):
+        if name in manifest["files"]:
+            check_content(bundle, manifest, name)
 
 
 def _read(

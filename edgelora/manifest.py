@@ -143,6 +143,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_content(bundle: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Raises EdgeLoraError if a file of the bundle is not the one that the manifest lists."""
+    if sha256_file(bundle / name) != manifest["files"][name]["sha256"]:
+        raise EdgeLoraError(
+            f"{bundle / name}: SHA-256 does not match: damaged, copy the bundle again"
+        )
+
+
 def file_entries(bundle: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of the folder but the manifest, by relative path."""
     paths = sorted(path for path in bundle.rglob("*") if path.is_file())

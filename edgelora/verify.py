@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.errors import EdgeLoraError
-from edgelora.manifest import NAME, read_manifest, selfcheck_path, sha256_file
+from edgelora.manifest import NAME, check_content, read_manifest, selfcheck_path
 from edgelora.model import Model, SelfcheckResult, load
 
 
@@ -29,10 +29,7 @@ def verify(bundle: Path) -> Iterator[Check]:
     manifest = read_manifest(bundle)
     yield Check(NAME, "whole, digest matches")
     for name, entry in manifest["files"].items():
-        if sha256_file(bundle / name) != entry["sha256"]:
-            raise EdgeLoraError(
-                f"{bundle / name}: SHA-256 does not match: damaged, copy the bundle again"
-            )
+        check_content(bundle, manifest, name)
         yield Check(name, f"sha256 {entry['sha256'][:12]}…, {entry['size']} bytes")
     _refuse_strangers(bundle, manifest["files"])
     yield Check("base", _check_bound(bundle, manifest))

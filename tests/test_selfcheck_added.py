@@ -126,6 +126,17 @@ def test_weights_that_are_not_the_export_s_are_no_reference(
     assert (bundle / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "selfcheck.json"])
+def test_a_damaged_file_that_is_read_for_it_is_named(
+    bases: Callable[[str], tuple[Path, Path]], bundle: Path, name: str
+) -> None:
+    """In its size: that is all that reading the manifest looks at."""
+    with (bundle / name).open("r+b") as file:
+        file.write(b"\xff{}")
+    with pytest.raises(EdgeLoraError, match=rf"/{name}: SHA-256 does not match: damaged"):
+        add_adapter(bundle, "b", bases("llama")[1])
+
+
 def test_kill_at_any_step_leaves_a_bundle_that_checks_itself(
     bases: Callable[[str], tuple[Path, Path]], bundle: Path
 ) -> None:
