@@ -27,7 +27,7 @@ from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_ada
 from edgelora.binding import bound, bound_without_base, check_biases, with_prefix
 from edgelora.bundle import adapter_entry, adapter_path, exchange, free_path, locked
 from edgelora.bundle_base import open_bundle_base
-from edgelora.checkpoint import Checkpoint, open_checkpoint
+from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import Subject
 from edgelora.manifest import (
@@ -40,8 +40,7 @@ from edgelora.manifest import (
     selfcheck_path,
 )
 from edgelora.plan import ExportOptions, Plan
-from edgelora.reference import check_base
-from edgelora.repeated_base import repeated
+from edgelora.reference import check_base, open_base
 from edgelora.reporting import Report, read_report_text, subject_of, with_adapter
 from edgelora.selfcheck import extended
 from edgelora.tokenizer import from_folder
@@ -97,7 +96,7 @@ def add_adapter(
         valid_adapter_names([*manifest["adapters"], name])
         _refuse(bundle, manifest, name, force=force)
         _check_read(bundle, manifest)
-        checkpoint = None if base is None else _open_base(bundle, manifest, base)
+        checkpoint = None if base is None else _recognised(bundle, manifest, base)
         new = _read(bundle, manifest, name, path, checkpoint)
         place = free_path(manifest, adapter_path(name), new.data)
         positions = new.prefix.positions if new.prefix else 0
@@ -125,8 +124,8 @@ def add_adapter(
         return AddedAdapter(entry, len(new.data), new.warning, mean_kl)
 
 
-def _open_base(bundle: Path, manifest: dict[str, Any], base: Path) -> Checkpoint:
-    checkpoint = repeated(open_checkpoint(base), manifest["base"].get("layers", ()))
+def _recognised(bundle: Path, manifest: dict[str, Any], base: Path) -> Checkpoint:
+    checkpoint = open_base(bundle, manifest, base)
     check_base(bundle, manifest, checkpoint)
     return checkpoint
 

@@ -55,7 +55,7 @@ def open_reference(
 
     Raises EdgeLoraError unless base and adapters are those of the bundle.
     """
-    checkpoint = repeated(open_checkpoint(base), manifest["base"].get("layers", ()))
+    checkpoint = open_base(bundle, manifest, base)
     shapes = targets(checkpoint.config)
     given = {name: read_adapter(path, shapes) for name, path in folders.items()}
     _check_adapters(bundle, manifest, folders, given)
@@ -71,6 +71,18 @@ def open_reference(
     adapters = {name: bound(each, checkpoint) for name, each in given.items()} | read
     plan = make_plan(checkpoint.config, ExportOptions(format="float"))
     return Reference(Subject(checkpoint, plan, bound=adapters), merged[0] if merged else None)
+
+
+def open_base(bundle: Path, manifest: Mapping[str, Any], base: Path) -> Checkpoint:
+    """With its layers as the bundle repeats them. Raises EdgeLoraError for one of fewer layers."""
+    checkpoint, layers = open_checkpoint(base), manifest["base"].get("layers", [])
+    count = checkpoint.config.num_hidden_layers
+    if layers and max(layers) >= count:
+        raise EdgeLoraError(
+            f"{checkpoint.path}: it has {count} layers, {bundle} was made from one of at least "
+            f"{max(layers) + 1}: give that base"
+        )
+    return repeated(checkpoint, layers)
 
 
 def _stored(file: Path, shapes: Mapping[str, tuple[int, int]]) -> Adapter:

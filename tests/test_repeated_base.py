@@ -86,6 +86,14 @@ def test_an_evaluation_finds_the_base_again(base: Path, tmp_path: Path) -> None:
     assert all(each.score is not None and each.score.mean_kl < 1e-5 for each in found.scores)
 
 
+def test_an_evaluation_refuses_a_base_of_fewer_layers(base: Path, tmp_path: Path) -> None:
+    adapter = make(base, tmp_path / "a", "all")
+    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, format="float")
+    other = tiny.tiny_llama(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(EdgeLoraError, match=r"/other: it has 1 layers, .* at least 2: give that"):
+        evaluate_bundle(tmp_path / "bundle", base=other)
+
+
 def test_bundles_take_no_such_adapter_later(base: Path, tmp_path: Path) -> None:
     adapter = make(base, tmp_path / "a", "all")
     plain = make_adapter(base, tmp_path / "plain", target_modules=["q_proj"])
