@@ -35,14 +35,14 @@ class Inputs:
     drift: Drift | None
     product: Product
 
-    def corrected(self, values: Float32) -> Float32:
+    def corrected(self, values: Float32, whole: Float32 | None = None) -> Float32:
         """The weight that brings its outputs nearest to the float model's, given inputs and a
         residual that have drifted: W + ΔᵀX·H⁻¹ (as GPTAQ, Li et al., arXiv:2504.02692, whose
-        derivation has no residual).
+        derivation has no residual). whole: the weight with an adapter, where that is added later.
         """
         if self.drift is None:
             return values
-        missing = self.drift.missing(values, self.product)
+        missing = self.drift.missing(values if whole is None else whole, self.product)
         return values + self.curvature.solve(missing, self.product).T
 
 
@@ -91,14 +91,24 @@ class Rounding:
         wanted = self.plan.wanted(target)
         return self.windows is not None and wanted == "int4" and not self._carries(target)
 
-    def matrix(self, target: str, values: Float32, inputs: Inputs | None = None) -> Matrix:
-        """`values` (adapters merged) in the format of `target`. Raises EdgeLoraError."""
+    def matrix(
+        self,
+        target: str,
+        values: Float32,
+        inputs: Inputs | None = None,
+        whole: Float32 | None = None,
+    ) -> Matrix:
+        """`values` in the format of `target`; whole: with the adapter, where they are without.
+
+        Raises EdgeLoraError.
+        """
         name = f"{target}.weight"
         if self._carries(target):
             matrix = self.checkpoint.read_quantized(name)
             assert matrix is not None
             return matrix
-        return self.anew(target, values if inputs is None else inputs.corrected(values), inputs)
+        wanted = values if inputs is None else inputs.corrected(values, whole)
+        return self.anew(target, wanted, inputs)
 
     def anew(self, target: str, values: Float32, inputs: Inputs | None = None) -> Matrix:
         """As they are, whatever the base holds. Raises EdgeLoraError."""

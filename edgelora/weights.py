@@ -149,7 +149,7 @@ class WeightWriter:
         wanted = values if branch is None else merged(target, values, branch)
         if branch is None or target in self.rounding.changed or not branch.changes_weight:
             return wanted, self.rounding.matrix(target, wanted, inputs)
-        matrix = self.rounding.matrix(target, values, inputs)
+        matrix = self.rounding.matrix(target, values, inputs, whole=wanted)
         assert isinstance(matrix, Int4Matrix)
         return wanted, merged_codes(target, matrix, branch)
 

@@ -76,7 +76,8 @@ def test_balanced_is_closer_to_the_float_model_on_other_text(
     assert kl["balanced"] < 0.7 * kl["fast"], kl
 
 
-def test_corrected_weights_bring_outputs_nearest_to_the_float_ones(base: Path) -> None:
+@pytest.mark.parametrize("share", [0, 2], ids=["alone", "adapter added later"])
+def test_corrected_weights_bring_outputs_nearest_to_the_float_ones(base: Path, share: int) -> None:
     """Ordinary least squares, but for the damping: no other weight does better on these tokens."""
     checkpoint = open_checkpoint(base)
     config, generator = checkpoint.config, np.random.default_rng(5)
@@ -92,12 +93,13 @@ def test_corrected_weights_bring_outputs_nearest_to_the_float_ones(base: Path) -
     inputs = rounding.inputs_of(o_proj.name, [o_proj.name])
     assert inputs is not None and rounding.stream is not None and rounding.exact is not None
     own, exact, weight = rounding.stream, rounding.exact, checkpoint.read(f"{o_proj.name}.weight")
-    wanted = exact.residual + exact.inputs @ weight.T
+    delta = share * weight[::-1]
+    wanted = exact.residual + exact.inputs @ (weight + delta).T - own.inputs @ delta.T
 
     def missed(w: Any) -> float:
         return float(np.square(wanted - own.residual - own.inputs @ w.T).sum())
 
-    corrected = inputs.corrected(weight)
+    corrected = inputs.corrected(weight, weight + delta if share else None)
     solved, *_ = np.linalg.lstsq(own.inputs, wanted - own.residual, rcond=None)
     assert missed(solved.T) <= missed(corrected) < 1.1 * missed(solved.T)
     assert missed(corrected) < 0.9 * missed(weight)
