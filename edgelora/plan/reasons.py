@@ -62,7 +62,7 @@ def all_reasons(facts: Facts) -> dict[str, str]:
         "flavor": _FLAVORS[plan.flavor],
         "context_length": _context_length(plan, facts),
         "device": _device(plan, facts),
-        "int8": _int8(plan),
+        "int8": _int8(plan, facts),
         "merge_base": _merge_base(plan, facts),
     }
 
@@ -225,12 +225,13 @@ def _quality(plan: Plan, facts: Facts) -> str:
     return f"asked for: {what}; {held}"
 
 
-def _int8(plan: Plan) -> str:
+def _int8(plan: Plan, facts: Facts) -> str:
     if not plan.int8:
         return "only quality best has linears in 8 bits among those in 4"
-    kinds = Counter(target.rpartition(".")[2] for target in plan.int8)
+    anew = [target for target in plan.int8 if not is_carried(plan, facts.base, target)]
+    kinds = Counter(target.rpartition(".")[2] for target in anew)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return f"what 4 bits hurt most: {counts}"
+    return f"what 4 bits hurt most: {counts}" if counts else "the base's own codes are kept"
 
 
 def _calibration(plan: Plan) -> str:
