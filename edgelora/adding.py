@@ -16,6 +16,7 @@ from edgelora.adapter import (
     check_invocation,
     compare_base_name,
     read_adapter,
+    refuse_copies,
     refuse_input_factors,
     refuse_parts,
     refuse_prefix,
@@ -24,6 +25,7 @@ from edgelora.adapter import (
     valid_adapter_names,
 )
 from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_adapter
+from edgelora.base_copies import compared
 from edgelora.binding import bound, bound_without_base, check_biases, with_prefix
 from edgelora.bundle import adapter_entry, adapter_path, exchange, free_path, locked
 from edgelora.bundle_base import open_bundle_base
@@ -220,11 +222,12 @@ def _read(
 def _with_base(adapter: Adapter, path: Path, checkpoint: Checkpoint) -> Adapter:
     """As trained, soft embeddings as the base's keys and values."""
     check_biases(adapter, path, checkpoint.config)
-    return with_prefix(adapter, checkpoint)
+    return with_prefix(compared(adapter, path, checkpoint), checkpoint)
 
 
 def _without_base(adapter: Adapter, path: Path, biased: set[str]) -> Adapter:
     why = "that takes the base: add it with --base"
+    refuse_copies(adapter, path, f"{why}, or save with save_embedding_layers=False")
     refuse_parts(adapter, path, ("magnitude", "trained_bias"), why)
     if isinstance(adapter.prefix, SoftPrompt):
         refuse_prefix(adapter, path, f"embeddings become keys and values: {why}")

@@ -1,4 +1,4 @@
-"""A base as an adapter's whole modules and rows leave it: another checkpoint, read as any other."""
+"""A base as an adapter leaves its modules, rows and embedding: another checkpoint, read as any."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapter import Adapter, Replaced, Rows, is_saved, tokens_of
+from edgelora.binding import merged
 from edgelora.checkpoint import Checkpoint, StoredAs
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
@@ -41,6 +42,8 @@ class ChangedBase:
         if name in self._replaced.tensors:
             return np.asarray(self._replaced.tensors[name].values(), np.float32)
         values = self.source.read(self._source_name(name))
+        if name == ROWS_IN and self._replaced.embedding is not None:
+            return merged(EMBEDDING, values, self._replaced.embedding)
         if (rows := self._replaced.rows.get(name)) is None:
             return values
         changed = values.copy()
@@ -54,7 +57,9 @@ class ChangedBase:
         return self.source.read_quantized(self._source_name(name)) if self._is_kept(name) else None
 
     def _is_kept(self, name: str) -> bool:
-        return name not in self._replaced.tensors and name not in self._replaced.rows
+        replaced = self._replaced
+        changed = {*replaced.tensors, *replaced.rows}
+        return name not in changed and not (name == ROWS_IN and replaced.embedding)
 
     def _source_name(self, name: str) -> str:
         """Of an lm_head that is no longer tied, the embedding's."""
@@ -85,8 +90,11 @@ def source_of(checkpoint: Checkpoint) -> Checkpoint:
 
 def _unties(replaced: Replaced) -> bool:
     """Of a tied base, PEFT gives a saved module weights of its own; an embedding's rows it gives to
-    lm_head too, unless that has others.
+    lm_head too, unless that has others. Its factors act on the embedding alone (in PEFT's forward:
+    its merge in place would change lm_head too).
     """
+    if replaced.embedding is not None:
+        return True
     own = {ROWS_IN, ROWS_OUT} & (replaced.tensors.keys() | {*replaced.rows} - {ROWS_IN})
     return bool(own)
 
@@ -149,7 +157,7 @@ def _token_problems(adapter: Adapter, config: ModelConfig) -> list[str]:
     wrong = sorted(expected ^ replaced.rows.keys())
     problems = [f"{name}: trained tokens are missing or not expected" for name in wrong]
     whole = {ROWS_IN, ROWS_OUT} & replaced.tensors.keys()
-    if whole or ("lm_head" in adapter.branches and (shared or outer)):
+    if whole or replaced.embedding or ("lm_head" in adapter.branches and (shared or outer)):
         problems.append(
             "trainable_token_indices beside another change of the embedding or lm_head is not "
             "supported"

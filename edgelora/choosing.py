@@ -39,7 +39,7 @@ def settle(options: ExportOptions, adapters: Mapping[str, Adapter]) -> Choice:
         reason = "the adapter stands before the text, which no merging can apply"
         return Choice(replace(options, mode="side", merge_base=None), {"mode": reason})
     if any(adapter.replaced for adapter in adapters.values()):
-        reason = "the adapter saved whole modules or tokens, which only merging can apply"
+        reason = "only merging can apply modules and tokens saved whole, and factors of embeddings"
         return Choice(replace(options, mode="merge"), {"mode": reason})
     if any(b.input_factor is not None for a in adapters.values() for b in a.branches.values()):
         reason = "the adapter multiplies inputs of linears, which only merging can apply"

@@ -21,6 +21,7 @@ from edgelora.adapter import (
     refuse_replaced,
     valid_adapter_names,
 )
+from edgelora.base_copies import compared
 from edgelora.binding import check_biases, prefix_fit, with_prefix
 from edgelora.calibration import CalibrationText, read_calibration
 from edgelora.changed_base import changed_base
@@ -116,7 +117,10 @@ def _read_adapters(
 ) -> dict[str, Adapter]:
     valid_adapter_names(folders)
     shapes = targets(checkpoint.config)
-    read = {name: read_adapter(path, shapes) for name, path in folders.items()}
+    read = {
+        name: compared(read_adapter(path, shapes), path, checkpoint)
+        for name, path in folders.items()
+    }
     if options.mode == "merge" and len(read) != 1:
         raise EdgeLoraError(f"--mode merge: takes exactly one adapter, {len(read)} given")
     return read

@@ -62,6 +62,10 @@ MERGED: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": IDS, "lm_head": [7]},
     },
+    "embedding": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "rank_pattern": {"embed_tokens": 3},
+    },
     "ia3_inputs": {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]},
     "merged_dora": {"target_modules": ["k_proj", "lm_head"], "use_dora": True},
     "merged_biases": {"target_modules": ["k_proj"], "bias": "all", "lora_bias": True},

@@ -10,14 +10,13 @@ import numpy as np
 import peft
 import pytest
 
-import edgelora
 import oracle
 from edgelora.adapter import adalora, adapter_ledger, ia3, prompt_learning, settings
 from edgelora.adapter.fields import PEFT, Fields
 from edgelora.errors import EdgeLoraError
 from ledger_adapters import IDS, KINDS, make, make_base, outcome
 from test_adapter import CONFIG, change_config
-from test_float_oracle import TOKENS, make_adapter, with_adapter
+from test_float_oracle import TOKENS, with_adapter
 
 FAMILIES: dict[type[peft.PeftConfig], Fields] = {
     peft.LoraConfig: settings.FIELDS,
@@ -243,13 +242,3 @@ def test_a_newer_peft_is_refused(
     expected = outcome(kind, base, folders[kind])
     text = found(kind, base, other)
     assert f"peft_version = {json.dumps(version)}: {words}" in text if words else text == expected
-
-
-def test_an_adapter_of_the_token_embedding_is_refused_tensor_by_tensor(
-    base: Path, tmp_path: Path
-) -> None:
-    folder = make_adapter(base, tmp_path / "a", target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(EdgeLoraError) as caught:
-        edgelora.export(base, tmp_path / "out", adapters={"a": folder})
-    assert all(f"embed_tokens.lora_embedding_{each}" in str(caught.value) for each in "AB")
-    assert not (tmp_path / "out").exists()

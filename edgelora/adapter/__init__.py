@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.adapter.branches import Branch
+from edgelora.adapter.copies import misfit
+from edgelora.adapter.copies import module_of as copied_module
 from edgelora.adapter.families import family_of, is_adapter_hub, refuse_adapter_hub
 from edgelora.adapter.fields import is_ranges
 from edgelora.adapter.judged import Judged, Targets
@@ -42,12 +44,15 @@ __all__ = [
     "base_key",
     "check_invocation",
     "compare_base_name",
+    "copied_module",
     "is_adapter_hub",
     "is_saved",
     "layer_ranges",
+    "misfit",
     "model_name",
     "read_adapter",
     "read_folder",
+    "refuse_copies",
     "refuse_input_factors",
     "refuse_invocation",
     "refuse_parts",
@@ -77,6 +82,7 @@ class Adapter:
     invocation: tuple[int, ...] = ()  # token ids from which on it acts (aLoRA); empty: everywhere
     prefix: Prefix | SoftPrompt | None = None  # then there are no branches
     bias: str = "none"  # "none", "all" or "lora_only": whose biases were trained
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)  # of base weights, unchecked
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,15 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
 
 def adapter_of(folder: PeftFolder, targets: Targets | None) -> Adapter:
     """As `read_adapter`; without `targets`, all modules in the file are taken."""
-    path, (branches, replaced, ledger, prefix) = folder.path, _judge(folder, targets)
+    path, (branches, replaced, ledger, prefix, copies) = folder.path, _judge(folder, targets)
     if problems := refusals(ledger):
         raise EdgeLoraError(f"{path}: {problems}")
     base = folder.config.get("base_model_name_or_path")
     name, entries = path.resolve().name, tuple(ledger)
     invocation = tuple(folder.config.get(INVOCATION) or ())
     fingerprint, bias = folder.fingerprint, folder.config.get("bias") or "none"
-    return Adapter(name, base, branches, fingerprint, entries, replaced, invocation, prefix, bias)
+    acts = (replaced, invocation, prefix, bias)
+    return Adapter(name, base, branches, fingerprint, entries, *acts, copies)
 
 
 def _judge(folder: PeftFolder, targets: Targets | None) -> Judged:
@@ -153,6 +160,11 @@ def refuse_prefix(adapter: Adapter, path: Path, why: str) -> None:
 
 def refuse_replaced(adapter: Adapter, path: Path) -> None:
     """Raises EdgeLoraError if the adapter replaces tensors of the base, as no side branch can."""
+    if adapter.replaced.embedding is not None:
+        raise EdgeLoraError(
+            f"{path}: lora_embedding_A, lora_embedding_B: the token embedding's factors are merge "
+            "only: export a bundle of its own with --mode merge"
+        )
     names = [*adapter.replaced.tensors, *adapter.replaced.rows]
     if names:
         kind = "modules_to_save" if adapter.replaced.tensors else "trainable_token_indices"
@@ -161,6 +173,13 @@ def refuse_replaced(adapter: Adapter, path: Path) -> None:
             f"{path}: {kind}: {names[0]}{more} cannot be replaced beside the base: export a bundle "
             "of its own with --mode merge"
         )
+
+
+def refuse_copies(adapter: Adapter, path: Path, why: str) -> None:
+    """Raises EdgeLoraError for copies of base weights, which cannot be compared here."""
+    if adapter.copies:
+        names = ", ".join(adapter.copies)
+        raise EdgeLoraError(f"{path}: {names}: a copy of base weights: {why}")
 
 
 def refuse_invocation(adapter: Adapter, path: Path, why: str) -> None:

@@ -17,6 +17,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
+from edgelora.adapter.copies import read_copies
 from edgelora.adapter.fields import Fields, check_version, is_broken, is_map_of
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
@@ -115,15 +116,16 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
     settings = targeting(values)
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
-    triples, refused_tensors = _by_target(tensors)
-    ledger += entries + refused_tensors
+    copies, copied = read_copies(tensors, targets.get("lm_head"))
+    triples, refused_tensors = _by_target(name for name in tensors if name not in copies)
+    ledger += entries + copied + refused_tensors
     if bad := check_patterns(settings):
         return Judged({}, Replaced(), ledger + bad)
     agreed, entries = _check_targets(triples, settings, targets)
     ledger += entries
     ranks, entries = _ranks(values["rank_pattern"], triples)
     branches, read = _read(agreed, triples, tensors, targets, values, ranks)
-    return Judged(branches, replaced, ledger + entries + read)
+    return Judged(branches, replaced, ledger + entries + read, copies=copies)
 
 
 def _check_targets(

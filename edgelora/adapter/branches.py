@@ -69,7 +69,11 @@ FACTOR_NAME = re.compile(
 
 # The first expression found in a name says why it is refused.
 OTHER_TENSORS = [
-    (r"\.lora_embedding_[AB]\b", "an adapter of the token embedding is not supported"),
+    (
+        r"\.lora_embedding_[AB]\b",
+        "not a factor of the token embedding as PEFT names it "
+        "(base_model.model.model.embed_tokens.lora_embedding_A)",
+    ),
     (r"\.lora_magnitude_vector\b", "a magnitude vector by no name that PEFT gives it"),
     (r"\.lora_diag\b", "a KaSA diagonal; KaSA is not supported"),
     (r"modules_to_save", "a saved module by no name that PEFT gives it"),
@@ -81,10 +85,8 @@ OTHER_TENSORS = [
     (r"", "not a LoRA factor of PEFT (base_model.model.<module>.lora_A.weight or lora_B.weight)"),
 ]
 
-EMBEDDINGS = (
-    "lm_head",
-    "model.embed_tokens",
-)  # a config may name them; the caller decides on lm_head
+EMBEDDING = "model.embed_tokens"
+EMBEDDINGS = ("lm_head", EMBEDDING)  # a config may name them; the caller decides on lm_head
 NOT_IN_FILE = "named by target_modules, but the file has no lora_A and lora_B for it"
 NOT_IN_CONFIG = "in the file, but the config's target_modules do not name it"
 
@@ -134,19 +136,22 @@ def _adapter_names(tensors: Iterable[str]) -> list[LedgerEntry]:
 def check_targets(
     pairs: Pairs, settings: Settings, targets: Iterable[str]
 ) -> tuple[list[str], list[LedgerEntry]]:
-    """The targets that config, file and base agree on, and refusals for all others."""
+    """The targets that config, file and base agree on, and refusals for all others.
+
+    The embedding's factors are not asked for here (`read_embedding`).
+    """
     known = set(targets)
     implied = set(implied_targets(settings, sorted(known | set(EMBEDDINGS))))
     wanted = _wanted(settings)
     complete = {target for target, pair in pairs.items() if pair.keys() >= set(wanted)}
     agreed = sorted(complete & implied & known)
-    ledger = foreign_modules(pairs.keys() | implied, pairs, known)
+    ledger = foreign_modules(pairs.keys() | implied - {EMBEDDING}, pairs, known)
     ledger += [refused(each, NOT_IN_FILE) for each in sorted(implied & known - pairs.keys())]
     ledger += [refused(each, NOT_IN_CONFIG) for each in sorted(pairs.keys() & known - implied)]
     for target, pair in sorted(pairs.items()):
         ledger += [refused(target, f"has no lora_{each}") for each in wanted if each not in pair]
         ledger += [refused(pair[each], SWITCHED_OFF[each]) for each in pair if each not in wanted]
-    if not pairs:
+    if not pairs and EMBEDDING not in implied:
         ledger.append(refused("adapter_model.safetensors", "holds no lora_A and lora_B"))
     ledger += unmatched_patterns(settings, implied)
     return agreed, ledger + unmatched_names(settings, known | set(EMBEDDINGS))

@@ -18,6 +18,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
+from edgelora.adapter.copies import read_copies
 from edgelora.adapter.fields import Fields, check_version, is_broken, is_names, is_text_or_names
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
@@ -85,14 +86,15 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
     feedforward = frozen(values["feedforward_modules"])
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
-    found, refused_tensors = _by_target(tensors)
-    ledger += entries + refused_tensors
+    copies, copied = read_copies(tensors, None)
+    found, refused_tensors = _by_target(name for name in tensors if name not in copies)
+    ledger += entries + copied + refused_tensors
     if bad := check_patterns(settings) + _check_feedforward(feedforward):
         return Judged({}, Replaced(), ledger + bad)
     agreed, entries = _check_targets(found, settings, targets)
     ledger += entries
     branches, entries = _read(agreed, tensors, feedforward, targets)
-    return Judged(branches, replaced, ledger + entries)
+    return Judged(branches, replaced, ledger + entries, copies=copies)
 
 
 def is_feedforward(names: Names, module: str) -> bool:

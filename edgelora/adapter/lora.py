@@ -1,11 +1,13 @@
 """LoRA (Hu et al. 2021) with what PEFT adds to it: DoRA, biases, modules saved whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgelora.adapter.biases import bias_targets, is_trained_bias, read_biases
 from edgelora.adapter.branches import Branch, Pairs, check_targets, pair_factors, read_branch
+from edgelora.adapter.copies import read_copies
+from edgelora.adapter.embedding import embedding_factors, read_embedding
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
@@ -38,16 +40,21 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
         return Judged({}, Replaced(), ledger + pair_factors(_factors(tensors))[1])
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
+    copies, found = read_copies(tensors, targets.get("lm_head"))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     pairs, refused_tensors = pair_factors(_factors(tensors))
-    ledger += entries + refused_tensors
+    ledger += entries + found + refused_tensors
     if bad_patterns := check_patterns(settings):
         return Judged({}, Replaced(), ledger + bad_patterns)
+    embedding, found = read_embedding(tensors, settings, targets.get("lm_head"))
     branches, entries = _read_branches(tensors, settings, pairs, targets)
-    return Judged(branches, replaced, ledger + entries)
+    replaced = replace(replaced, embedding=embedding)
+    return Judged(branches, replaced, ledger + found + entries, copies=copies)
 
 
-def _factors(tensors: Iterable[str]) -> list[str]:
-    return [name for name in tensors if not is_trained_bias(name)]
+def _factors(tensors: Collection[str]) -> list[str]:
+    others = {*embedding_factors(tensors).values()}
+    return [name for name in tensors if not is_trained_bias(name) and name not in others]
 
 
 def _read_branches(

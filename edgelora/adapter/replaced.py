@@ -1,5 +1,5 @@
 """What an adapter saved whole: modules (`modules_to_save`), and rows of tokens
-(`trainable_token_indices`). Each takes the place of the base's.
+(`trainable_token_indices`). Each takes the place of the base's; so does an embedding with factors.
 """
 
 import re
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgelora.adapter.branches import Branch
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 from edgelora.adapter.settings import TOKEN_MODULES, Targeting, Tokens
 from edgelora.adapter.tensors import Factor, StoredTensor
@@ -39,9 +40,10 @@ class Replaced:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     tokens: Tokens = field(default_factory=dict)
+    embedding: Branch | None = None  # added to the embedding [vocab_size, hidden_size]
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.rows)
+        return bool(self.tensors or self.rows or self.embedding)
 
 
 def is_saved(tensor: str, modules_to_save: Iterable[str]) -> bool:

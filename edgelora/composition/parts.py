@@ -12,6 +12,7 @@ from edgelora.adapter import (
     adapter_of,
     base_key,
     read_folder,
+    refuse_copies,
     refuse_invocation,
     refuse_parts,
     refuse_prefix,
@@ -91,6 +92,7 @@ def _read_part(path: Path, weight: float) -> Part:
     folder = read_folder(path)
     adapter = adapter_of(folder, None)
     refuse_replaced(adapter, path)
+    refuse_copies(adapter, path, "a sum has no base: save with save_embedding_layers=False")
     why = "PEFT's sum does not wait for them: weigh it at run time (--adapter)"
     refuse_invocation(adapter, path, why)
     refuse_prefix(adapter, path, "they have no factors to add: name the adapter alone at run time")
