@@ -21,7 +21,8 @@ from edgelora.errors import EdgeLoraError
 from edgelora.plan import ExportOptions
 from edgelora.request import prepare
 from ledger_adapters import with_tensors
-from test_float_oracle import SHARE
+from test_adapter import change_config
+from test_float_oracle import SHARE, make_adapter
 
 COPY = "base_model.model.lm_head.base_layer.weight"
 PLAIN = "base_model.model.lm_head.weight"
@@ -226,3 +227,24 @@ def test_a_grown_vocabulary_without_modules_to_save_says_what_to_do(
     text = refusal(base, tmp_path / "a", tmp_path / "b")
     words = "a copy of base weights with 390 rows, the base has 384: a grown vocabulary: train"
     assert words in text and "modules_to_save" in text and "merge_and_unload" in text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_bad_field_is_not_blamed_on_the_copy(kind: str, tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    folder = saved(base, tmp_path / "a", kind)
+    change_config(folder, target_modules=7)
+    assert COPY not in refusal(base, folder, tmp_path / "b")
+
+
+def test_of_a_base_whose_layers_are_repeated_too(tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    settings = {"target_modules": ["q_proj", "lm_head"], "layer_replication": [[0, 2], [0, 1]]}
+    folder = make_adapter(base, tmp_path / "a", **settings)
+    tensors = dict(load_file(folder / "adapter_model.safetensors"))
+    tensors[COPY] = open_checkpoint(base).read("lm_head.weight")
+    adapters = {"a": with_tensors(folder, tmp_path / "c", tensors)}
+    edgelora.export(base, tmp_path / "b", adapters=adapters, report=False)
+    tensors[COPY][3, 3] += 1
+    with_tensors(folder, tmp_path / "c", tensors)
+    assert "differs from the base's" in refusal(base, tmp_path / "c", tmp_path / "d")

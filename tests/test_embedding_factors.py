@@ -16,6 +16,7 @@ import oracle
 import tiny
 from edgelora.adapter import adapter_ledger
 from edgelora.adding import add_adapter
+from edgelora.checkpoint import open_checkpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluating import evaluate_bundle
 from edgelora.graph import WEIGHT_FILE
@@ -185,3 +186,60 @@ def test_pefts_dora_of_the_embedding_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     folder = make_adapter(base, tmp_path / "a", target_modules=["embed_tokens"], use_dora=True)
     assert "use_dora: the token embedding's" in refusal(base, folder, tmp_path / "b")
+
+
+def test_tokens_beside_them_are_refused(tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    settings = {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [7]}}
+    folder = make_adapter(base, tmp_path / "a", **settings)
+    words = "trainable_token_indices beside another change of the embedding"
+    assert words in refusal(base, folder, tmp_path / "b")
+
+
+def test_on_repeated_layers(tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    settings = {"target_modules": ["embed_tokens"], "layer_replication": [[0, 2], [0, 1]]}
+    folder = make_adapter(base, tmp_path / "a", **settings)
+    options: dict[str, Any] = {"mode": "merge", "format": "float", "report": False}
+    edgelora.export(base, tmp_path / "b", adapters={"a": folder}, **options)
+    with edgelora.load(tmp_path / "b") as model:
+        oracle.assert_close(model.logits(TOKENS), theirs(base, folder), SHARE)
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "gguf": lambda path: tiny.tiny_gguf(
+        path.with_suffix(".gguf"),
+        "Q8_0",
+        source=tiny.tiny_llama(path.with_name("source"), tie_word_embeddings=True),
+    ),
+    "bitsandbytes": tiny.tiny_bitsandbytes,
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_other_weights_of_a_quantized_base_are_carried(kind: str, tmp_path: Path) -> None:
+    base = BASES[kind](tmp_path / "base")
+    whole = tmp_path / "source" if kind == "gguf" else base
+    folder = make_adapter(whole, tmp_path / "a", target_modules=["embed_tokens"])
+    edgelora.export(base, tmp_path / "b", adapters={"a": folder}, mode="merge")
+    checkpoint = open_checkpoint(base)
+    weights = dict(oracle.BundleWeights(tmp_path / "b").matrices())
+    name = "model.layers.0.self_attn.o_proj"
+    assert np.array_equal(weights[name], checkpoint.read(f"{name}.weight"))
+    if kind == "gguf":
+        embedding = checkpoint.read("model.embed_tokens.weight")
+        assert np.array_equal(weights["lm_head"], embedding)
+    with edgelora.load(tmp_path / "b") as model:
+        ours = model.logits(TOKENS)
+    assert np.corrcoef(ours.ravel(), theirs(whole, folder).ravel())[0, 1] > 0.95
+
+
+def test_calibrated_it_is_near(tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    folder = make_adapter(base, tmp_path / "a", **SETTINGS["beside"])
+    (tmp_path / "text").write_text(" ".join(tiny.TEXT * 400))
+    options: dict[str, Any] = {"quality": "balanced", "calibration": str(tmp_path / "text")}
+    edgelora.export(base, tmp_path / "b", adapters={"a": folder}, mode="merge", **options)
+    with edgelora.load(tmp_path / "b") as model:
+        ours = model.logits(TOKENS)
+    assert np.corrcoef(ours.ravel(), theirs(base, folder).ravel())[0, 1] > 0.95

@@ -17,7 +17,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
-from edgelora.adapter.copies import read_copies
+from edgelora.adapter.copies import read_copies, without_copies
 from edgelora.adapter.fields import Fields, check_version, is_broken, is_map_of
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
@@ -112,12 +112,12 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
     values = FIELDS.values(config)
     ledger = FIELDS.ledger(config) + check_layers(config, values)
     if is_broken(FIELDS, ledger):
-        return Judged({}, Replaced(), ledger + _by_target(tensors)[1])
+        return Judged({}, Replaced(), ledger + _by_target(without_copies(tensors))[1])
     settings = targeting(values)
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
     copies, copied = read_copies(tensors, targets.get("lm_head"))
-    triples, refused_tensors = _by_target(name for name in tensors if name not in copies)
+    triples, refused_tensors = _by_target(without_copies(tensors))
     ledger += entries + copied + refused_tensors
     if bad := check_patterns(settings):
         return Judged({}, Replaced(), ledger + bad)

@@ -3,7 +3,7 @@ name one of them, and those of a grown vocabulary (save_embedding_layers="auto")
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -27,6 +27,11 @@ def module_of(name: str) -> str:
     match = NAME.fullmatch(name)
     assert match is not None
     return match["module"]
+
+
+def without_copies(tensors: Iterable[str]) -> list[str]:
+    """The other names."""
+    return [name for name in tensors if not NAME.fullmatch(name)]
 
 
 def read_copies(

@@ -18,7 +18,7 @@ from edgelora.adapter.branches import (
     check_tensor,
     foreign_modules,
 )
-from edgelora.adapter.copies import read_copies
+from edgelora.adapter.copies import read_copies, without_copies
 from edgelora.adapter.fields import Fields, check_version, is_broken, is_names, is_text_or_names
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
@@ -81,13 +81,13 @@ def own_targets(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple[
 def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judged:
     values, ledger = FIELDS.values(config), FIELDS.ledger(config)
     if is_broken(FIELDS, ledger):
-        return Judged({}, Replaced(), ledger + _by_target(tensors)[1])
+        return Judged({}, Replaced(), ledger + _by_target(without_copies(tensors))[1])
     settings = targeting(values)
     feedforward = frozen(values["feedforward_modules"])
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
     copies, copied = read_copies(tensors, None)
-    found, refused_tensors = _by_target(name for name in tensors if name not in copies)
+    found, refused_tensors = _by_target(without_copies(tensors))
     ledger += entries + copied + refused_tensors
     if bad := check_patterns(settings) + _check_feedforward(feedforward):
         return Judged({}, Replaced(), ledger + bad)

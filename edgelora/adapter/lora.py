@@ -6,7 +6,7 @@ from typing import Any
 
 from edgelora.adapter.biases import bias_targets, is_trained_bias, read_biases
 from edgelora.adapter.branches import Branch, Pairs, check_targets, pair_factors, read_branch
-from edgelora.adapter.copies import read_copies
+from edgelora.adapter.copies import read_copies, without_copies
 from edgelora.adapter.embedding import embedding_factors, read_embedding
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry
@@ -37,12 +37,11 @@ def own_targets(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple[
 def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judged:
     settings, ledger = read_settings(config)
     if settings is None:
-        return Judged({}, Replaced(), ledger + pair_factors(_factors(tensors))[1])
+        return Judged({}, Replaced(), ledger + pair_factors(without_copies(_factors(tensors)))[1])
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
     copies, found = read_copies(tensors, targets.get("lm_head"))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    pairs, refused_tensors = pair_factors(_factors(tensors))
+    pairs, refused_tensors = pair_factors(without_copies(_factors(tensors)))
     ledger += entries + found + refused_tensors
     if bad_patterns := check_patterns(settings):
         return Judged({}, Replaced(), ledger + bad_patterns)
