@@ -282,13 +282,13 @@ def test_manifest_names_every_file(base: Path, tmp_path: Path) -> None:
 def test_manifest_has_the_documented_fields(base: Path, adapter: Path, tmp_path: Path) -> None:
     edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter})
     exported = read_manifest(tmp_path / "bundle")
-    add_adapter(tmp_path / "bundle", "b", adapter)
+    add_adapter(tmp_path / "bundle", "b", adapter, base=base)
     written = read_manifest(tmp_path / "bundle")
     text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
     table = text.partition("### `manifest.json`")[2].partition("\nNo two adapters")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     assert list(rows) == list(written)
-    assert [row for row in rows if row != "selfcheck"] == list(exported)
+    assert [row for row in rows if row not in ("selfcheck", "report")] == list(exported)
     inside = {key: written[key] for key in ("model", "base", "plan")}
     inside |= {"targets": written["targets"][0], "adapters": written["adapters"]["a"]}
     for key, fields in inside.items():
