@@ -59,14 +59,17 @@ class Rounding:
     stream: Stream | None = None  # through the weights as stored
     exact: Stream | None = None  # through the values that they are rounded of
 
-    def begin(self, values: Float32, embedding: Float32) -> None:
-        """The text's rows of the embedding, as it was and as it is stored, are the first inputs."""
+    def begin(self, values: Float32, embedding: Matrix | None = None) -> None:
+        """The text's rows of the embedding, as it was and as it is stored, are the first inputs;
+        None: as it was, for it is rounded only with the head.
+        """
         if self.windows is None:
             return
         config, positions = self.checkpoint.config, self.windows.shape[1]
         arithmetic, read = Arithmetic(config, positions), self.checkpoint.read
         self.exact = Stream(config, arithmetic, self.windows, values, read)
-        self.stream = Stream(config, arithmetic, self.windows, embedding, read)
+        stored = values if embedding is None else dequantize(embedding)
+        self.stream = Stream(config, arithmetic, self.windows, stored, read)
 
     def inputs_of(self, name: str, targets: Sequence[str]) -> Inputs | None:
         """What the inputs of the projection `name` say of its weights; None if nobody asks.

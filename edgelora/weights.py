@@ -22,7 +22,6 @@ from edgelora.quantize import (
     NBitsLinear,
     PackedLinear,
     concatenate,
-    dequantize,
     pack,
     same_kind,
     to_nbits,
@@ -86,10 +85,10 @@ class WeightWriter:
         """
         values = self._read(f"{EMBEDDING}.weight")
         if self._shares_head and self.rounding.compensates(EMBEDDING):
-            self.rounding.begin(values, values)
+            self.rounding.begin(values)
             return
         self.embedding = self.rounding.matrix(EMBEDDING, values)
-        self.rounding.begin(values, dequantize(self.embedding))
+        self.rounding.begin(values, self.embedding)
         self._store_embedding(self.embedding)
 
     def _store_embedding(self, matrix: Matrix) -> None:
