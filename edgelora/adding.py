@@ -1,11 +1,9 @@
 """One more adapter for a bundle that is there already; only some kinds need the base."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx
 
 from edgelora.adapter import (
     Adapter,
@@ -28,7 +26,7 @@ from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_ada
 from edgelora.base_copies import compared
 from edgelora.binding import bound, bound_without_base, check_biases, with_prefix
 from edgelora.bundle import adapter_entry, adapter_path, exchange, free_path, locked
-from edgelora.bundle_base import open_bundle_base
+from edgelora.bundle_base import BundleBase, open_bundle_base
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import Subject
@@ -99,7 +97,8 @@ def add_adapter(
         _refuse(bundle, manifest, name, force=force)
         _check_read(bundle, manifest)
         checkpoint = None if base is None else _recognised(bundle, manifest, base)
-        new = _read(bundle, manifest, name, path, checkpoint)
+        held = open_bundle_base(bundle, manifest)
+        new = _read(held, manifest, name, path, checkpoint)
         place = free_path(manifest, adapter_path(name), new.data)
         positions = new.prefix.positions if new.prefix else 0
         entry = adapter_entry(
@@ -108,11 +107,11 @@ def add_adapter(
         files = {adapter_path(name): (place, new.data)}
         changed: dict[str, Any] = {}
         if (known := selfcheck_path(manifest)) in manifest["files"]:
-            data = _selfchecked(bundle, manifest, known, name, new)
+            data = _selfchecked(held, manifest, known, name, new)
             changed["selfcheck"] = free_path(manifest, SELFCHECK, data)
             files[SELFCHECK] = (changed["selfcheck"], data)
             entry |= {"selfcheck": True}
-        report = _reported(bundle, manifest, checkpoint, name, new, report_text)
+        report = _reported(held, manifest, checkpoint, name, new, report_text)
         if report is not None:
             data_of = {"json": report.json, "html": report.html}
             places = {k: free_path(manifest, REPORT[k], data_of[k]) for k in REPORT}
@@ -133,7 +132,7 @@ def _recognised(bundle: Path, manifest: dict[str, Any], base: Path) -> Checkpoin
 
 
 def _reported(
-    bundle: Path,
+    held: BundleBase,
     manifest: dict[str, Any],
     checkpoint: Checkpoint | None,
     name: str,
@@ -145,23 +144,21 @@ def _reported(
     if checkpoint is None or new.trained is None or not paths:
         return None
     options = ExportOptions(report_text=None if text_file is None else str(text_file))
-    text = read_report_text(options, checkpoint, from_folder(bundle))
+    text = read_report_text(options, checkpoint, from_folder(held.path))
     subject = subject_of(checkpoint, Plan(**manifest["plan"]), {name: new.trained})
-    stored = open_bundle_base(bundle, manifest).stored
-    return with_adapter(bundle / paths["json"], subject, text, stored)
+    return with_adapter(held.path / paths["json"], subject, text, held.stored)
 
 
 def _selfchecked(
-    bundle: Path, manifest: dict[str, Any], known: str, name: str, new: _NewAdapter
+    held: BundleBase, manifest: dict[str, Any], known: str, name: str, new: _NewAdapter
 ) -> bytes:
     """The self-check with the adapter's logits, computed from the bundle's own weights as the
     export did.
     """
-    base = open_bundle_base(bundle, manifest)
     fingerprint = manifest["base"]["fingerprint"]
     adapter = Adapter(name, None, new.stored, fingerprint, prefix=new.prefix)
-    subject = Subject(base, Plan(**manifest["plan"]), bound={name: adapter})
-    return extended(bundle / known, subject, base.stored, name)
+    subject = Subject(held, Plan(**manifest["plan"]), bound={name: adapter})
+    return extended(held.path / known, subject, held.stored, name)
 
 
 def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -> None:
@@ -184,8 +181,9 @@ def _check_read(bundle: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read(
-    bundle: Path, manifest: dict[str, Any], name: str, path: Path, checkpoint: Checkpoint | None
+    held: BundleBase, manifest: dict[str, Any], name: str, path: Path, checkpoint: Checkpoint | None
 ) -> _NewAdapter:
+    bundle = held.path
     targets = {
         target["name"]: (target["out_features"], target["in_features"])
         for target in manifest["targets"]
@@ -206,7 +204,7 @@ def _read(
     _check_prefix(adapter.prefix, path, manifest)
     trained = None if checkpoint is None else _with_base(adapter, path, checkpoint)
     if checkpoint is None or trained is None:
-        adapter = _without_base(adapter, path, _biased(bundle, targets))
+        adapter = _without_base(adapter, path, held.biased())
     else:
         adapter = bound(trained, checkpoint)
     fingerprint = manifest["base"]["fingerprint"]
@@ -240,21 +238,6 @@ def _check_prefix(prefix: Prefix | SoftPrompt | None, path: Path, manifest: dict
     sizes = (int(manifest["model"][name]) for name in (*names, "context_length"))
     if prefix is not None:
         PrefixFit(*sizes).check(prefix, path)
-
-
-def _biased(bundle: Path, targets: Iterable[str]) -> set[str]:
-    """The targets whose outputs get a bias, by the names of the graph's constants."""
-    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
-    names = {each.name for each in graph.initializer}
-    return {t for t in targets if names & {f"{t}.bias", f"{_packed(t)}.bias"}}
-
-
-def _packed(target: str) -> str:
-    """The projection that a linear may share with others (`layout.projections`)."""
-    path, _, name = target.rpartition(".")
-    shared = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    shared |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-    return f"{path}.{shared.get(name, name)}"
 
 
 def _read_bound(

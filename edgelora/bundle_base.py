@@ -58,6 +58,15 @@ class BundleBase:
             rows += linear.out_features
         return self.stored.vector(f"{projection.name}.bias")[rows : rows + linear.out_features]
 
+    def biased(self) -> set[str]:
+        """The targets whose outputs get a bias."""
+        return {
+            linear.target
+            for projection in projections(self.config)
+            for linear in projection.linears
+            if self.stored.tensors.keys() & {f"{linear.target}.bias", f"{projection.name}.bias"}
+        }
+
     def stored_as(self, name: str) -> None:
         return None
 
