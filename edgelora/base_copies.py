@@ -12,6 +12,9 @@ from edgelora.adapter.tensors import StoredTensor
 from edgelora.checkpoint import Checkpoint
 from edgelora.errors import EdgeLoraError
 from edgelora.layout import weight_name
+from edgelora.quantize import round_to
+
+ROUNDINGS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 DIFFERS = (
     "a copy of base weights that differs from the base's{}: if it was trained, train it as "
@@ -46,13 +49,7 @@ def _compare(name: str, copy: StoredTensor, checkpoint: Checkpoint) -> LedgerEnt
     return refused(name, DIFFERS.format(", dequantized" if is_dequantized else ""))
 
 
-def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32 | np.float16]:
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     """To the nearest of safetensors' F32, F16 or BF16, ties to even."""
-    if dtype == "F16":
-        with np.errstate(over="ignore", under="ignore"):
-            return values.astype(np.float16)
-    if dtype == "F32":
-        return values
-    bits = values.view(np.uint32)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        return round_to(values.copy(), ROUNDINGS[dtype])

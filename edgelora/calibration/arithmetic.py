@@ -91,7 +91,7 @@ class Arithmetic:
         for i, left in enumerate(tiles):
             for j in range(i, len(tiles)):
                 rows, columns = slice(i * _TILE, (i + 1) * _TILE), slice(j * _TILE, (j + 1) * _TILE)
-                total[rows, columns] = _run(self._transposed_left, a=left, b=tiles[j])
+                total[rows, columns] = self.cross(left, tiles[j])
                 total[columns, rows] = total[rows, columns].T
         return total
 
