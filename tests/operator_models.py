@@ -6,6 +6,7 @@ nothing to edgelora.quantize.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,7 +268,7 @@ def one_node(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def open_session(library: str, model: bytes) -> onnxruntime.InferenceSession:
+def open_session(library: str, model: bytes | Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # the errors of a test are meant
     options.register_custom_ops_library(library)

@@ -88,7 +88,7 @@ class Layer : public NodeKernel {
  private:
   struct Values {     // [rows, …]
     float* wide;      // q ‖ k ‖ v, later silu(gate)·up
-    float* attended;  // heads
+    float* attended;  // heads; behind q ‖ k ‖ v, in the place of silu(gate)·up
     float* middle;    // x + o_proj
   };
 
@@ -134,12 +134,11 @@ class Layer : public NodeKernel {
   }
 
   Values take_values(int64_t rows) const {
-    const int64_t wide = std::max(qkv_.columns(), gate_up_.columns());
-    const int64_t floats = rows * (wide + attention_.q_width() + output_.columns());
+    const int64_t wide = std::max(qkv_.columns() + attention_.q_width(), gate_up_.columns());
+    const int64_t floats = rows * (wide + output_.columns());
     auto* memory = static_cast<float*>(scratch(ScratchUse::kLayer, floats * 4));
     if (memory == nullptr) throw std::bad_alloc();
-    float* attended = memory + rows * wide;
-    return {memory, attended, attended + rows * attention_.q_width()};
+    return {memory, memory + rows * qkv_.columns(), memory + rows * wide};
   }
 
   const OrtApi& api_;

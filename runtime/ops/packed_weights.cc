@@ -6,6 +6,7 @@
 
 #include "kernels/ceil_div.h"
 #include "kernels/half.h"
+#include "ops/file_pages.h"
 #include "ops/scratch.h"
 #include "src/element_type.h"
 
@@ -20,6 +21,7 @@ using kernels::Rounding;
 constexpr int64_t kPanelRows = kernels::kPanelRows;
 constexpr int64_t kAbsmaxBlock = 64;
 constexpr int64_t kAbsmaxGroup = 256;                // absmax codes that share a nested_absmax
+constexpr int64_t kAbsmaxTable = 256;                // values of a code
 constexpr int64_t kLargestDimension = INT32_MAX;  // so that no product of two overflows
 
 constexpr ONNXTensorElementDataType kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
@@ -192,6 +194,7 @@ void PackedWeights::read_exact_offsets(const Tensor& tensor) {
   for (int64_t i = 0; i < count; ++i) {
     offsets_[static_cast<size_t>(i)] = kernels::float_to_half(weights_.exact_offsets[i]);
   }
+  give_back_file_pages(weights_.exact_offsets, count * 4);
   weights_.format = Format::kInt4Offsets;
   weights_.zero_points = offsets_.data();
 }
@@ -200,7 +203,7 @@ void PackedWeights::read_absmax(const NodeInfo& node, size_t index) {
   if (weights_.in_features % kernels::kActivationBlock != 0) {
     refuse("nf4 and fp4 need in_features to be a multiple of 32");
   }
-  int64_t groups = 0;  // out_features and in_features are below 2^31: no product overflows
+  int64_t& groups = absmax_groups_;  // out_features and in_features are below 2^31: no product overflows
   for (const int64_t slice : slices_) {
     groups += ceil_div(ceil_div(slice * weights_.in_features, kAbsmaxBlock), kAbsmaxGroup);
   }
@@ -216,7 +219,7 @@ void PackedWeights::read_absmax(const NodeInfo& node, size_t index) {
   weights_.absmax = static_cast<const uint8_t*>(expect(
       required(node, index + 1, "absmax"), "absmax", kUint8, shape_of({groups * kAbsmaxGroup})));
   weights_.absmax_offset = floats(index + 2, "absmax_offset", weights_.slice_count);
-  weights_.absmax_table = floats(index + 3, "absmax_table", 256);
+  weights_.absmax_table = floats(index + 3, "absmax_table", kAbsmaxTable);
 }
 
 void PackedWeights::unpack_absmax(const kernels::KernelTable& kernels) {
@@ -230,6 +233,16 @@ void PackedWeights::unpack_absmax(const kernels::KernelTable& kernels) {
     kernels.unpack_absmax(weights_, p, absmax_scales_.data() + p * count, memory);
   }
   weights_.scales = absmax_scales_.data();
+  give_back_absmax();
+}
+
+void PackedWeights::give_back_absmax() const {
+  const int64_t codes = absmax_groups_ * kAbsmaxGroup;
+  if (weights_.absmax == nullptr) return give_back_file_pages(weights_.nested_absmax, codes * 4);
+  give_back_file_pages(weights_.absmax, codes);
+  give_back_file_pages(weights_.nested_absmax, absmax_groups_ * 4);
+  give_back_file_pages(weights_.absmax_offset, weights_.slice_count * 4);
+  give_back_file_pages(weights_.absmax_table, kAbsmaxTable * 4);
 }
 
 }  // namespace edgelora::ops

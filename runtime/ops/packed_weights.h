@@ -20,7 +20,7 @@ class PackedWeights {
   PackedWeights& operator=(const PackedWeights&) = delete;
 
   // What `linear` of these kernels wants of nf4 and fp4, a quarter of a bit for each weight; of other
-  // formats nothing. Throws std::bad_alloc.
+  // formats nothing. Gives the file's pages back: the exact path reads them again. Throws std::bad_alloc.
   void unpack_absmax(const kernels::KernelTable& kernels);
 
   const kernels::Weights& weights() const { return weights_; }
@@ -32,6 +32,7 @@ class PackedWeights {
   void read_zero_points(const NodeInfo& node, size_t index);
   void read_exact_offsets(const Tensor& tensor);
   void read_absmax(const NodeInfo& node, size_t index);
+  void give_back_absmax() const;
   void check_slices() const;
   void refuse_surplus(const NodeInfo& node, size_t index,
                       std::initializer_list<const char*> names) const;
@@ -42,6 +43,7 @@ class PackedWeights {
   kernels::Weights weights_{};
   int64_t panels_ = 0;
   int64_t blocks_ = 0;  // of a row
+  int64_t absmax_groups_ = 0;  // of all slices
 };
 
 }  // namespace edgelora::ops
