@@ -38,6 +38,7 @@ struct PanelView {
   const uint16_t* offsets;     // float16 [scale blocks, 16]; kInt4Offsets only
   int64_t blocks;              // Kp / 32
   int shift;                   // block of 32 b has scale block b >> shift
+  float unit;                  // of scales made of absmax, else 1
 };
 
 inline char* at(void* scratch, int64_t offset) { return static_cast<char*>(scratch) + offset; }
@@ -86,6 +87,21 @@ inline void pack_shifts(const Activations& x, int64_t first_row, RowTile* tile, 
   tile->shifts = shifts;
 }
 
+// What pack(tile) makes of the rows, or made of them in the call before. Of one row it is not kept: that
+// far in the scratch, which has left the caches since, it would come late.
+template <class Tile, class Pack>
+const Tile& packed_tile(const Weights& weights, const Activations& x, void* scratch, Tile* alone,
+                        Pack pack) {
+  static_assert(sizeof(Tile) <= kTileNotes);
+  if (x.rows == 1) {
+    pack(alone);
+    return *alone;
+  }
+  auto* tile = reinterpret_cast<Tile*>(at(scratch, scratch_layout(weights).tile));
+  if (!x.kept || x.rows > kRowTile) pack(tile);  // a later tile took the first one's place
+  return *tile;
+}
+
 // factor: what the ISA multiplies Σ codes by, 0 for nothing.
 inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t first_row,
                          int32_t factor, void* scratch) {
@@ -116,6 +132,7 @@ inline PanelView panel_view(const Weights& weights, int64_t panel) {
   const int64_t size = scale_block_size(weights);
   view.shift = size == 32 ? 0 : size == 64 ? 1 : 2;
   view.scales = weights.scales + first * kPanelRows;
+  view.unit = has_codebook(weights.format) ? weights.scale_unit : 1.0f;
   if (weights.format == Format::kInt4ZeroPoints) {
     view.zero_points = static_cast<const uint8_t*>(weights.zero_points) + first * 8;
   } else if (weights.format == Format::kInt4Offsets) {
@@ -126,6 +143,7 @@ inline PanelView panel_view(const Weights& weights, int64_t panel) {
 
 // Scales made of absmax are multiples of a unit.
 inline void scale_tile(float unit, int64_t rows, float* acc) {
+  if (unit == 1.0f) return;
   for (int64_t i = 0; i < rows * kPanelRows; ++i) acc[i] *= unit;
 }
 
@@ -168,8 +186,9 @@ void run_panels(const Weights& weights, const Tile& x, int64_t panel_begin, int6
                 float* y, int64_t y_stride) {
   alignas(64) float acc[kRowTile * kPanelRows];
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    run_panel<Isa>(weights.format, panel_view(weights, p), x, acc);
-    if (has_codebook(weights.format)) scale_tile(weights.scale_unit, x.rows, acc);
+    const PanelView view = panel_view(weights, p);
+    run_panel<Isa>(weights.format, view, x, acc);
+    scale_tile(view.unit, x.rows, acc);
     store_tile(acc, x.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
   }
 }
@@ -180,8 +199,10 @@ void drive_linear(const Weights& weights, const Activations& x, int64_t panel_be
   assert(weights.format != Format::kFloat);
   const int32_t factor = Isa::term_factor(weights.format);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
-    run_panels<Isa>(weights, pack_rows(weights, x, m, factor, scratch), panel_begin, panel_end,
-                    y + m * y_stride, y_stride);
+    const auto pack = [&](RowTile* tile) { *tile = pack_rows(weights, x, m, factor, scratch); };
+    RowTile alone;
+    const RowTile& tile = packed_tile(weights, x, scratch, &alone, pack);
+    run_panels<Isa>(weights, tile, panel_begin, panel_end, y + m * y_stride, y_stride);
   }
 }
 

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kAbsmaxBlock = 64;     // flattened weights that share an absmax
 constexpr int64_t kAbsmaxGroup = 256;    // absmax codes that share a nested absmax
-constexpr int64_t kRowTile = 32;      // rows of activations that share one unpacking of the codes
+constexpr int64_t kStripRows = 32;    // rows of activations that a thread takes through its panels
+constexpr int64_t kRowTile = 48;      // that are rearranged together: a strip may have half as many more
 constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
 

@@ -6,6 +6,8 @@
 namespace edgelora::kernels {
 namespace {
 
+constexpr int64_t kTileNotes = 4096;
+
 struct ScratchLayout {
   int64_t absmax;  // nf4, fp4: float [K / absmax_step, 16], of one panel
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]; neon_i8mm: twice as many
@@ -14,6 +16,7 @@ struct ScratchLayout {
   int64_t starts;  // nf4, fp4: int16 [Kp / 32, kRowTile, 2, 2]
   int64_t wide;    // nf4, fp4: uint8 [Kp / 32, kRowTile]
   int64_t wide_rows;  // bfloat16 [Kp / 32, kWideRows, 32]; amx_bf16 only
+  int64_t tile;    // where the rows lie that were rearranged: kTileNotes bytes
   int64_t strip;   // float [kFloatStrip, 16]
   int64_t bytes;   // all of it
 };
@@ -39,6 +42,7 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
     layout.wide = take(end, blocks * kRowTile);
   }
   layout.wide_rows = take(end, blocks * kWideRows * kActivationBlock * 2);
+  layout.tile = take(end, kTileNotes);
   layout.strip = take(end, kFloatStrip * kPanelRows * 4);
   layout.bytes = end;
   return layout;

@@ -117,7 +117,7 @@ struct VnniIsa {
   }
 
   template <Format kFormat, int kRows>
-  static void few_rows(const PanelView& panel, const RowTile& x, float* acc) {
+  static void few_rows(const PanelView& panel, const RowTile& x, const Out& out) {
     Floats sums[V::kParts][kRows];
     for (auto& part : sums) {
       for (Floats& sum : part) sum = V::zero_floats();
@@ -139,7 +139,9 @@ struct VnniIsa {
     for (int part = 0; part < V::kParts; ++part) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        V::store(acc + r * kPanelRows + 16 / V::kParts * part, sums[part][r]);
+        Floats y = sums[part][r];
+        if (has_codebook(kFormat)) y = V::mul(y, V::broadcast(panel.unit));
+        V::store(out.to + r * out.stride + 16 / V::kParts * part, y);
       }
     }
   }

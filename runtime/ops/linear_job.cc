@@ -170,7 +170,7 @@ LinearJob::Tile LinearJob::first_tile(const Shares::Piece& items) const {
   return {strip_begin(strip), strip_begin(strip + 1), items.begin - first, end - first};
 }
 
-void LinearJob::compute(const Worker& worker, const Tile& tile) const {
+void LinearJob::compute(Worker& worker, const Tile& tile) const {
   if (call_.node.activation == Activation::kSwiGlu) {
     swiglu_tile(worker, tile);
   } else {
@@ -179,12 +179,12 @@ void LinearJob::compute(const Worker& worker, const Tile& tile) const {
   if (call_.residual != nullptr) add_residual(tile);
 }
 
-void LinearJob::plain_tile(const Worker& worker, const Tile& tile) const {
+void LinearJob::plain_tile(Worker& worker, const Tile& tile) const {
   product(worker, tile, {call_.y + tile.row_begin * columns(), columns()});
 }
 
 // gate is the first half of W's rows, up the second.
-void LinearJob::swiglu_tile(const Worker& worker, const Tile& tile) const {
+void LinearJob::swiglu_tile(Worker& worker, const Tile& tile) const {
   const int64_t width = (tile.panel_end - tile.panel_begin) * kPanelRows;
   float* up = worker.gate + (tile.row_end - tile.row_begin) * width;
   const int64_t first = tile.panel_begin * kPanelRows;
@@ -198,15 +198,17 @@ void LinearJob::swiglu_tile(const Worker& worker, const Tile& tile) const {
   }
 }
 
-void LinearJob::product(const Worker& worker, const Tile& tile, const Target& target) const {
+void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) const {
   const int64_t rows = tile.row_end - tile.row_begin;
   if (call_.exact) {
     call_.kernels->linear_float(weights_, input_row(worker.x, tile.row_begin), rows,
                                 tile.panel_begin, tile.panel_end, target.y, target.stride,
                                 worker.linear);
   } else {
-    call_.kernels->linear(weights_, quantized(worker.x, tile.row_begin, tile.row_end),
-                          tile.panel_begin, tile.panel_end, target.y, target.stride,
+    kernels::Activations x = quantized(worker.x, tile.row_begin, tile.row_end);
+    x.kept = worker.kept == tile.row_begin;
+    worker.kept = tile.row_begin;
+    call_.kernels->linear(weights_, x, tile.panel_begin, tile.panel_end, target.y, target.stride,
                           worker.linear);
   }
   if (call_.adapters->t_size() > 0) {

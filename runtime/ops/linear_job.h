@@ -67,6 +67,7 @@ class LinearJob {
     Prepared x;    // everybody's; of a row alone its own
     float* normed; // [K] on the way to codes, where x has no normed rows
     void* linear;  // scratch of the kernel
+    int64_t kept = -1;  // first of the rows that it holds rearranged for W
     float* gate;   // kSwiGlu: gate and up of a tile
   };
   // Rows of one strip, and panels of W that are computed together.
@@ -103,10 +104,10 @@ class LinearJob {
   }
   Shares::Sizes piece_panels() const;
   Tile first_tile(const Shares::Piece& items) const;
-  void compute(const Worker& worker, const Tile& tile) const;
-  void plain_tile(const Worker& worker, const Tile& tile) const;
-  void swiglu_tile(const Worker& worker, const Tile& tile) const;
-  void product(const Worker& worker, const Tile& tile, const Target& target) const;
+  void compute(Worker& worker, const Tile& tile) const;
+  void plain_tile(Worker& worker, const Tile& tile) const;
+  void swiglu_tile(Worker& worker, const Tile& tile) const;
+  void product(Worker& worker, const Tile& tile, const Target& target) const;
   void up(const Tile& tile, const Target& target) const;
   void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target) const;
   void change_rows(const RowChange& rows, int64_t out_features, const Tile& tile,

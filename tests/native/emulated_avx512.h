@@ -77,17 +77,6 @@ struct IntLanes {
   explicit IntLanes(__m512i v) { std::memcpy(of, &v, sizeof of); }
 };
 
-int32_t emulated_reduce_max_epi32(__m512i v) {
-  const IntLanes lanes(v);
-  return *std::max_element(lanes.of, lanes.of + 16);
-}
-
-int32_t emulated_reduce_add_epi32(__m512i v) {
-  int32_t sum = 0;
-  for (int32_t lane : IntLanes(v).of) sum += lane;
-  return sum;
-}
-
 float emulated_reduce_max_ps(__m512 v) {
   const FloatLanes lanes(v);
   return *std::max_element(lanes.of, lanes.of + 16);
@@ -176,10 +165,6 @@ __m512 emulated_min_ps(__m512 a, __m512 b) {
 
 }  // namespace
 
-#undef _mm512_reduce_max_epi32
-#define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
-#undef _mm512_reduce_add_epi32
-#define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
 #undef _mm512_reduce_max_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #undef _mm512_reduce_add_ps

@@ -46,6 +46,7 @@ int64_t rows_at_once(int64_t blocks) {
 RowTiles convert_rows(const Activations& x, int64_t first, int64_t blocks, char* tiles) {
   const int64_t rows = min_of(rows_at_once(blocks), x.rows - first);
   const RowTiles out{rows, ceil_div(rows, kTileRows), tiles};
+  if (x.kept && rows == x.rows) return out;
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = (first + m) * blocks;
     char* to = tiles + m * kRowBytes;
@@ -163,7 +164,7 @@ void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begi
     PanelView views[kPanels] = {};
     for (int64_t i = 0; i < panels; ++i) views[i] = panel_view(weights, p + i);
     multiply_panels<kFormat>(views, panels, x, &memory);
-    if (has_codebook(kFormat)) scale_panels(weights.scale_unit, x.rows, panels, &memory);
+    scale_panels(views[0].unit, x.rows, panels, &memory);
     for (int64_t i = 0; i < panels; ++i) {
       store_panel(memory, i, x.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows,
                   y_stride);

@@ -165,7 +165,7 @@ struct Isa {
   }
 
   template <Format kFormat, int kRows>
-  static void few_rows(const PanelView& panel, const RowTile& x, float* acc) {
+  static void few_rows(const PanelView& panel, const RowTile& x, const Out& out) {
     __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
     for (int64_t b = 0; b < panel.blocks; ++b) {
       prefetch_block<kFormat>(panel.codes, b, kPrefetchBytes);
@@ -173,8 +173,12 @@ struct Isa {
       acc0 = add_block<kFormat>(acc0, dots.rows0_7, load_scales<kFormat>(panel, b, 0), x, b);
       acc1 = add_block<kFormat>(acc1, dots.rows8_15, load_scales<kFormat>(panel, b, 1), x, b);
     }
-    _mm256_store_ps(acc, acc0);
-    _mm256_store_ps(acc + 8, acc1);
+    if (has_codebook(kFormat)) {
+      const __m256 unit = _mm256_set1_ps(panel.unit);
+      acc0 = _mm256_mul_ps(acc0, unit), acc1 = _mm256_mul_ps(acc1, unit);
+    }
+    _mm256_storeu_ps(out.to, acc0);
+    _mm256_storeu_ps(out.to + 8, acc1);
   }
 
   template <Format kFormat, int kRows>

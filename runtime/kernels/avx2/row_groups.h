@@ -167,6 +167,24 @@ void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, 
   }
 }
 
+// Where 16 results of each row go.
+struct Out {
+  float* to;
+  int64_t stride;  // floats from a row to the next
+};
+
+// Straight to y; of a panel with fewer than 16 rows of W to acc, from which store_part takes them.
+inline Out out_of(const Weights& weights, int64_t panel, const Out& y, float* acc) {
+  if (panel_rows(weights, panel) < kPanelRows) return {acc, kPanelRows};
+  return {y.to + panel * kPanelRows, y.stride};
+}
+
+inline void store_part(const Weights& weights, int64_t panel, int64_t rows, const float* acc,
+                       const Out& y) {
+  const int64_t columns = panel_rows(weights, panel);
+  if (columns < kPanelRows) store_tile(acc, rows, columns, y.to + panel * kPanelRows, y.stride);
+}
+
 // add_chunk for the group's number of rows, a constant of the code.
 template <class Isa, Format kFormat, int kRows>
 void add_chunk(const Chunk& chunk, const RowTile& group, float* acc) {
@@ -177,24 +195,25 @@ void add_chunk(const Chunk& chunk, const RowTile& group, float* acc) {
 }
 
 template <class Isa, Format kFormat, int kRows>
-void few_rows(const PanelView& panel, const RowTile& group, float* acc) {
+void few_rows(const PanelView& panel, const RowTile& group, const Out& out) {
   if constexpr (kRows > 1) {
-    if (group.rows < kRows) return few_rows<Isa, kFormat, kRows - 1>(panel, group, acc);
+    if (group.rows < kRows) return few_rows<Isa, kFormat, kRows - 1>(panel, group, out);
   }
-  Isa::template few_rows<kFormat, kRows>(panel, group, acc);
+  Isa::template few_rows<kFormat, kRows>(panel, group, out);
+}
+
+// Isa::few_rows of all groups.
+template <class Isa, Format kFormat>
+void multiply_few(const PanelView& panel, const RowGroups& groups, Out out) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    few_rows<Isa, kFormat, Isa::kFewRows>(panel, groups.of[g], out);
+    out.to += groups.of[g].rows * out.stride;
+  }
 }
 
 template <class Isa, Format kFormat>
-void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory* memory,
-                    float* acc) {
-  if (groups.rows <= Isa::kFewRows || Isa::kFewRows == Isa::kGroupRows) {
-    float* to = acc;
-    for (int64_t g = 0; g < groups.count; ++g) {
-      few_rows<Isa, kFormat, Isa::kFewRows>(panel, groups.of[g], to);
-      to += groups.of[g].rows * kPanelRows;
-    }
-    return;
-  }
+void multiply_chunks(const PanelView& panel, const RowGroups& groups, ChunkMemory* memory,
+                     float* acc) {
   std::memset(acc, 0, static_cast<size_t>(groups.rows * kPanelRows) * sizeof(float));
   const int64_t chunks = ceil_div(panel.blocks, kChunkBlocks);
   for (int64_t c = 0; c < chunks; ++c) {
@@ -206,38 +225,36 @@ void multiply_panel(const PanelView& panel, const RowGroups& groups, ChunkMemory
       to += groups.of[g].rows * kPanelRows;
     }
   }
+  scale_tile(panel.unit, groups.rows, acc);
 }
 
 // The same for Isa::panel_pair.
 template <class Isa, Format kFormat, int kRows, int kPanels>
-void panel_pair(const PanelView panels[], const RowTile& group, float* acc[]) {
+void panel_pair(const PanelView panels[], const RowTile& group, const Out out[]) {
   if constexpr (kRows > 1) {
     if (group.rows < kRows) {
-      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, acc);
+      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, out);
     }
   }
-  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, acc);
+  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, out);
 }
 
 // kPanels panels from p on.
 template <class Isa, Format kFormat, int kPanels>
 void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, float* y,
                    int64_t y_stride) {
-  alignas(64) float acc[kPanels][kRowTile * kPanelRows];
+  alignas(64) float acc[kRowTile * kPanelRows];  // of the last panel of W, if it is not full
   PanelView panels[kPanels];
-  float* to[kPanels];
+  Out out[kPanels];
   for (int i = 0; i < kPanels; ++i) {
     panels[i] = panel_view(weights, p + i);
-    to[i] = acc[i];
+    out[i] = out_of(weights, p + i, {y, y_stride}, acc);
   }
   for (int64_t g = 0; g < groups.count; ++g) {
-    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], to);
-    for (float*& each : to) each += groups.of[g].rows * kPanelRows;
+    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], out);
+    for (Out& each : out) each.to += groups.of[g].rows * each.stride;
   }
-  for (int i = 0; i < kPanels; ++i) {
-    if (has_codebook(kFormat)) scale_tile(weights.scale_unit, groups.rows, acc[i]);
-    store_tile(acc[i], groups.rows, panel_rows(weights, p + i), y + (p + i) * kPanelRows, y_stride);
-  }
+  store_part(weights, p + kPanels - 1, groups.rows, acc, {y, y_stride});
 }
 
 template <class Isa, Format kFormat>
@@ -255,10 +272,16 @@ void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t pa
   }
   alignas(64) float acc[kRowTile * kPanelRows];
   ChunkMemory memory;
+  const bool few = groups.rows <= Isa::kFewRows || Isa::kFewRows == Isa::kGroupRows;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    multiply_panel<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
-    if (has_codebook(kFormat)) scale_tile(weights.scale_unit, groups.rows, acc);
-    store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+    if (few) {
+      multiply_few<Isa, kFormat>(panel_view(weights, p), groups,
+                                 out_of(weights, p, {y, y_stride}, acc));
+      store_part(weights, p, groups.rows, acc, {y, y_stride});
+    } else {
+      multiply_chunks<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
+      store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+    }
   }
 }
 
@@ -291,9 +314,10 @@ void drive_row_groups(const Weights& weights, const Activations& x, int64_t pane
                       int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
   assert(weights.format != Format::kFloat);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
-    RowGroups groups;
-    deal_rows<Isa>(weights, x, m, &groups, scratch);
-    multiply_tile<Isa>(weights, groups, panel_begin, panel_end, y + m * y_stride, y_stride);
+    const auto pack = [&](RowGroups* groups) { deal_rows<Isa>(weights, x, m, groups, scratch); };
+    RowGroups alone;
+    multiply_tile<Isa>(weights, packed_tile(weights, x, scratch, &alone, pack), panel_begin,
+                       panel_end, y + m * y_stride, y_stride);
   }
 }
 

@@ -7,7 +7,7 @@ namespace edgelora::kernels::avx2 {
 
 const KernelTable kTable = {
     "avx2",
-    kRowTile,
+    kStripRows,
     quantize_activations,
     linear,
     unpack_absmax,

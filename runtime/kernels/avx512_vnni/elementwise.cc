@@ -7,6 +7,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "kernels/activation_block.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
@@ -19,33 +21,72 @@ constexpr float kHighest = 89.0f;  // e^x is Inf here already
 constexpr float kInverseFactorials[] = {1.0f,      1.0f,       0.5f,       1.0f / 6,
                                         1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
 
+// As integers, magnitudes are in order, Inf and NaN above all numbers.
 __m512i magnitude_bits(__m512 v) {
   return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
 }
 
-// As integers, magnitudes are in order, Inf and NaN above all numbers.
-BlockScale scale_of(__m512 low, __m512 high) {
-  const int32_t bits =
-      _mm512_reduce_max_epi32(_mm512_max_epi32(magnitude_bits(low), magnitude_bits(high)));
-  float amax;
-  std::memcpy(&amax, &bits, sizeof amax);
-  return block_scale_of(amax, bits < 0x7f800000);
+// The lanes of each of four registers put together.
+template <class Combine>
+__m128i reduce_four(const __m512i of[4], Combine combine) {
+  const auto pairs = [&](__m512i v, __m512i w) {  // v01 w01 v23 w23 of each 128 bits
+    return combine(_mm512_unpacklo_epi32(v, w), _mm512_unpackhi_epi32(v, w));
+  };
+  const __m512i ab = pairs(of[0], of[1]), cd = pairs(of[2], of[3]);
+  __m512i all = combine(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  all = combine(all, _mm512_shuffle_i32x4(all, all, 0x4e));
+  return _mm512_castsi512_si128(combine(all, _mm512_shuffle_i32x4(all, all, 0xb1)));
 }
 
-int32_t quantize_full_block(const float* x, int8_t* codes, float* scale) {
-  const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
-  const BlockScale block = scale_of(low, high);
-  *scale = block.scale;
-  if (block.inverse == 0.0f) {  // Inf · 0 is no code
-    std::memset(codes, 0, kActivationBlock);
-    return 0;
+template <int kCount>
+void store_first(__m128i lanes, void* to) {
+  int32_t all[4];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(all), lanes);
+  std::memcpy(to, all, kCount * sizeof all[0]);
+}
+
+struct FourScales {
+  __m128 scale;
+  __m128 inverse;
+};
+
+// block_scale_of of four.
+FourScales four_scales_of(__m128i amax_bits) {
+  const __m128 amax = _mm_castsi128_ps(amax_bits), most = _mm_set1_ps(127.0f);
+  const __m128 finite = _mm_castsi128_ps(_mm_cmplt_epi32(amax_bits, _mm_set1_epi32(0x7f800000)));
+  const __m128 usual = _mm_and_ps(finite, _mm_cmpge_ps(amax, _mm_set1_ps(kSmallestAmax)));
+  const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());
+  return {_mm_or_ps(_mm_and_ps(usual, _mm_div_ps(amax, most)), _mm_andnot_ps(finite, nan)),
+          _mm_and_ps(usual, _mm_div_ps(most, amax))};
+}
+
+// Up to four blocks at a time: what goes across lanes costs most, and a division for each block.
+template <int kCount>
+void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums) {
+  __m512i sizes[4] = {}, totals[4] = {};
+  for (int b = 0; b < kCount; ++b) {
+    const float* from = x + b * kActivationBlock;
+    sizes[b] = _mm512_max_epi32(magnitude_bits(_mm512_loadu_ps(from)),
+                                magnitude_bits(_mm512_loadu_ps(from + 16)));
   }
-  const __m512 inverse = _mm512_set1_ps(block.inverse);
-  const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-  const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(first));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(second));
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+  const FourScales s = four_scales_of(
+      reduce_four(sizes, [](__m512i v, __m512i w) { return _mm512_max_epi32(v, w); }));
+  store_first<kCount>(_mm_castps_si128(s.scale), scales);
+  const __m512 inverses = _mm512_castps128_ps512(s.inverse);
+  for (int b = 0; b < kCount; ++b) {
+    const float* from = x + b * kActivationBlock;
+    const __m512 inverse = _mm512_permutexvar_ps(_mm512_set1_epi32(b), inverses);
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), inverse));
+    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + 16), inverse));
+    auto* to = reinterpret_cast<__m128i*>(codes + b * kActivationBlock);
+    _mm_storeu_si128(to, _mm512_cvtepi32_epi8(low));  // Inf · 0: 0x80000000, whose last byte is 0
+    _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(high));
+    totals[b] = _mm512_add_epi32(low, high);
+  }
+  const __m128i sum =
+      reduce_four(totals, [](__m512i v, __m512i w) { return _mm512_add_epi32(v, w); });
+  const __m128i some = _mm_castps_si128(_mm_cmpneq_ps(s.inverse, _mm_setzero_ps()));
+  store_first<kCount>(_mm_and_si128(some, sum), sums);
 }
 
 // NaN stays NaN: min and max return their second operand then. 0 below kLowest.
@@ -71,9 +112,17 @@ __mmask16 first_lanes(int64_t count) {
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
   const int64_t full = in_features / kActivationBlock;
-  for (int64_t b = 0; b < full; ++b) {
+  for (int64_t b = 0; b < full; b += 4) {
     const int64_t k = b * kActivationBlock;
-    sums[b] = quantize_full_block(x + k, codes + k, scales + b);
+    const auto quantize = [&](auto count) {
+      quantize_blocks<count>(x + k, codes + k, scales + b, sums + b);
+    };
+    switch (full - b) {
+      case 1: quantize(std::integral_constant<int, 1>()); break;
+      case 2: quantize(std::integral_constant<int, 2>()); break;
+      case 3: quantize(std::integral_constant<int, 3>()); break;
+      default: quantize(std::integral_constant<int, 4>());
+    }
   }
   const int64_t k = full * kActivationBlock;
   if (k < in_features) {

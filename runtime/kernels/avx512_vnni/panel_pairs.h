@@ -3,7 +3,7 @@
 // A last panel alone is computed likewise: what y is must not depend on where a thread's panels end.
 //   dots [rows][panels]   int32, of one block: as many chains of vpdpbusd
 //   sums [rows][panels]   float, of the blocks that share a scale: one multiplication less for each
-//   acc                   float, in L1
+//   acc                   float, in L1 from the first such blocks to the last, which write y
 #pragma once
 
 #include "kernels/avx512_vnni/registers.h"
@@ -15,28 +15,43 @@ struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
   static constexpr int kPairRows = 6;
 
-  // acc[p] [kRows, 16] = panel p · x
+  // out[p] [kRows, 16] = panel p · x
   template <Format kFormat, int kRows, int kPanels>
-  static void panel_pair(const PanelView panels[], const RowTile& x, float* acc[]) {
-    const int64_t step = int64_t{1} << panels[0].shift;
-    for (int p = 0; p < kPanels; ++p) std::memset(acc[p], 0, kRows * kPanelRows * sizeof(float));
-    for (int64_t first = 0; first < panels[0].blocks; first += step) {
-      add_blocks<kFormat, kRows, kPanels>(panels, x, first, min_of(first + step, panels[0].blocks), acc);
+  static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[]) {
+    const int64_t step = int64_t{1} << panels[0].shift, blocks = panels[0].blocks;
+    alignas(64) float acc[kPanels][kRows * kPanelRows];
+    Out sums[kPanels];
+    for (int p = 0; p < kPanels; ++p) sums[p] = {acc[p], kPanelRows};
+    if (blocks <= step) {
+      return add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, blocks}, sums, out);
     }
+    add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, step}, sums, sums);
+    int64_t first = step;
+    for (; first + step < blocks; first += step) {
+      add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, first + step}, sums, sums);
+    }
+    add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, blocks}, sums, out);
   }
 
  private:
-  // The blocks that share a scale.
-  template <Format kFormat, int kRows, int kPanels>
-  static void add_blocks(const PanelView panels[], const RowTile& x, int64_t first, int64_t end,
-                         float* acc[]) {
-    V::Scales scales[kPanels];
-    for (int p = 0; p < kPanels; ++p) scales[p] = V::scales<kFormat>(panels[p], first, 0);
+  struct Blocks {  // that share a scale
+    int64_t begin, end;
+  };
+
+  // to = from + blocks · x; without `from` where they are the first.
+  template <Format kFormat, int kRows, int kPanels, bool kFirst>
+  static void add_blocks(const PanelView panels[], const RowTile& x, const Blocks& blocks,
+                         const Out from[], const Out to[]) {
+    Floats scales[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      scales[p] = V::scales<kFormat>(panels[p], blocks.begin, 0).scale;
+      if (has_codebook(kFormat)) scales[p] = V::mul(scales[p], V::broadcast(panels[p].unit));
+    }
     Floats sums[kRows][kPanels];
     for (auto& row : sums) {
       for (Floats& sum : row) sum = V::zero_floats();
     }
-    for (int64_t b = first; b < end; ++b) {
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       for (int p = 0; p < kPanels; ++p) prefetch_block<kFormat>(panels[p].codes, b, kPrefetchBytes);
       Ints dots[kRows][kPanels];
       block_dots<kFormat, kRows, kPanels>(panels, x, b, dots);
@@ -51,8 +66,9 @@ struct PanelPairs : VnniIsa<Registers> {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       for (int p = 0; p < kPanels; ++p) {
-        float* out = acc[p] + r * kPanelRows;
-        V::store(out, V::fmadd(sums[r][p], scales[p].scale, V::load(out)));
+        Floats y = V::mul(sums[r][p], scales[p]);
+        if (!kFirst) y = V::fmadd(sums[r][p], scales[p], V::load(from[p].to + r * from[p].stride));
+        V::store(to[p].to + r * to[p].stride, y);
       }
     }
   }

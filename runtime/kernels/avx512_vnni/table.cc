@@ -9,7 +9,7 @@ namespace edgelora::kernels::avx512_vnni {
 
 extern const KernelTable kTable = {
     "avx512_vnni",
-    kRowTile,
+    kStripRows,
     quantize_activations,
     linear,
     unpack_absmax,

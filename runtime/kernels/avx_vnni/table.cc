@@ -9,7 +9,7 @@ namespace edgelora::kernels::avx_vnni {
 
 extern const KernelTable kTable = {
     "avx_vnni",
-    kRowTile,
+    kStripRows,
     avx2::quantize_activations,
     linear,
     unpack_absmax,

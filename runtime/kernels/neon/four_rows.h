@@ -184,12 +184,19 @@ void drive_groups(const Weights& weights, const Activations& x, int64_t panel_be
   assert(weights.format != Format::kFloat);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
     float* to = y + m * y_stride;
+    const auto run = [&](const auto& tile) {
+      run_panels<Isa>(weights, tile, panel_begin, panel_end, to, y_stride);
+    };
     if (x.rows - m <= kSeparateRows) {
-      run_panels<Isa>(weights, separate_rows(weights, x, m, scratch), panel_begin, panel_end, to,
-                      y_stride);
+      SeparateRows alone;
+      run(packed_tile(weights, x, scratch, &alone, [&](SeparateRows* tile) {
+        *tile = separate_rows(weights, x, m, scratch);
+      }));
     } else {
-      run_panels<Isa>(weights, pack_groups<Isa>(weights, x, m, scratch), panel_begin, panel_end, to,
-                      y_stride);
+      GroupedRows alone;
+      run(packed_tile(weights, x, scratch, &alone, [&](GroupedRows* tile) {
+        *tile = pack_groups<Isa>(weights, x, m, scratch);
+      }));
     }
   }
 }

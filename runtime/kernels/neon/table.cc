@@ -7,7 +7,7 @@ namespace edgelora::kernels::neon {
 
 const KernelTable kTable = {
     "neon",
-    kRowTile,
+    kStripRows,
     quantize_activations,
     linear,
     unpack_absmax,

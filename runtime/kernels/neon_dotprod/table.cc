@@ -9,7 +9,7 @@ namespace edgelora::kernels::neon_dotprod {
 
 extern const KernelTable kTable = {
     "neon_dotprod",
-    kRowTile,
+    kStripRows,
     neon::quantize_activations,
     linear,
     neon::unpack_absmax,

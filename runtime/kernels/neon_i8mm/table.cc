@@ -9,7 +9,7 @@ namespace edgelora::kernels::neon_i8mm {
 
 extern const KernelTable kTable = {
     "neon_i8mm",
-    kRowTile,
+    kStripRows,
     neon::quantize_activations,
     linear,
     neon::unpack_absmax,

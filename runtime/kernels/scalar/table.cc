@@ -7,7 +7,7 @@ namespace edgelora::kernels::scalar {
 
 const KernelTable kTable = {
     "scalar",
-    kRowTile,
+    kStripRows,
     quantize_activations,
     linear,
     unpack_absmax,
