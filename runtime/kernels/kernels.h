@@ -59,8 +59,8 @@ struct Activations {
   const int8_t* codes;  // [M, Kp], padding is zero
   const float* scales;  // [M, Kp/32]; 0 for an all-zero block
   const int32_t* sums;  // [M, Kp/32], sum of the block's codes
-  // The scratch is as the call before left it, of these rows and weights: what it holds rearranged of
-  // them need not be made anew.
+  // The scratch is as the call before left it, for these rows and weights of the same format, block_size
+  // and in_features: what it holds rearranged of the rows need not be made anew.
   bool kept = false;
 };
 

@@ -67,8 +67,15 @@ void LinearJob::for_each_adapter(int64_t row_begin, int64_t row_end, Body body) 
   }
 }
 
-void LinearJob::down(const Worker& worker, int64_t slice, int64_t row_begin,
-                     int64_t row_end) const {
+void LinearJob::down(Worker& worker, int64_t item) const {
+  if (call_.rows == 1) return down_slice(worker, item, 0, 1);
+  for (int64_t slice = 0; slice < weights_.slice_count; ++slice) {
+    down_slice(worker, slice, group_begin(item), group_begin(item + 1));
+  }
+}
+
+void LinearJob::down_slice(Worker& worker, int64_t slice, int64_t row_begin,
+                           int64_t row_end) const {
   for_each_adapter(row_begin, row_end, [&](const NodeAdapter& adapter, int64_t begin, int64_t end) {
     for (const Branch& branch : adapter.slices[static_cast<size_t>(slice)]) {
       is_packed(branch) ? down_packed(worker, branch, begin, end)
@@ -86,11 +93,11 @@ void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row
 }
 
 // t = A·x of the rows, then each row's as int16 in its own place.
-void LinearJob::down_packed(const Worker& worker, const Branch& branch, int64_t row_begin,
+void LinearJob::down_packed(Worker& worker, const Branch& branch, int64_t row_begin,
                             int64_t row_end) const {
   const kernels::PackedFactors& factors = *branch.packed;
   float* t = t_of(branch, row_begin) + 1;
-  call_.kernels->linear(factors.a, quantized(worker.x, row_begin, row_end), 0,
+  call_.kernels->linear(factors.a, quantized(worker, {row_begin, true}, row_end), 0,
                         ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(),
                         worker.linear);
   for (int64_t m = row_begin; m < row_end; ++m) {

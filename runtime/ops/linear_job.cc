@@ -53,7 +53,8 @@ void LinearJob::plan() {
   row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kGroupsPerThread : 1);
   groups_.deal(call_.rows == 1 ? 0 : row_groups_, workers_, {1, 1});
   prepared_.expect(call_.rows == 1 ? 0 : row_groups_);
-  downs_.expect(call_.adapters->t_size() > 0 ? row_groups_ * weights_.slice_count : 0);
+  const int64_t downs = call_.rows == 1 ? weights_.slice_count : row_groups_;
+  downs_.expect(call_.adapters->t_size() > 0 ? downs : 0);
 }
 
 // Several rows are rearranged anew for each piece.
@@ -113,8 +114,7 @@ void LinearJob::operator()(int64_t ticket) {
   if (!take_worker(&worker)) return out_of_memory_.store(true, std::memory_order_relaxed);
   prepare(ticket, worker);
   for (int64_t i; downs_.take(&i);) {
-    const int64_t group = i / weights_.slice_count;
-    down(worker, i % weights_.slice_count, group_begin(group), group_begin(group + 1));
+    down(worker, i);
     downs_.finish_one();
   }
   for (Shares::Piece piece; shares_.take(ticket, &piece);) {
@@ -157,10 +157,13 @@ void LinearJob::prepare_rows(const Worker& worker, int64_t begin, int64_t end) c
   }
 }
 
-kernels::Activations LinearJob::quantized(const Prepared& x, int64_t row_begin,
-                                          int64_t row_end) const {
-  const int64_t block = row_begin * ceil_div(weights_.in_features, kBlock);
-  return {row_end - row_begin, x.codes + block * kBlock, x.scales + block, x.sums + block};
+// The rows from wanted.row on, about to be rearranged in the worker's scratch if it does not hold them so.
+kernels::Activations LinearJob::quantized(Worker& worker, Kept wanted, int64_t row_end) const {
+  const Prepared& x = worker.x;
+  const int64_t block = wanted.row * ceil_div(weights_.in_features, kBlock);
+  const bool kept = worker.kept.row == wanted.row && worker.kept.for_a == wanted.for_a;
+  worker.kept = wanted;
+  return {row_end - wanted.row, x.codes + block * kBlock, x.scales + block, x.sums + block, kept};
 }
 
 // Items are the panels of the first strip, of the second…
@@ -205,10 +208,8 @@ void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) 
                                 tile.panel_begin, tile.panel_end, target.y, target.stride,
                                 worker.linear);
   } else {
-    kernels::Activations x = quantized(worker.x, tile.row_begin, tile.row_end);
-    x.kept = worker.kept == tile.row_begin;
-    worker.kept = tile.row_begin;
-    call_.kernels->linear(weights_, x, tile.panel_begin, tile.panel_end, target.y, target.stride,
+    call_.kernels->linear(weights_, quantized(worker, {tile.row_begin, false}, tile.row_end),
+                          tile.panel_begin, tile.panel_end, target.y, target.stride,
                           worker.linear);
   }
   if (call_.adapters->t_size() > 0) {

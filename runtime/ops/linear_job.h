@@ -40,7 +40,7 @@ struct LinearCall {
 // A ticket is a worker, who takes what is left of each step:
 //   prepare   a group of rows of x → normed float32, int8 codes. A row alone is prepared by each worker for
 //             itself: to hand it over would take longer
-//   down      t = weight · A·x for one slice and a group of rows
+//   down      t = weight · A·x for a group of rows, all slices; of a row alone for one slice
 //   panels    pieces of the panels of y, of a strip of the rows and then of the next: W·x; += B·t; += bias; SwiGLU; += residual
 // and waits between them for those who still work on theirs. All in one parallel section: a second one would
 // cost a decode step more than the side branch itself.
@@ -62,12 +62,17 @@ class LinearJob {
     float* scales;  // [M, Kp/32]
     int32_t* sums;  // [M, Kp/32]
   };
+  // The rows that a scratch holds rearranged, by their first one, and for what.
+  struct Kept {
+    int64_t row = -1;
+    bool for_a = false;  // else for W
+  };
   // What one thread has for itself.
   struct Worker {
     Prepared x;    // everybody's; of a row alone its own
     float* normed; // [K] on the way to codes, where x has no normed rows
     void* linear;  // scratch of the kernel
-    int64_t kept = -1;  // first of the rows that it holds rearranged for W
+    Kept kept;     // there
     float* gate;   // kSwiGlu: gate and up of a tile
   };
   // Rows of one strip, and panels of W that are computed together.
@@ -93,11 +98,11 @@ class LinearJob {
   void prepare_rows(const Worker& worker, int64_t begin, int64_t end) const;
   template <typename Body>
   void for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const;
-  void down(const Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;
+  void down(Worker& worker, int64_t item) const;
+  void down_slice(Worker& worker, int64_t slice, int64_t row_begin, int64_t row_end) const;
   void down_branch(const Prepared& x, const Branch& branch, int64_t row_begin,
                    int64_t row_end) const;
-  void down_packed(const Worker& worker, const Branch& branch, int64_t row_begin,
-                   int64_t row_end) const;
+  void down_packed(Worker& worker, const Branch& branch, int64_t row_begin, int64_t row_end) const;
   bool is_packed(const Branch& branch) const { return branch.packed != nullptr && !call_.exact; }
   float* t_of(const Branch& branch, int64_t row) const {
     return t_ + row * call_.adapters->t_size() + branch.offset;
@@ -116,7 +121,7 @@ class LinearJob {
                  const Target& target) const;
   void add_bias(const Tile& tile, const Target& target) const;
   void add_residual(const Tile& tile) const;
-  kernels::Activations quantized(const Prepared& x, int64_t row_begin, int64_t row_end) const;
+  kernels::Activations quantized(Worker& worker, Kept wanted, int64_t row_end) const;
   int64_t strip_begin(int64_t strip) const;
   int64_t tile_panels() const;
   int64_t columns() const;  // of y
@@ -136,7 +141,7 @@ class LinearJob {
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
   Shares groups_;              // of rows, to prepare
   Stage prepared_;
-  Stage downs_;                // row groups × slices
+  Stage downs_;                // row groups, or slices of a row alone
   Shares shares_;              // the target panels of each strip
   std::atomic<bool> out_of_memory_{false};
 };
