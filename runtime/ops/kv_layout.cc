@@ -110,10 +110,13 @@ void ValueRows::put(int64_t position, const float* value) {
   std::memcpy(scale(position), &block.scale, 4);
   for (int64_t first = 0; first < d; first += kPanel) {
     uint8_t* to = column(position, first / kPanel);
-    for (int64_t i = 0; i < std::min(kPanel, d - first); ++i) {
+    const int64_t count = std::min(kPanel, d - first);
+    uint8_t codes[kPanel];  // apart from what scatters them: a loop for vector registers
+    for (int64_t i = 0; i < count; ++i) {
       const float code = block.inverse == 0.0f ? 0.0f : value[first + i] * block.inverse;
-      to[4 * i] = static_cast<uint8_t>(static_cast<int8_t>(kernels::round_half_even(code)));
+      codes[i] = static_cast<uint8_t>(static_cast<int32_t>(kernels::round_half_even(code)));
     }
+    for (int64_t i = 0; i < count; ++i) to[4 * i] = codes[i];
   }
 }
 

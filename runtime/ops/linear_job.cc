@@ -21,7 +21,9 @@ constexpr int64_t kGroupsPerThread = 4;
 // Values of y of a tile with SwiGLU: its gate and up are read from the cache.
 constexpr int64_t kTileValues = 64 * 1024;
 // The smallest piece is this share of a thread's panels, of many rows.
-constexpr int64_t kSmallestShare = 8;
+constexpr int64_t kSmallestShare = 32;
+// Panels of W that some kernels take together, of several rows.
+constexpr int64_t kPanelsTogether = 2;
 // Multiplications of a piece that are worth the taking: of one row 16 KB of codes, a microsecond.
 constexpr int64_t kWorkPerPiece = 32 * 1024;
 
@@ -49,7 +51,9 @@ void LinearJob::plan() {
   const int64_t most = call_.kernels->strip_rows, fewest = most * 3 / 4;  // so each thread has some
   strips_ = std::clamp<int64_t>(call_.rows / fewest, 1,
                                 ceil_div(ceil_div(call_.rows, most), workers_) * workers_);
-  shares_.deal(strips_ * target_panels_, workers_, piece_panels());
+  item_panels_ = call_.rows == 1 ? 1 : kPanelsTogether;
+  strip_items_ = ceil_div(target_panels_, item_panels_);
+  shares_.deal(strips_ * strip_items_, workers_, piece_items());
   row_groups_ = std::min(call_.rows, workers_ > 1 ? workers_ * kGroupsPerThread : 1);
   groups_.deal(call_.rows == 1 ? 0 : row_groups_, workers_, {1, 1});
   prepared_.expect(call_.rows == 1 ? 0 : row_groups_);
@@ -57,9 +61,9 @@ void LinearJob::plan() {
   downs_.expect(call_.adapters->t_size() > 0 ? downs : 0);
 }
 
-// Several rows are rearranged anew for each piece.
-Shares::Sizes LinearJob::piece_panels() const {
-  const int64_t all = std::max<int64_t>(1, strips_ * target_panels_);
+// Whoever takes from another's strip rearranges its rows anew.
+Shares::Sizes LinearJob::piece_items() const {
+  const int64_t all = std::max<int64_t>(1, strips_ * strip_items_);
   if (workers_ == 1) return {all, all};
   const int64_t least = call_.rows == 1
                             ? kWorkPerPiece / (kPanelRows * weights_.in_features)
@@ -69,9 +73,11 @@ Shares::Sizes LinearJob::piece_panels() const {
 
 int64_t LinearJob::strip_begin(int64_t strip) const { return call_.rows * strip / strips_; }
 
+// A multiple of item_panels_, if it is not all of them.
 int64_t LinearJob::tile_panels() const {
   if (call_.node.activation != Activation::kSwiGlu) return target_panels_;
-  return std::min(target_panels_, kTileValues / (ceil_div(call_.rows, strips_) * kPanelRows));
+  const int64_t most = kTileValues / (ceil_div(call_.rows, strips_) * kPanelRows);
+  return std::min(target_panels_, std::max<int64_t>(1, most / item_panels_) * item_panels_);
 }
 
 void LinearJob::take_scratch() {
@@ -121,7 +127,7 @@ void LinearJob::operator()(int64_t ticket) {
     while (piece.begin < piece.end) {
       const Tile tile = first_tile(piece);
       compute(worker, tile);
-      piece.begin += tile.panel_end - tile.panel_begin;
+      piece.begin += ceil_div(tile.panel_end - tile.panel_begin, item_panels_);
     }
   }
 }
@@ -166,11 +172,13 @@ kernels::Activations LinearJob::quantized(Worker& worker, Kept wanted, int64_t r
   return {row_end - wanted.row, x.codes + block * kBlock, x.scales + block, x.sums + block, kept};
 }
 
-// Items are the panels of the first strip, of the second…
+// Items are the panels of the first strip, of the second…, some of them each.
 LinearJob::Tile LinearJob::first_tile(const Shares::Piece& items) const {
-  const int64_t strip = items.begin / target_panels_, first = strip * target_panels_;
-  const int64_t end = std::min({items.end, first + target_panels_, items.begin + tile_panels()});
-  return {strip_begin(strip), strip_begin(strip + 1), items.begin - first, end - first};
+  const int64_t strip = items.begin / strip_items_, first = strip * strip_items_;
+  const int64_t begin = (items.begin - first) * item_panels_;
+  const int64_t end = std::min({(items.end - first) * item_panels_, target_panels_,
+                                begin + tile_panels()});
+  return {strip_begin(strip), strip_begin(strip + 1), begin, end};
 }
 
 void LinearJob::compute(Worker& worker, const Tile& tile) const {

@@ -107,7 +107,7 @@ class LinearJob {
   float* t_of(const Branch& branch, int64_t row) const {
     return t_ + row * call_.adapters->t_size() + branch.offset;
   }
-  Shares::Sizes piece_panels() const;
+  Shares::Sizes piece_items() const;
   Tile first_tile(const Shares::Piece& items) const;
   void compute(Worker& worker, const Tile& tile) const;
   void plain_tile(Worker& worker, const Tile& tile) const;
@@ -137,12 +137,14 @@ class LinearJob {
   int64_t row_groups_ = 1;
   int64_t strips_ = 1;
   int64_t target_panels_ = 0;  // of y
+  int64_t item_panels_ = 1;    // of an item of shares_, which kernels take together
+  int64_t strip_items_ = 1;    // items of a strip
   Prepared shared_{};          // of several rows
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
   Shares groups_;              // of rows, to prepare
   Stage prepared_;
   Stage downs_;                // row groups, or slices of a row alone
-  Shares shares_;              // the target panels of each strip
+  Shares shares_;              // items of each strip
   std::atomic<bool> out_of_memory_{false};
 };
 
