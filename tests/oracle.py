@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from int8_attention import blocks_of, int8_kv_cache, round_int8
+from int8_attention import blocks_of, codes_and_scales, int8_kv_cache, round_int8
 
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
@@ -119,8 +119,9 @@ def mean_kl(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 @contextmanager
 def int8_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Rounds the input of every base linear and of every lora_a to int8 in blocks of 32, the
-    factors of adapters, and what attention multiplies, as the runtime's arithmetic does.
+    """Rounds the input of every base linear and of every lora_a to int8 in blocks of 32, that of
+    every lora_b whole, the factors of adapters, and what attention multiplies, as the runtime's
+    arithmetic does.
     """
     linears = {
         name: module
@@ -128,9 +129,8 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
         if isinstance(module, torch.nn.Linear)
     }
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: (round_int8(args[0]),))
+        module.register_forward_pre_hook(round_t if "lora_B" in name else round_x)
         for name, module in linears.items()
-        if "lora_B" not in name
     ]
     factors = [module for name, module in linears.items() if "lora_" in name]
     before = [module.weight.data for module in factors]
@@ -145,6 +145,16 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
             module.weight.data = weight
         for hook in hooks:
             hook.remove()
+
+
+def round_x(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (round_int8(inputs[0]),)
+
+
+def round_t(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """With one scale for all ranks."""
+    codes, scales = codes_and_scales(inputs[0])
+    return (codes * scales,)
 
 
 def round_factor(factor: torch.Tensor, *, in_blocks: bool) -> torch.Tensor:

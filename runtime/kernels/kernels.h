@@ -76,20 +76,20 @@ struct Factors {
 struct PackedFactors {
   int64_t rank;           // 1…kMostPackedRank
   Weights a;              // kInt8 [rank, K], block_size 32
-  // For each panel 32 + 32·⌈rank/2⌉ bytes: the scales of its rows, float16 [16]; int8
-  // [⌈rank/2⌉, 16, 2], column 2q + j of row i at [q, i, j].
+  // For each panel 32 + 64·⌈rank/4⌉ bytes: the scales of its rows, float16 [16]; int8
+  // [⌈rank/4⌉, 16, 4], column 4q + j of row i at [q, i, j], a surplus column 0. No code is −128.
   const uint8_t* b;
 };
 
-// A·x of some rows of x: of each a float32 scale and behind it int16 [2·⌈rank/2⌉], a surplus one
-// is 0.
+// A·x of some rows of x: of each a float32 scale and behind it int8 [4·⌈rank/4⌉], a surplus one
+// is 0. No code is −128.
 struct PackedT {
   int64_t rows;
   const float* data;  // row m at data + m · stride
   int64_t stride;     // floats
 };
 
-inline constexpr int64_t kMostPackedRank = 512;  // int32 holds 512 · 127 · 32767
+inline constexpr int64_t kMostPackedRank = 512;  // beyond it float16 factors; int32 would hold more
 
 // The functions of one ISA.
 struct KernelTable {
@@ -124,7 +124,7 @@ struct KernelTable {
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
 
-  // As side_branch_up, of int8 b and several rows: y[m, 16p + i] += t_scale[m] · b_scale[16p + i] ·
+  // As side_branch_up, of int8 b and t and several rows: y[m, 16p + i] += t_scale[m] · b_scale[16p + i] ·
   // Σ_r b[p, r, i] · t[m, r], the sum an exact integer. y has row stride y_stride (floats).
   void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features,
                               const PackedT& t, int64_t panel_begin, int64_t panel_end, float* y,

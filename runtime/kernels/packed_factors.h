@@ -9,39 +9,40 @@ namespace {
 
 // A panel of b: its 16 scales, then its codes.
 inline const uint8_t* packed_panel(const PackedFactors& factors, int64_t panel) {
-  return factors.b + panel * 32 * (1 + ceil_div(factors.rank, 2));
+  return factors.b + panel * (32 + 64 * ceil_div(factors.rank, 4));
 }
 
 inline float packed_scale(const PackedT& t, int64_t row) { return t.data[row * t.stride]; }
 
-inline const int16_t* packed_codes(const PackedT& t, int64_t row) {
-  return reinterpret_cast<const int16_t*>(t.data + row * t.stride + 1);
+inline const int8_t* packed_codes(const PackedT& t, int64_t row) {
+  return reinterpret_cast<const int8_t*>(t.data + row * t.stride + 1);
 }
 
 // b is wanted so many bytes before it is read: caches stop at the end of a page.
 constexpr int64_t kFetchAhead = 4096;
 
-inline void fetch_ahead(const uint8_t* panel, int64_t pairs) {
-  for (int64_t i = 0; i < 32 * (1 + pairs); i += 64) __builtin_prefetch(panel + kFetchAhead + i);
+inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
+  for (int64_t i = 0; i < 32 + 64 * quads; i += 64) __builtin_prefetch(panel + kFetchAhead + i);
 }
 
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
-//   Isa::add_rows<kRows>(panel, pairs, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 += b·t
-template <class Isa>
-void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const PackedT& t,
+//   Isa::add_rows<kRows>(panel, quads, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 += b·t
+// T: PackedT, or with it what the ISA knows of each row.
+template <class Isa, class T>
+void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const T& t,
                           int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  const int64_t pairs = ceil_div(factors.rank, 2);
+  const int64_t quads = ceil_div(factors.rank, 4);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const uint8_t* panel = packed_panel(factors, p);
-    fetch_ahead(panel, pairs);
+    fetch_ahead(panel, quads);
     const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
     float* to = y + p * kPanelRows;
     int64_t m = 0;
     for (; m + Isa::kMostRows <= t.rows; m += Isa::kMostRows) {
-      Isa::template add_rows<Isa::kMostRows>(panel, pairs, t, m, columns, to, y_stride);
+      Isa::template add_rows<Isa::kMostRows>(panel, quads, t, m, columns, to, y_stride);
     }
     for (; m < t.rows; ++m) {
-      Isa::template add_rows<1>(panel, pairs, t, m, columns, to, y_stride);
+      Isa::template add_rows<1>(panel, quads, t, m, columns, to, y_stride);
     }
   }
 }

@@ -29,28 +29,29 @@ float most_of(const float* t, int64_t rank) {
 
 template <int kCount>
 void round_t(const float* t, float inverse, char* to) {
-  int16_t codes[kCount];
+  int8_t codes[kCount];
   for (int i = 0; i < kCount; ++i) {
-    codes[i] = static_cast<int16_t>(kernels::round_half_even(t[i] * inverse));
+    codes[i] = static_cast<int8_t>(kernels::round_half_even(t[i] * inverse));
   }
   std::memcpy(to, codes, sizeof codes);
 }
 
-// t [rank] → int16 [2·⌈rank/2⌉] in its place; returns the scale, NaN if a t is not finite.
+// t [rank] → int8 [4·⌈rank/4⌉] in its place; returns the scale, NaN if a t is not finite.
 float quantize_t(float* t, int64_t rank) {
   const float most = most_of(t, rank);
   const bool finite = most <= std::numeric_limits<float>::max();
   auto* codes = reinterpret_cast<char*>(t);
+  const int64_t size = 4 * ceil_div(rank, 4);
   if (!finite || most < 0x1p-100f) {  // too small to divide by, and to matter
-    std::memset(codes, 0, static_cast<size_t>(2 * (rank + rank % 2)));
+    std::memset(codes, 0, static_cast<size_t>(size));
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  const float inverse = 32767.0f / most;
+  const float inverse = 127.0f / most;
   int64_t r = 0;  // a code never lies beyond its t
-  for (; r + 8 <= rank; r += 8) round_t<8>(t + r, inverse, codes + 2 * r);
-  for (; r < rank; ++r) round_t<1>(t + r, inverse, codes + 2 * r);
-  if (rank % 2 != 0) std::memset(codes + 2 * rank, 0, 2);
-  return most / 32767.0f;
+  for (; r + 8 <= rank; r += 8) round_t<8>(t + r, inverse, codes + r);
+  for (; r < rank; ++r) round_t<1>(t + r, inverse, codes + r);
+  std::memset(codes + rank, 0, static_cast<size_t>(size - rank));
+  return most / 127.0f;
 }
 
 }  // namespace
@@ -92,7 +93,7 @@ void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row
   }
 }
 
-// t = A·x of the rows, then each row's as int16 in its own place.
+// t = A·x of the rows, then each row's as int8 in its own place.
 void LinearJob::down_packed(Worker& worker, const Branch& branch, int64_t row_begin,
                             int64_t row_end) const {
   const kernels::PackedFactors& factors = *branch.packed;

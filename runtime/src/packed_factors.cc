@@ -98,7 +98,7 @@ int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) 
 }
 
 int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
-  const int64_t stride = 32 * (1 + ceil_div(factors.rank, 2));  // bytes of a panel
+  const int64_t stride = 32 + 64 * ceil_div(factors.rank, 4);  // bytes of a panel
   const Values values(factors, factors.b, panels * kPanel * factors.rank);
   b_.resize(static_cast<size_t>(panels * stride));
   for (int64_t row = 0; row < panels * kPanel; ++row) {
@@ -110,7 +110,7 @@ int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
     uint8_t* to = b_.data() + panel * stride;
     std::memcpy(to + 2 * i, &scale.half, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
-      to[32 + r / 2 * 32 + 2 * i + r % 2] = static_cast<uint8_t>(scale.code(value(r)));
+      to[32 + r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));
     }
   }
   return values.exponent();

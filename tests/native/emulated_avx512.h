@@ -48,8 +48,6 @@ __m512i emulated_cvtepi8_epi32(__m128i bytes) {
 
 #undef _mm512_madd_epi16  // SIMDe 0.7.4 aliases it with a mask's parameters
 #define _mm512_madd_epi16 simde_mm512_madd_epi16
-#undef _mm512_dpwssd_epi32
-#define _mm512_dpwssd_epi32(sum, a, b) _mm512_add_epi32(sum, _mm512_madd_epi16(a, b))
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepu8_epi32

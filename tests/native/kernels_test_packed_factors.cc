@@ -19,10 +19,10 @@ class Case {
       : rank_(rank),
         n_(out_features),
         rows_(rows),
-        pairs_((rank + 1) / 2),
+        quads_((rank + 3) / 4),
         panels_((out_features + 15) / 16),
-        b_(static_cast<size_t>(panels_ * 32 * (1 + pairs_)), rank % 3 == 0 ? 1 : 0),
-        t_(static_cast<size_t>(4 * rows * (1 + pairs_))),
+        b_(static_cast<size_t>(panels_ * stride()), rank % 3 == 0 ? 1 : 0),
+        t_(static_cast<size_t>(4 * rows * (1 + quads_))),
         y_(static_cast<size_t>(4 * rows * out_features)) {
     Random random(static_cast<uint64_t>(rank * 4096 + out_features));
     for (int64_t p = 0; p < panels_; ++p) {
@@ -30,9 +30,10 @@ class Case {
         const uint16_t scale = float_to_half(0.001f + random.unit());
         std::memcpy(panel(p) + 2 * i, &scale, 2);
       }
-      for (int64_t i = 0; i < 32 * pairs_; ++i) {
-        const int code = saturated ? -127 : random.between(-127, 127);
-        panel(p)[32 + i] = static_cast<uint8_t>(static_cast<int8_t>(code));
+      for (int64_t i = 0; i < 64 * quads_; ++i) {
+        const int code = saturated ? saturated_code(i / 4 % 16) : random.between(-127, 127);
+        const bool surplus = i / 64 * 4 + i % 4 >= rank_;
+        panel(p)[32 + i] = static_cast<uint8_t>(static_cast<int8_t>(surplus ? 0 : code));
       }
     }
     for (int64_t m = 0; m < rows_; ++m) fill_t(random, m, saturated);
@@ -44,7 +45,7 @@ class Case {
     PackedFactors factors{};
     factors.rank = rank_;
     factors.b = b_.as<uint8_t>();
-    const PackedT t{rows_, t_.as<float>(), 1 + pairs_};
+    const PackedT t{rows_, t_.as<float>(), 1 + quads_};
     const int64_t middle = panels_ / 2;
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, panels_}}) {
       isa.table->side_branch_up_int8(factors, n_, t, begin, end, y_.as<float>(), n_);
@@ -64,33 +65,37 @@ class Case {
   }
 
  private:
-  uint8_t* panel(int64_t p) { return b_.as<uint8_t>() + p * 32 * (1 + pairs_); }
+  // The same in all of a row, so that its sum is the largest; of either sign.
+  static int saturated_code(int64_t row) { return row % 3 == 0 ? -127 : 127; }
+
+  int64_t stride() const { return 32 + 64 * quads_; }
+  uint8_t* panel(int64_t p) { return b_.as<uint8_t>() + p * stride(); }
 
   double scale(int64_t n) {
     return static_cast<double>(half_to_float(load_u16(panel(n / 16), n % 16)));
   }
 
-  float* t_of(int64_t m) { return t_.as<float>() + m * (1 + pairs_); }
-  int16_t* codes(int64_t m) { return reinterpret_cast<int16_t*>(t_of(m) + 1); }
+  float* t_of(int64_t m) { return t_.as<float>() + m * (1 + quads_); }
+  int8_t* codes(int64_t m) { return reinterpret_cast<int8_t*>(t_of(m) + 1); }
 
   void fill_t(Random& random, int64_t m, bool saturated) {
-    t_of(m)[0] = -3.5e-5f * (1.0f + random.unit());
-    for (int64_t r = 0; r < 2 * pairs_; ++r) {
-      const int code = saturated ? 32767 : random.between(-32767, 32767);
-      codes(m)[r] = static_cast<int16_t>(r < rank_ ? code : 0);
+    t_of(m)[0] = -3.5e-3f * (1.0f + random.unit());
+    for (int64_t r = 0; r < 4 * quads_; ++r) {
+      const int code = saturated ? saturated_code(m) : random.between(-127, 127);
+      codes(m)[r] = static_cast<int8_t>(r < rank_ ? code : 0);
     }
   }
 
   int64_t sum(int64_t m, int64_t n) {
     int64_t sum = 0;
     for (int64_t r = 0; r < rank_; ++r) {
-      const auto b = static_cast<int8_t>(panel(n / 16)[32 + r / 2 * 32 + n % 16 * 2 + r % 2]);
+      const auto b = static_cast<int8_t>(panel(n / 16)[32 + r / 4 * 64 + n % 16 * 4 + r % 4]);
       sum += int64_t{b} * codes(m)[r];
     }
     return sum;
   }
 
-  int64_t rank_, n_, rows_, pairs_, panels_;
+  int64_t rank_, n_, rows_, quads_, panels_;
   GuardedBytes b_, t_, y_;
 };
 
@@ -98,12 +103,13 @@ class Case {
 
 void test_packed_factors(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    for (int64_t rank : {1, 2, 3, 7, 8, 9, 16, 33, 64, 512}) {
+    for (int64_t rank : {1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64, 512}) {
       for (int64_t out_features : {1, 15, 16, 17, 31, 32, 33, 64, 80, 577}) {
         for (int64_t rows : {1, 3, 4, 13}) {
           for (bool saturated : {false, true}) Case(rank, out_features, rows, saturated).check(isa);
         }
       }
+      Case(rank, 33, 77, true).check(isa);  // more rows than an ISA sums at once
     }
   }
 }

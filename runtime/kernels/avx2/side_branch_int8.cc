@@ -1,8 +1,9 @@
-// y[m, 16p + i] += t_scale[m] · scale[p, i] · Σ_r b[p, r, i]·t[m, r], b int8, t int16
+// y[m, 16p + i] += t_scale[m] · scale[p, i] · Σ_r b[p, r, i]·t[m, r], b and t int8
 //
-// b of a panel: 16 scales, then two columns r a time, 32 bytes:
-//     │ row 0: r, r+1 │ row 1: r, r+1 │ … │ row 15 │
-// widened to int16 they meet each row's pair (t[r], t[r+1]) in one madd; a 32-bit lane is a row of b.
+// b of a panel: 16 scales, then four columns r at a time, 64 bytes, two registers:
+//     │ row 0: r … r+3 │ row 1: r … r+3 │ … │ row 15 │
+// maddubs(|b|, t with b's sign) ≤ 127·127·2 = 32258 fits int16, but no two of them do; a 32-bit lane is
+// a row of b.
 //   low, high   int32, rows 0–7 and 8–15
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/registers.h"
@@ -16,18 +17,23 @@ struct Sums {
   __m256i high;
 };
 
+// sum + Σ b·t of each 32-bit lane; magnitude = |b|
+inline __m256i add_quad(__m256i sum, __m256i magnitude, __m256i b, __m256i t) {
+  const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(t, b));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
 // sums of rows m … m + kRows − 1 of t.
 template <int kRows>
-void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t pairs, Sums* sums) {
+void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, Sums* sums) {
   for (int r = 0; r < kRows; ++r) sums[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int64_t q = 0; q < pairs; ++q) {
-    const auto* from = reinterpret_cast<const __m128i*>(b + 32 * q);
-    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
-    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
+  for (int64_t q = 0; q < quads; ++q) {
+    const __m256i low = load_bytes(b + 64 * q), high = load_bytes(b + 64 * q + 32);
+    const __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
     for (int r = 0; r < kRows; ++r) {
-      const __m256i pair = broadcast4(packed_codes(t, m + r) + 2 * q);
-      sums[r].low = _mm256_add_epi32(sums[r].low, _mm256_madd_epi16(low, pair));
-      sums[r].high = _mm256_add_epi32(sums[r].high, _mm256_madd_epi16(high, pair));
+      const __m256i quad = broadcast4(packed_codes(t, m + r) + 4 * q);
+      sums[r].low = add_quad(sums[r].low, low_size, low, quad);
+      sums[r].high = add_quad(sums[r].high, high_size, high, quad);
     }
   }
 }
@@ -52,10 +58,10 @@ struct SideBranch {
   static constexpr int kMostRows = 4;  // whose sums are in registers
 
   template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t pairs, const PackedT& t, int64_t m,
+  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
                        int64_t columns, float* y, int64_t y_stride) {
     Sums sums[kRows];
-    sum_panel<kRows>(panel + 32, t, m, pairs, sums);
+    sum_panel<kRows>(panel + 32, t, m, quads, sums);
     for (int r = 0; r < kRows; ++r) {
       add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
     }

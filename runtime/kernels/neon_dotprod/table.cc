@@ -1,5 +1,5 @@
-// The neon_dotprod table: its own integer linear. All else is neon's: those functions have no
-// integer dot products.
+// The neon_dotprod table: its own integer linear and side branch. All else is neon's: those functions
+// have no integer dot products.
 #include "kernels/neon_dotprod/neon_dotprod.h"
 #include "kernels/neon/neon.h"
 #include "kernels/panels.h"
@@ -16,7 +16,7 @@ extern const KernelTable kTable = {
     neon::linear_float,
     neon::side_branch_down,
     neon::side_branch_up,
-    neon::side_branch_up_int8,
+    side_branch_up_int8,
     neon::dequantize_row,
     neon::swiglu,
     neon::rms_norm,

@@ -1,7 +1,8 @@
-// The neon_i8mm table: its own integer linear. All else is neon's: those functions have no
-// integer dot products.
+// The neon_i8mm table: its own integer linear, neon_dotprod's int8 side branch. All else is neon's:
+// those functions have no integer dot products.
 #include "kernels/neon_i8mm/neon_i8mm.h"
 #include "kernels/neon/neon.h"
+#include "kernels/neon_dotprod/neon_dotprod.h"
 #include "kernels/panels.h"
 #include "kernels/tables.h"
 
@@ -16,7 +17,7 @@ extern const KernelTable kTable = {
     neon::linear_float,
     neon::side_branch_down,
     neon::side_branch_up,
-    neon::side_branch_up_int8,
+    neon_dotprod::side_branch_up_int8,
     neon::dequantize_row,
     neon::swiglu,
     neon::rms_norm,

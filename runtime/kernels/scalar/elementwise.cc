@@ -2,7 +2,7 @@
 //
 //   t[r] = weight · Σ_k a[r, k]·x[k]          a [rank, K], sum in double
 //   y[16p + i] += Σ_r b[p, r, i]·t[r]         b [panels, rank, 16], sum in float
-//   the same with int8 b and int16 t: Σ an exact int32, then the scales
+//   the same with int8 b and t: Σ an exact int32, then the scales
 //   out[i] = gate[i] / (1 + e^−gate[i]) · up[i]
 #include <cmath>
 
@@ -60,10 +60,10 @@ void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, con
     for (int64_t n = panel_begin * kPanelRows; n < min_of(panel_end * kPanelRows, out_features); ++n) {
       const uint8_t* panel = packed_panel(factors, n / kPanelRows);
       const int64_t i = n % kPanelRows;
-      const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 2 * i;
-      const int16_t* codes = packed_codes(t, m);
+      const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 4 * i;
+      const int8_t* codes = packed_codes(t, m);
       int32_t sum = 0;
-      for (int64_t r = 0; r < factors.rank; ++r) sum += b[r / 2 * 32 + r % 2] * codes[r];
+      for (int64_t r = 0; r < factors.rank; ++r) sum += b[r / 4 * 64 + r % 4] * codes[r];
       y[m * y_stride + n] +=
           static_cast<float>(sum) * half_to_float(load_u16(panel, i)) * packed_scale(t, m);
     }
