@@ -152,7 +152,9 @@ def round_x(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tens
 
 
 def round_t(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """With one scale for all ranks."""
+    """With one scale for all ranks. The identity stays, by which DoRA asks for lora_b · lora_a."""
+    if inputs[0].dim() == 2:
+        return inputs
     codes, scales = codes_and_scales(inputs[0])
     return (codes * scales,)
 
