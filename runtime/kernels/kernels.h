@@ -59,8 +59,8 @@ struct Activations {
   const int8_t* codes;  // [M, Kp], padding is zero
   const float* scales;  // [M, Kp/32]; 0 for an all-zero block
   const int32_t* sums;  // [M, Kp/32], sum of the block's codes
-  // The scratch is as the call before left it, for these rows and weights of the same format, block_size
-  // and in_features: what it holds rearranged of the rows need not be made anew.
+  // The scratch is as the call before left it, for these rows and weights of the same format,
+  // block_size and in_features: what it holds rearranged of the rows need not be made anew.
   bool kept = false;
 };
 
@@ -124,8 +124,9 @@ struct KernelTable {
   void (*side_branch_up)(const Factors& factors, int64_t out_features, const float* t,
                          int64_t panel_begin, int64_t panel_end, float* y);
 
-  // As side_branch_up, of int8 b and t and several rows: y[m, 16p + i] += t_scale[m] · b_scale[16p + i] ·
-  // Σ_r b[p, r, i] · t[m, r], the sum an exact integer. y has row stride y_stride (floats).
+  // As side_branch_up, of int8 b and t and several rows: y[m, 16p + i] += t_scale[m] ·
+  // b_scale[16p + i] · Σ_r b[p, r, i] · t[m, r], the sum an exact integer. y has row stride
+  // y_stride (floats).
   void (*side_branch_up_int8)(const PackedFactors& factors, int64_t out_features,
                               const PackedT& t, int64_t panel_begin, int64_t panel_end, float* y,
                               int64_t y_stride);
