@@ -183,7 +183,7 @@ def _beside_compensated_head(plan: Plan, facts: Facts) -> str:
     if shares_head(facts.config, plan, facts.base):
         return (
             "lm_head's matrix: one of its own in int8 adds 30 MB to 76 and lowers the mean KL of "
-            "SmolLM2 by 0.01 (tests/benchmarks/results/quality.csv)"
+            "SmolLM2 by 0.01"
         )
     return "a lookup's error cannot be compensated, and only one row a token is read"
 
@@ -203,7 +203,7 @@ def _head_format(plan: Plan, facts: Facts) -> str:
         return "as the embedding, whose codes are the base's own"
     return (
         "all of it is read for each token, and compensated int4 loses little: int8 lowers the mean "
-        "KL of SmolLM2 by 0.02 and reads 14 MB more (tests/benchmarks/results/quality.csv)"
+        "KL of SmolLM2 by 0.015 and reads 14 MB more (tests/benchmarks/results/quality.csv)"
     )
 
 
