@@ -87,16 +87,10 @@ inline void pack_shifts(const Activations& x, int64_t first_row, RowTile* tile, 
   tile->shifts = shifts;
 }
 
-// What pack(tile) makes of the rows, or made of them in the call before. Of one row it is not kept: that
-// far in the scratch, which has left the caches since, it would come late.
+// What pack(tile) makes of the rows, or made of them in the call before.
 template <class Tile, class Pack>
-const Tile& packed_tile(const Weights& weights, const Activations& x, void* scratch, Tile* alone,
-                        Pack pack) {
+const Tile& packed_tile(const Weights& weights, const Activations& x, void* scratch, Pack pack) {
   static_assert(sizeof(Tile) <= kTileNotes);
-  if (x.rows == 1) {
-    pack(alone);
-    return *alone;
-  }
   auto* tile = reinterpret_cast<Tile*>(at(scratch, scratch_layout(weights).tile));
   if (!x.kept || x.rows > kRowTile) pack(tile);  // a later tile took the first one's place
   return *tile;
@@ -200,9 +194,8 @@ void drive_linear(const Weights& weights, const Activations& x, int64_t panel_be
   const int32_t factor = Isa::term_factor(weights.format);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
     const auto pack = [&](RowTile* tile) { *tile = pack_rows(weights, x, m, factor, scratch); };
-    RowTile alone;
-    const RowTile& tile = packed_tile(weights, x, scratch, &alone, pack);
-    run_panels<Isa>(weights, tile, panel_begin, panel_end, y + m * y_stride, y_stride);
+    run_panels<Isa>(weights, packed_tile<RowTile>(weights, x, scratch, pack), panel_begin,
+                    panel_end, y + m * y_stride, y_stride);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace edgelora::kernels {
 namespace {
 
-constexpr int64_t kTileNotes = 4096;
+constexpr int64_t kTileNotes = 4096;  // bytes, for the largest of the structs that tell it
 
 struct ScratchLayout {
   int64_t absmax;  // nf4, fp4: float [K / absmax_step, 16], of one panel

@@ -5,9 +5,10 @@
 //       few rows     Isa::few_rows           y straight from the packed codes
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
 //                      for each group        Isa::add_chunk: acc [rows, 16] +=
-//       acc → y
+//                      acc → y
 //     or two panels together, of ISAs with kPairRows, where scales hold for more than one block of x
-//       for each group                       Isa::panel_pair: acc [rows, 16] of both
+//       for each group                       Isa::panel_pair: y of both
+//   What goes straight to y does so by way of acc where the last panel of W is not full.
 #pragma once
 
 #include "kernels/avx2/registers.h"
@@ -313,10 +314,14 @@ template <class Isa>
 void drive_row_groups(const Weights& weights, const Activations& x, int64_t panel_begin,
                       int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
   assert(weights.format != Format::kFloat);
+  if (x.rows == 1) {  // not kept: that far in a scratch that has left the caches it would come late
+    RowGroups alone;
+    deal_rows<Isa>(weights, x, 0, &alone, scratch);
+    return multiply_tile<Isa>(weights, alone, panel_begin, panel_end, y, y_stride);
+  }
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
     const auto pack = [&](RowGroups* groups) { deal_rows<Isa>(weights, x, m, groups, scratch); };
-    RowGroups alone;
-    multiply_tile<Isa>(weights, packed_tile(weights, x, scratch, &alone, pack), panel_begin,
+    multiply_tile<Isa>(weights, packed_tile<RowGroups>(weights, x, scratch, pack), panel_begin,
                        panel_end, y + m * y_stride, y_stride);
   }
 }

@@ -187,16 +187,11 @@ void drive_groups(const Weights& weights, const Activations& x, int64_t panel_be
     const auto run = [&](const auto& tile) {
       run_panels<Isa>(weights, tile, panel_begin, panel_end, to, y_stride);
     };
-    if (x.rows - m <= kSeparateRows) {
-      SeparateRows alone;
-      run(packed_tile(weights, x, scratch, &alone, [&](SeparateRows* tile) {
-        *tile = separate_rows(weights, x, m, scratch);
-      }));
+    const auto pack = [&](GroupedRows* tile) { *tile = pack_groups<Isa>(weights, x, m, scratch); };
+    if (x.rows - m <= kSeparateRows) {  // which lie where they are: nothing worth keeping
+      run(separate_rows(weights, x, m, scratch));
     } else {
-      GroupedRows alone;
-      run(packed_tile(weights, x, scratch, &alone, [&](GroupedRows* tile) {
-        *tile = pack_groups<Isa>(weights, x, m, scratch);
-      }));
+      run(packed_tile<GroupedRows>(weights, x, scratch, pack));
     }
   }
 }

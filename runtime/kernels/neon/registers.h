@@ -1,4 +1,4 @@
-// Loads that the files of all NEON folders share, unaligned to 1 byte; each folder compiles its own
+// Loads, stores and sums that the files of all NEON folders share, unaligned to 1 byte; each folder compiles its own
 // copy with its own flags.
 #pragma once
 
@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "kernels/kernels.h"
 
 // For the steps of an inner loop: arrays of registers that are handed on stay registers only when
 // the step is inlined.
@@ -39,6 +41,17 @@ inline void store_half16(const float* from, uint16_t* to) {
     const float16x4_t halves = vcvt_f16_f32(load_float4(from + i));
     std::memcpy(to + i, &halves, sizeof halves);
   }
+}
+
+// y [rows ≤ 16] += added [16]
+inline void add_to(const float32x4_t added[4], int64_t rows, float* y) {
+  if (rows == kPanelRows) {
+    for (int j = 0; j < 4; ++j) vst1q_f32(y + 4 * j, vaddq_f32(vld1q_f32(y + 4 * j), added[j]));
+    return;
+  }
+  float some[kPanelRows];
+  for (int j = 0; j < 4; ++j) vst1q_f32(some + 4 * j, added[j]);
+  for (int64_t i = 0; i < rows; ++i) y[i] += some[i];
 }
 
 }  // namespace

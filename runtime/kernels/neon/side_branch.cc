@@ -69,13 +69,7 @@ void add_panel(const char* b, int64_t rank, const float* t, int64_t rows, float*
       sums[g] = vfmaq_n_f32(sums[g], Value::load4(row + 4 * g * Value::kBytes), t[r]);
     }
   }
-  if (rows == kPanelRows) {
-    for (int g = 0; g < 4; ++g) vst1q_f32(y + 4 * g, vaddq_f32(vld1q_f32(y + 4 * g), sums[g]));
-    return;
-  }
-  float columns[kPanelRows];
-  for (int g = 0; g < 4; ++g) vst1q_f32(columns + 4 * g, sums[g]);
-  for (int64_t i = 0; i < rows; ++i) y[i] += columns[i];
+  add_to(sums, rows, y);
 }
 
 template <class Value>

@@ -26,13 +26,7 @@ inline void add_scaled(const int32x4_t sums[4], const uint8_t* scales, float fac
   for (int j = 0; j < 4; ++j) {
     added[j] = vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(sums[j]), load_half4(scales + 8 * j)), factor);
   }
-  if (rows == kPanelRows) {
-    for (int j = 0; j < 4; ++j) vst1q_f32(y + 4 * j, vaddq_f32(vld1q_f32(y + 4 * j), added[j]));
-    return;
-  }
-  float some[kPanelRows];
-  for (int j = 0; j < 4; ++j) vst1q_f32(some + 4 * j, added[j]);
-  for (int64_t i = 0; i < rows; ++i) y[i] += some[i];
+  add_to(added, rows, y);
 }
 
 }  // namespace
