@@ -164,7 +164,8 @@ def _selfchecked(
 def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -> None:
     if manifest["flavor"] != "edgelora":
         raise EdgeLoraError(
-            f"{bundle}: flavor {manifest['flavor']}: export it again with the adapter"
+            f"{bundle}: flavor {manifest['flavor']}: its weights are not read back for the new "
+            "self-check, as those of flavor edgelora are: export it again with the adapter"
         )
     if manifest["merged"]:
         merged = ", ".join(manifest["merged"])
@@ -198,7 +199,7 @@ def _read(
         raise EdgeLoraError(f"{bundle}: its base repeats layers (layer_replication): {again}")
     refuse_ranges(path, f"repeated layers make another base: {again}")
     adapter = read_adapter(path, targets)
-    refuse_replaced(adapter, path)
+    refuse_replaced(adapter, path, manifest["model"]["vocab_size"])
     refuse_input_factors(adapter, path)
     check_invocation(adapter, path, manifest["model"]["vocab_size"])
     _check_prefix(adapter.prefix, path, manifest)

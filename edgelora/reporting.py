@@ -28,6 +28,10 @@ LOST = (
     "adapter {}: little of it is left after merging: {} its mean KL is {:.4f}, that of a side "
     "branch {:.4f}, without it {:.4f}: export with --mode side"
 )
+UNMEASURED = (
+    "adapter {}: merged, and without a report it is not measured what 4 bits leave of it: leave "
+    "out --no-report, or use --mode auto"
+)
 
 Progress = Callable[[int, int], None]
 _KINDS = {"side": ("side", None), "merged": ("merge", "float"), "merged_nf4": ("merge", "nf4")}
@@ -69,6 +73,20 @@ def subject_of(checkpoint: Checkpoint, plan: Plan, adapters: Mapping[str, Adapte
 def measure_choices(subject: Subject, text: EvaluationText, progress: Progress) -> Evaluation:
     """Every variant, each weight rounded for itself; nothing is written."""
     return evaluate(Walk(subject, text, subject.variants(), progress=progress))
+
+
+def unreported(subject: Subject, measured: Evaluation | None) -> tuple[str, ...]:
+    """The warnings of an export without a report; measured: for its choices, if any was open."""
+    if measured is not None:
+        return _warnings(measured, subject.exported())
+    plan = subject.plan
+    if plan.mode != "merge" or plan.format == "float":
+        return ()
+    return tuple(
+        UNMEASURED.format(name)
+        for name, adapter in subject.adapters.items()
+        if any(branch.changes_weight for branch in adapter.branches.values())
+    )
 
 
 def write_up(

@@ -29,13 +29,13 @@ from edgelora.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from edgelora.choosing import choose, settle
 from edgelora.device import load_profile
 from edgelora.errors import EdgeLoraError
-from edgelora.evaluation import EvaluationText
+from edgelora.evaluation import EvaluationText, Subject
 from edgelora.inventory import take_inventory
 from edgelora.layout import targets
 from edgelora.manifest import is_unicode
 from edgelora.plan import CALIBRATION_WINDOWS, ExportOptions, Plan, make_plan
 from edgelora.repeated_base import common_layers, repeated
-from edgelora.reporting import measure_choices, read_report_text, subject_of
+from edgelora.reporting import measure_choices, read_report_text, subject_of, unreported
 from edgelora.tokenizer import TokenizerFiles, from_folder
 
 Progress = Callable[[str, int, int], None]
@@ -88,7 +88,7 @@ def prepare(
         profile=profile,
         calibration=str(calibration) if calibration else None,
     )
-    text = None
+    text, found = None, None
     if options.report or choice.is_open:
         text = read_report_text(options, checkpoint, tokenizer)
     if choice.is_open:
@@ -101,6 +101,8 @@ def prepare(
     read = {name: _bound(each, adapters[name], checkpoint) for name, each in read.items()}
     named = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
     warnings = tuple(warning for warning in named if warning)
+    if not options.report:
+        warnings += unreported(Subject(checkpoint, plan, read), found)
     shown = text if options.report else None
     texts = (calibration, shown)
     return Request(checkpoint, tokenizer, own_tokenizer, read, plan, *texts, warnings)
@@ -134,7 +136,7 @@ def _checked(
 ) -> Checkpoint:
     """The base, changed by what a merged adapter saved whole. Raises EdgeLoraError."""
     for name, adapter in adapters.items():
-        _check_mode(adapter, folders[name], options)
+        _check_mode(adapter, folders[name], options, checkpoint.config.vocab_size)
         check_biases(adapter, folders[name], checkpoint.config)
         check_invocation(adapter, folders[name], checkpoint.config.vocab_size)
         if options.mode == "merge":
@@ -180,14 +182,14 @@ def _check_all_texts(
         _check_texts(path, [adapters[name].base_model_name_or_path or ""])
 
 
-def _check_mode(adapter: Adapter, path: Path, options: ExportOptions) -> None:
+def _check_mode(adapter: Adapter, path: Path, options: ExportOptions, vocab_size: int) -> None:
     """Raises EdgeLoraError for what a side branch of that flavor cannot do."""
     if options.mode == "merge":
         why = "merged it would act on the text before them too: use --mode side"
         refuse_invocation(adapter, path, why)
         refuse_prefix(adapter, path, "before the text no weight can hold them: use --mode side")
         return
-    refuse_replaced(adapter, path)
+    refuse_replaced(adapter, path, vocab_size)
     refuse_input_factors(adapter, path)
     if options.flavor == "ort":
         why = "flavor ort cannot do that in a side branch: use --mode merge or flavor edgelora"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -305,6 +306,16 @@ def test_inspect_adapter_has_a_row_for_each_kind(call: Call, adapter: Path) -> N
     assert rows == [["q_proj", "×2", "exported", "rank", "4,", "scaling", "3"]]
     items = [entry["item"] for entry in json.loads(call("inspect", adapter, "--json").out)]
     assert sum("q_proj.lora_A" in item for item in items) == 2
+
+
+def test_inspect_names_the_modules_that_were_saved_whole(
+    call: Call, base: Path, tmp_path: Path
+) -> None:
+    saved = ["k_proj", "norm", "input_layernorm"]
+    folder = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=saved)
+    said = call("inspect", folder).out
+    for row in ("k_proj.weight ×2", "input_layernorm.weight ×2", "base_model.model.model.norm.we"):
+        assert re.search(rf"(?m)^{re.escape(row)}.*exported", said), said
 
 
 def test_inspect_base_says_how_it_is_stored(call: Call, base: Path) -> None:

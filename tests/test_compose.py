@@ -74,6 +74,21 @@ def model(base: Path) -> PreTrainedModel:
     return oracle.float_model(base)
 
 
+def test_adamix_is_linear_with_the_weights_1_by_n_squared(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It averages A and B of n adapters apart."""
+    names = ["one", "three"]
+    edgelora.compose({folders[n]: 0.25 for n in names}, tmp_path / "c", method="linear")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    found = file_factors(tmp_path / "c")
+    given = [file_factors(folders[name]) for name in names]
+    a, b = (sum(each[key.format(factor)] for each in given) / 2 for factor in "AB")
+    scaling = 12 / 4
+    composed = found[key.format("B")] @ found[key.format("A")]
+    np.testing.assert_allclose(composed, scaling * b @ a, rtol=1e-4, atol=1e-5)
+
+
 def composed_by_peft(
     model: PreTrainedModel,
     folders: Mapping[str, Path],

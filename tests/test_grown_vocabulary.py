@@ -13,6 +13,7 @@ import edgelora
 import oracle
 import tiny
 from edgelora.adapter import adapter_ledger
+from edgelora.adding import add_adapter
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluating import evaluate_bundle
 from test_float_oracle import SHARE
@@ -77,8 +78,12 @@ def test_other_modes_say_merge_only(tmp_path: Path) -> None:
     base = tiny.tiny_llama(tmp_path / "base")
     grown(base, tmp_path / "a")
     assert not [e for e in adapter_ledger(tmp_path / "a", None) if e.verdict == "refused"]
-    with pytest.raises(EdgeLoraError, match=r"cannot be replaced beside the base.*--mode merge"):
+    said = f"a grown vocabulary of {ROWS} tokens, the base has {tiny.VOCAB_SIZE}: merge only, since"
+    with pytest.raises(EdgeLoraError, match=rf"/a: modules_to_save: {said} .*--mode merge"):
         edgelora.export(base, tmp_path / "b", adapters={"a": tmp_path / "a"})
+    edgelora.export(base, tmp_path / "b", report=False)
+    with pytest.raises(EdgeLoraError, match=said):
+        add_adapter(tmp_path / "b", "a", tmp_path / "a")
 
 
 def test_what_is_missing_of_a_grown_vocabulary_is_said(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_flavor_ort_computes_the_same(
         factors = Path(shutil.copy(tmp_path / "out/adapters/l/adapter.onnx_adapter", tmp_path))
         with pytest.raises(EdgeLoraError, match="flavor ort takes the adapters of its bundle"):
             model._load("x", model.library.edgelora_adapter_load_file, factors)
+    with pytest.raises(EdgeLoraError, match=r"flavor ort: its weights are not read back .*export"):
+        add_adapter(tmp_path / "out", "b", folders[kind])
     edgelora.export(base, tmp_path / "own", adapters=adapters, format="float", report=False)
     with (
         edgelora.load(tmp_path / "out") as model,

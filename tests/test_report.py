@@ -137,6 +137,21 @@ def test_an_adapter_that_merging_loses_is_warned_of(
     assert beside.warnings == ()
 
 
+def test_merging_without_a_report_is_not_silent(
+    base: Path, faint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Measured for a choice it says what is lost, otherwise that nothing was measured."""
+    options: dict[str, Any] = {"mode": "merge", "report": False}
+    lost, kept = ({"adapters": {"a": each}} for each in (faint, adapter))
+    (said,) = edgelora.export(base, tmp_path / "1", **lost, **options).warnings
+    assert "adapter a: merged, and without a report it is not measured" in said
+    (said,) = edgelora.export(base, tmp_path / "2", **lost, **options, merge_base="auto").warnings
+    assert "adapter a: little of it is left after merging" in said
+    for silent in (kept | {"merge_base": "auto"}, lost | {"format": "float"}):
+        done = edgelora.export(base, tmp_path / "3", force=True, **silent, **options)
+        assert done.warnings == ()
+
+
 def test_merging_does_not_need_factors_that_float16_can_hold(base: Path, tmp_path: Path) -> None:
     """A side branch in float16 does, and its refusal names the adapter."""
     folder = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], lora_alpha=12 * 2.0**80)

@@ -158,8 +158,17 @@ def refuse_prefix(adapter: Adapter, path: Path, why: str) -> None:
         raise EdgeLoraError(f"{path}: {adapter.prefix.positions} virtual tokens: {why}")
 
 
-def refuse_replaced(adapter: Adapter, path: Path) -> None:
-    """Raises EdgeLoraError if the adapter replaces tensors of the base, as no side branch can."""
+def refuse_replaced(adapter: Adapter, path: Path, vocab_size: int | None = None) -> None:
+    """Raises EdgeLoraError if the adapter replaces tensors of the base, as no side branch can;
+    vocab_size: the base's, if it is known.
+    """
+    rows = adapter.replaced.token_rows
+    if vocab_size is not None and rows > vocab_size:
+        raise EdgeLoraError(
+            f"{path}: modules_to_save: a grown vocabulary of {rows} tokens, the base has "
+            f"{vocab_size}: merge only, since all adapters of a bundle share embedding, lm_head "
+            "and tokenizer: export a bundle of its own with --mode merge"
+        )
     if adapter.replaced.embedding is not None:
         raise EdgeLoraError(
             f"{path}: lora_embedding_A, lora_embedding_B: the token embedding's factors are merge "

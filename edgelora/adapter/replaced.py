@@ -45,6 +45,13 @@ class Replaced:
     def __bool__(self) -> bool:
         return bool(self.tensors or self.rows or self.embedding)
 
+    @property
+    def token_rows(self) -> int:
+        """Of the greatest embedding or lm_head that was saved whole; 0 without any."""
+        names = (f"{module}.weight" for module in TOKEN_MODULES)
+        shapes = (self.tensors[name].shape for name in names if name in self.tensors)
+        return max((shape[0] for shape in shapes if shape), default=0)
+
 
 def is_saved(tensor: str, modules_to_save: Iterable[str]) -> bool:
     """Whether it belongs to a module whose path ends with one of the names, as PEFT looks for

@@ -124,12 +124,18 @@ def _summary(ledger: "tuple[LedgerEntry, ...]") -> list[tuple[str, str, str]]:
     for item, verdict, reason in ledger:
         module = FACTOR.sub("", item)
         in_module = module != item or LAYER.fullmatch(item)
-        kind = module.rpartition(".")[2] if in_module else item
+        kind = _kind(module) if in_module else item
         modules.setdefault((kind, verdict, reason), set()).add(module)
     return [
         (f"{kind} ×{len(paths)}" if paths != {kind} else kind, verdict, reason)
         for (kind, verdict, reason), paths in modules.items()
     ]
+
+
+def _kind(module: str) -> str:
+    """The last part of its path; of a whole tensor the module's too: `k_proj.bias`."""
+    parts = module.split(".")
+    return ".".join(parts[-2:] if parts[-1] in ("weight", "bias") else parts[-1:])
 
 
 def _show_base(path: Path, *, as_json: bool) -> None:
