@@ -41,7 +41,13 @@ from edgelora.manifest import (
 )
 from edgelora.plan import ExportOptions, Plan
 from edgelora.reference import check_base, open_base
-from edgelora.reporting import Report, read_report_text, subject_of, with_adapter
+from edgelora.reporting import (
+    Report,
+    read_report_text,
+    subject_of,
+    with_adapter,
+    without_adapters,
+)
 from edgelora.selfcheck import extended
 from edgelora.tokenizer import from_folder
 
@@ -111,17 +117,16 @@ def add_adapter(
             changed["selfcheck"] = free_path(manifest, SELFCHECK, data)
             files[SELFCHECK] = (changed["selfcheck"], data)
             entry |= {"selfcheck": True}
-        report = _reported(held, manifest, checkpoint, name, new, report_text)
-        if report is not None:
+        mean_kl = None
+        if paths := report_paths(manifest):
+            report = _reported(held, manifest, checkpoint, name, new, report_text)
             data_of = {"json": report.json, "html": report.html}
-            places = {k: free_path(manifest, REPORT[k], data_of[k]) for k in REPORT}
-            files |= {REPORT[kind]: (places[kind], data_of[kind]) for kind in REPORT}
-            changed["report"] = places
-        elif report_paths(manifest):
-            entry |= {"report": False}
+            changed["report"] = {k: free_path(manifest, REPORT[k], data_of[k]) for k in paths}
+            files |= {REPORT[k]: (changed["report"][k], data_of[k]) for k in paths}
+            mean_kl = report.mean_kl.get(name)
+            entry |= {} if name in report.mean_kl else {"report": False}
         changed["adapters"] = manifest["adapters"] | {name: entry}
         exchange(bundle, files, manifest | changed)
-        mean_kl = None if report is None else report.mean_kl[name]
         return AddedAdapter(entry, len(new.data), new.warning, mean_kl)
 
 
@@ -138,15 +143,17 @@ def _reported(
     name: str,
     new: _NewAdapter,
     text_file: Path | None,
-) -> Report | None:
-    """The bundle's report with the adapter; None without a report or without the base."""
-    paths = report_paths(manifest)
-    if checkpoint is None or new.trained is None or not paths:
-        return None
+) -> Report:
+    """The bundle's report with the adapter; without the base it says that it leaves it out."""
+    path, plan = held.path / report_paths(manifest)["json"], Plan(**manifest["plan"])
+    entries = manifest["adapters"].items()
+    left_out = [each for each, e in entries if e.get("report") is False and each != name]
+    if checkpoint is None or new.trained is None:
+        return without_adapters(path, Subject(held, plan), [*left_out, name])
     options = ExportOptions(report_text=None if text_file is None else str(text_file))
     text = read_report_text(options, checkpoint, from_folder(held.path))
-    subject = subject_of(checkpoint, Plan(**manifest["plan"]), {name: new.trained})
-    return with_adapter(held.path / paths["json"], subject, text, held.stored)
+    subject = subject_of(checkpoint, plan, {name: new.trained})
+    return with_adapter(path, subject, text, held.stored, left_out)
 
 
 def _selfchecked(
@@ -176,7 +183,7 @@ def _refuse(bundle: Path, manifest: dict[str, Any], name: str, *, force: bool) -
 
 def _check_read(bundle: Path, manifest: dict[str, Any]) -> None:
     """Raises EdgeLoraError if a file that is parsed here, the adapter's own aside, is damaged."""
-    for name in ("model.onnx", selfcheck_path(manifest)):
+    for name in ("model.onnx", selfcheck_path(manifest), *report_paths(manifest).values()):
         if name in manifest["files"]:
             check_content(bundle, manifest, name)
 

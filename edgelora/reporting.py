@@ -1,6 +1,6 @@
 """What an export loses: measured on a text, and written down."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from edgelora.adapter import Adapter
 from edgelora.adapter_file import Dtype, as_stored
 from edgelora.binding import bound
 from edgelora.checkpoint import Checkpoint
+from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import (
     Evaluation,
     EvaluationText,
     StoredWeights,
     Subject,
+    TextDescription,
     Variant,
     Walk,
     evaluate,
@@ -99,16 +101,45 @@ def write_up(
 
 
 def with_adapter(
-    path: Path, subject: Subject, text: EvaluationText, stored: StoredWeights
+    path: Path,
+    subject: Subject,
+    text: EvaluationText,
+    stored: StoredWeights,
+    left_out: Sequence[str] = (),
 ) -> Report:
-    """The report at `path` with the one adapter of the subject, or with it anew.
+    """The report at `path` with the one adapter of the subject, or with it anew; left_out: others
+    of the bundle, which it tells nothing of.
 
     Raises EdgeLoraError unless it was measured on that text.
     """
-    known, sizes, warnings = read_report(path, text)
+    known, sizes, warnings = read_report(path)
+    _check_text(path, known.text, text)
     walk = Walk(subject, text, subject.variants(), stored, subject.exported())
     evaluation = _joined(known, evaluate(walk), *subject.adapters)
-    return _report(subject, evaluation, {**sizes, **_sizes(subject)}, warnings)
+    return _report(subject, evaluation, {**sizes, **_sizes(subject)}, warnings, left_out)
+
+
+def without_adapters(path: Path, subject: Subject, left_out: Sequence[str]) -> Report:
+    """The report at `path`, which now tells nothing of these adapters and says so.
+
+    Raises EdgeLoraError.
+    """
+    known, sizes, warnings = read_report(path)
+    results = tuple(each for each in known.results if each.variant.adapter not in left_out)
+    effects, unapplied = (
+        {name: score for name, score in scores.items() if name not in left_out}
+        for scores in (known.effects, known.unapplied)
+    )
+    evaluation = Evaluation(known.text, results, effects, unapplied)
+    return _report(subject, evaluation, sizes, warnings, left_out)
+
+
+def _check_text(path: Path, known: TextDescription, text: EvaluationText) -> None:
+    if known != text.description:
+        raise EdgeLoraError(
+            f"{path}: was measured on the text {known.name}, not on {text.name}: "
+            "give that file with --report-text"
+        )
 
 
 def _joined(known: Evaluation, new: Evaluation, adapter: str) -> Evaluation:
@@ -120,14 +151,19 @@ def _joined(known: Evaluation, new: Evaluation, adapter: str) -> Evaluation:
 
 
 def _report(
-    subject: Subject, evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...]
+    subject: Subject,
+    evaluation: Evaluation,
+    sizes: Bytes,
+    warnings: tuple[str, ...],
+    left_out: Sequence[str] = (),
 ) -> Report:
     plan = subject.plan
     title = f"{subject.checkpoint.name}, {plan.format}"
-    page = report_html(evaluation, sizes, warnings, title=title, summary=_summary(plan))
+    said = (evaluation, sizes, warnings, left_out)
+    page = report_html(*said, title=title, summary=_summary(plan))
     held = [each for each in evaluation.results if each.exported]
     mean_kl = {each.variant.adapter or "": each.score.mean_kl for each in held}
-    return Report(report_json(evaluation, sizes, warnings), page, mean_kl, warnings)
+    return Report(report_json(*said), page, mean_kl, warnings)
 
 
 def _warnings(evaluation: Evaluation, exported: Iterable[Variant]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from edgelora.calibration import Arithmetic, Past, Stream, Weight
 from edgelora.config import ModelConfig
 from edgelora.errors import EdgeLoraError
 from edgelora.evaluation import LinearWeights, StoredWeights, Subject, Variant
+from edgelora.json_file import read_json_file
 from edgelora.layout import EMBEDDING, Projection, projections
 
 FORMAT, FORMAT_VERSION = "edgelora-selfcheck", 1
@@ -169,7 +170,7 @@ def extended(path: Path, subject: Subject, stored: StoredWeights, adapter: str) 
 
     Raises EdgeLoraError if the base that is stored does not compute what the file says of it.
     """
-    fields = _read(path)
+    fields = read_json_file(path, "self-check", FORMAT, FORMAT_VERSION)
     windows = np.array(fields["prompts"], np.int64)
     _check_room(windows, subject, adapter)
     variants = [Variant(None, "side"), Variant(adapter, "side")]
@@ -185,17 +186,6 @@ def extended(path: Path, subject: Subject, stored: StoredWeights, adapter: str) 
 
 def _file_bytes(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields) + "\n").encode()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields: dict[str, Any] = json.loads(path.read_bytes())
-        known = (fields["format"], fields["format_version"]) == (FORMAT, FORMAT_VERSION)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EdgeLoraError(f"{path}: cannot be read ({error}): export the bundle again") from error
-    if not known:
-        raise EdgeLoraError(f"{path}: not a self-check of this version: export the bundle again")
-    return fields
 
 
 def _check_room(windows: NDArray[np.int64], subject: Subject, adapter: str) -> None:

@@ -16,7 +16,7 @@ import tiny
 from edgelora import EdgeLoraError
 from edgelora.adapter import model_name
 from edgelora.adding import add_adapter
-from edgelora.manifest import read_manifest, sha256_file
+from edgelora.manifest import read_manifest, report_paths, sha256_file
 from killing import kill_at_every_step
 from test_float_oracle import TOKENS, make_adapter, with_adapter
 
@@ -69,10 +69,13 @@ def test_force_writes_under_a_free_name_and_removes_the_old_file(bundle: Path, t
 
 def without_selfcheck(bundle: Path) -> dict[str, Any]:
     """The manifest but for the self-check, which notes how noisy an adapter added alone is, and for
-    what the report leaves out.
+    the report, which leaves it out.
     """
     fields = read_manifest(bundle)
     fields["adapters"]["a"].pop("report", None)
+    for path in report_paths(fields).values():
+        fields["files"].pop(path)
+    fields.pop("report", None)
     fields["files"].pop(fields.pop("selfcheck", "selfcheck.json"))
     return fields | {"digest": ""}
 

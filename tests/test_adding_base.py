@@ -13,6 +13,7 @@ import tiny
 from edgelora.adding import add_adapter
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import read_manifest, report_paths
+from edgelora.report import read_report
 from edgelora.verify import verify
 from killing import kill_at_every_step
 from ledger_adapters import make
@@ -57,6 +58,10 @@ def report(bundle: Path) -> dict[str, Any]:
 def without_means(variant: dict[str, Any]) -> dict[str, Any]:
     """But for those of figures that were rounded already."""
     return {key: each for key, each in variant.items() if not key.startswith("delta_")}
+
+
+def told(bundle: Path, adapter: str) -> list[dict[str, Any]]:
+    return [each for each in report(bundle)["variants"] if each["adapter"] == adapter]
 
 
 def html(bundle: Path) -> str:
@@ -121,13 +126,32 @@ def test_without_the_base_it_is_said_whom_the_report_leaves_out(
     said = ok("add-adapter", bundle, f"n={folders['head']}")
     assert "the report tells nothing of n: --base BASE --force measures it" in said
     assert "tells nothing of n, added without the base" in ok("verify", bundle)
+    assert "Not measured: n, added without the base" in html(bundle)
+    assert len(told(bundle, "a")) == 4 and report(bundle)["left_out"] == ["n"]
     add_adapter(bundle, "a", folders["head"], force=True)
     assert "tells nothing of a, n, added" in ok("verify", bundle)
-    for name in "na":
+    assert "Not measured: n, a, added" in html(bundle) and '<td colspan="8">a</td>' not in html(
+        bundle
+    )
+    assert not told(bundle, "a") and {*report(bundle)["effects"]} == set()
+    for name, left in {"n": ["a"], "a": []}.items():
         said = ok("add-adapter", bundle, f"{name}={folders['head']}", "--base", base, "--force")
         assert "mean KL from the float model: 0." in said and "nothing" not in said
+        assert report(bundle)["left_out"] == left
+        assert len(told(bundle, name)) == 4 and f'<td colspan="8">{name}</td>' in html(bundle)
     assert "tells nothing" not in ok("verify", bundle)
-    assert len([v for v in report(bundle)["variants"] if v["adapter"] == "a"]) == 4
+    assert "Not measured" not in html(bundle)
+
+
+def test_a_damaged_report_is_named(folders: dict[str, Path], bundle: Path) -> None:
+    (bundle / "report.json").write_text("{}")
+    with pytest.raises(EdgeLoraError, match=r"report\.json"):
+        add_adapter(bundle, "n", folders["head"])
+    with pytest.raises(EdgeLoraError, match=r"report\.json: cannot be read .'format'.: export"):
+        read_report(bundle / "report.json")
+    (bundle / "report.json").write_text('{"format": "edgelora-report", "format_version": 2}')
+    with pytest.raises(EdgeLoraError, match="not a report of this version: export the bundle"):
+        read_report(bundle / "report.json")
 
 
 def test_a_bundle_without_a_report_gets_none(

@@ -108,7 +108,7 @@ def _text(found: "BundleEvaluation") -> str:
 
 def _fields(found: "BundleEvaluation") -> dict[str, object]:
     return {
-        "text": found.text.description(),
+        "text": asdict(found.text.description),
         "isa": found.isa,
         "scores": [asdict(score) for score in found.scores],
     }

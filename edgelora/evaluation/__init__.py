@@ -8,7 +8,7 @@ from edgelora.evaluation.evaluation import (
 from edgelora.evaluation.scores import Score, Tally
 from edgelora.evaluation.stored import StoredWeights
 from edgelora.evaluation.survival import Survival, survival
-from edgelora.evaluation.text import EvaluationText, read_evaluation_text
+from edgelora.evaluation.text import EvaluationText, TextDescription, read_evaluation_text
 from edgelora.evaluation.variants import Kind, LinearWeights, Subject, Variant
 from edgelora.evaluation.walk import LinearResult, Walk
 
@@ -22,6 +22,7 @@ __all__ = [
     "StoredWeights",
     "Subject",
     "Survival",
+    "TextDescription",
     "Tally",
     "Variant",
     "VariantResult",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgelora.evaluation.scores import Score
-from edgelora.evaluation.text import EvaluationText
+from edgelora.evaluation.text import TextDescription
 from edgelora.evaluation.variants import Variant
 from edgelora.evaluation.walk import LinearResult, Walk
 
@@ -44,7 +44,7 @@ class VariantResult:
 class Evaluation:
     """Variants are grouped by adapter, the base first."""
 
-    text: EvaluationText
+    text: TextDescription
     results: tuple[VariantResult, ...]
     effects: Mapping[str, Score]  # adapter → how far the float base without it is from it
     unapplied: Mapping[str, Score]  # the same of the rounded base
@@ -75,7 +75,7 @@ def evaluate(walk: Walk) -> Evaluation:
     walk.run()
     scores = dict(walk.scores())
     return Evaluation(
-        walk.text,
+        walk.text.description,
         tuple(
             VariantResult(variant, variant in walk.exported, score, walk.linears[variant])
             for variant, score in scores.items()

@@ -16,6 +16,17 @@ FEWEST = 16  # tokens; an evaluation of fewer says nothing
 
 
 @dataclass(frozen=True)
+class TextDescription:
+    """Which text, and how much of it."""
+
+    name: str
+    sha256: str  # of the whole file
+    windows: int
+    positions: int  # tokens of a window
+    tokens_scored: int
+
+
+@dataclass(frozen=True)
 class EvaluationText:
     """Windows of a text as the base reads it; the second half of each is scored."""
 
@@ -28,16 +39,11 @@ class EvaluationText:
         """The logits of this position and all after it, but the last, are scored."""
         return int(self.windows.shape[1]) // 2
 
-    def description(self) -> dict[str, str | int]:
-        """For machines: which text, and how much of it."""
+    @property
+    def description(self) -> TextDescription:
+        """All of it but the tokens."""
         windows, positions = self.windows.shape
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "windows": windows,
-            "positions": positions,
-            "tokens_scored": self.tokens_scored,
-        }
+        return TextDescription(self.name, self.sha256, windows, positions, self.tokens_scored)
 
     @property
     def tokens_scored(self) -> int:

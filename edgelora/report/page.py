@@ -1,5 +1,6 @@
 """report.html: one file, nothing loaded from elsewhere, no scripts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -29,18 +30,25 @@ class Group:
 
 
 def report_html(
-    evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...], *, title: str, summary: str
+    evaluation: Evaluation,
+    sizes: Bytes,
+    warnings: tuple[str, ...],
+    left_out: Sequence[str],
+    *,
+    title: str,
+    summary: str,
 ) -> bytes:
-    """The page, UTF-8."""
+    """The page, UTF-8. left_out: adapters of the bundle that were not measured."""
     text = evaluation.text
-    windows, positions = text.windows.shape
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_template())
     html = page.render(
         title=title,
         summary=summary,
         warnings=warnings,
         groups=_groups(evaluation, sizes),
-        text=f"{text.name}, {windows} windows of {positions} tokens, the second half scored",
+        left_out=", ".join(left_out),
+        text=f"{text.name}, {text.windows} windows of {text.positions} tokens, the second half "
+        "scored",
         bars=plots.divergence_bars(evaluation),
         survival=_survival(evaluation),
         maps=_maps(evaluation),

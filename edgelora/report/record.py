@@ -1,23 +1,26 @@
 """report.json (fields: ARCHITECTURE.md)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from edgelora.evaluation import Evaluation, LinearResult, Score, VariantResult
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "edgelora-report", 1
 Bytes = Mapping[tuple[str | None, str], tuple[int, int]]  # (adapter, kind) → weights, adapter
 
 
-def report_json(evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...]) -> bytes:
+def report_json(
+    evaluation: Evaluation, sizes: Bytes, warnings: tuple[str, ...], left_out: Sequence[str]
+) -> bytes:
     """Numbers with four digits."""
     fields = {
-        "format": "edgelora-report",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "text": evaluation.text.description(),
+        "text": asdict(evaluation.text),
         "warnings": list(warnings),
+        "left_out": list(left_out),
         "unapplied": {name: _score(score) for name, score in evaluation.unapplied.items()},
         "effects": {name: _score(score) for name, score in evaluation.effects.items()},
         "variants": [_variant(result, sizes) for result in evaluation.results],
