@@ -191,8 +191,8 @@ def linear_model(
     return one_node("Linear", inputs, [*ROLES, "bias", "norm"], arrays, attributes, 3, last)
 
 
-def layer_model(parts: dict[str, bytes], **changes: Any) -> bytes:
-    """A model of one Layer that has all inputs and attributes of its parts.
+def layer_model(parts: dict[str, bytes], *, keeps: bool = False, **changes: Any) -> bytes:
+    """A model of one Layer that has all inputs and attributes of its parts, and `kept` if it keeps.
 
     `changes` replace attributes or constants (None: left out); they begin with the prefix.
     """
@@ -211,14 +211,20 @@ def layer_model(parts: dict[str, bytes], **changes: Any) -> bytes:
         (attributes if name in attributes else constants)[name] = change
     names = ["" if constants.get(name, name) is None else name for name in names]
     attributes = {name: value for name, value in attributes.items() if value is not None}
+    kept = [helper.make_tensor_value_info("kept", TensorProto.INT64, ["rows"])] if keeps else []
     outputs = list(graphs[""].output)
     node = helper.make_node(
-        "Layer", names, [each.name for each in outputs], "the_node", domain="edgelora", **attributes
+        "Layer",
+        [*names, *(each.name for each in kept)],
+        [each.name for each in outputs],
+        "the_node",
+        domain="edgelora",
+        **attributes,
     )
     graph = helper.make_graph(
         [node],
         "one_node",
-        [*graphs["qkv_"].input[:2], *graphs[""].input[1:]],
+        [*graphs["qkv_"].input[:2], *graphs[""].input[1:], *kept],
         outputs,
         [numpy_helper.from_array(array, name) for name, array in constants.items()
          if array is not None],

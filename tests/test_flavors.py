@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 import edgelora
 import oracle
+import tiny
 from edgelora import EdgeLoraError
 from test_float_oracle import ARCHITECTURES, SHARE, TOKENS, make_adapter, with_adapter
 
@@ -125,3 +126,16 @@ def test_equal_weighted_sum_set_again_computes_the_cache_anew(tmp_path: Path) ->
             session.adapter = {"a": 0.5}
             ours = session.logits(TOKENS[-1:])[0]
     oracle.assert_close(ours, expected, SHARE)
+
+
+@pytest.mark.parametrize("flavor", ["edgelora", "ort"])
+def test_prompt_of_several_runs_leaves_its_last_logits(flavor: str, tmp_path: Path) -> None:
+    """Only the last run of a prefill computes any."""
+    base = tiny.tiny_llama(tmp_path / "base", max_position_embeddings=1024)
+    edgelora.export(base, tmp_path / "bundle", format="float", flavor=flavor, report=False)
+    tokens = (TOKENS * 600)[:600]
+    with edgelora.load(tmp_path / "bundle") as model, model.session() as session:
+        session.prefill(tokens)
+        last = session.last_logits
+        assert last is not None
+        oracle.assert_close(last, model.logits(tokens)[-1], 1e-5)

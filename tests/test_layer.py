@@ -142,6 +142,48 @@ def test_layer_keeps_the_cache_of_an_empty_sequence(library: str, kv_format: str
     check_layer(library, spec, SMALL, FORMATS[0], [[5, 4, 2], [0, 4, 2], [1, 5, 3]])
 
 
+KEPT = [[32], [0], [5, 32], [32, 4, 4], list(range(33)), list(range(32, -1, -1)), [7] * 40, []]
+
+
+@pytest.mark.parametrize("kv_format", ["float", "int8"])
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_layer_keeps_the_rows_asked_for(library: str, kv_format: str, kept: list[int]) -> None:
+    """What is left of its output; the kv_cache is that of all rows, also behind others."""
+    spec = Spec(4, 2, 32, kv_format=kv_format, norms=True)
+    models = part_models(spec, WIDE)
+    whole = open_session(library, layer_model(models))
+    keeping = open_session(library, layer_model(models, keeps=True))
+    cache = spec.empty_cache(2, 96)
+    for last in ([32, 32], [65, 53]):
+        feeds = random_feeds(WIDE, cache, 33, last)
+        y, *wanted = whole.run(None, feeds)
+        ours, *cache = keeping.run(None, feeds | {"kept": np.array(kept, np.int64)})
+        assert ours.shape == (2, len(kept), WIDE[0])
+        # A row may meet a kernel for few rows: its sums round otherwise, and then a code.
+        np.testing.assert_allclose(ours, y[:, kept], rtol=0, atol=0.01 * np.abs(y).max())
+        for b, h in np.ndindex(2, spec.kv_heads):
+            heads = (read_head(spec, k[b, h], v[b, h]) for k, v in (cache, wanted))
+            for array, other in zip(*(head.part(0, last[b] + 1) for head in heads), strict=True):
+                np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize(
+    "kept, message",
+    [
+        ([0, 1], "row 1 of 1 cannot be kept"),
+        ([-1], "row -1 of 1 cannot be kept"),
+    ],
+)
+def test_layer_refuses_rows_that_are_not_there(library: str, kept: list[Any], message: str) -> None:
+    session = open_session(library, layer_model(part_models(REFUSED, SMALL), keeps=True))
+    feeds = random_feeds(SMALL, REFUSED.empty_cache(1, 32), 1, [5])
+    y, *_ = session.run(None, feeds | {"kept": np.array([], np.int64)})
+    assert y.shape == (1, 0, SMALL[0])
+    with pytest.raises(Exception, match=r"edgelora\.Layer the_node: ") as error:
+        session.run(None, feeds | {"kept": np.array(kept, np.int64)})
+    assert message in str(error.value)
+
+
 def check_refusal(library: str, models: dict[str, bytes], message: str, **changes: Any) -> None:
     with pytest.raises(Exception, match=r"edgelora\.Layer the_node: ") as error:
         open_session(library, layer_model(models, **changes))

@@ -2,8 +2,9 @@
 
 Read from top to bottom, a token meets embedding, then in each layer qkv_proj of its norm,
 attention, o_proj onto the residual, gate_up_proj of its norm with SwiGLU, down_proj onto the
-residual; at last lm_head of the norm of the rows that `logits_to_keep` names. In flavor `edgelora`
-a layer is one node, unless its parts are in formats that cannot be packed.
+residual; at last lm_head of the final norm. Behind the last layer's attention only the rows that
+`logits_to_keep` names go on. In flavor `edgelora` a layer is one node, unless its parts are in
+formats that cannot be packed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from edgelora.layout import (
     head,
     mlp_projections,
 )
+
+KEPT = "logits_to_keep"  # input: rows of a sequence
 
 
 class Decoder:
@@ -77,7 +80,11 @@ class Decoder:
             "gate_up": self._part(gate_up, norm=after, activation="swiglu"),
             "down": self._part(down),
         }
-        return self.ops.layer(self.nodes, self.config, x, self._cached([], layer), parts)
+        cached, kept = self._cached([], layer), KEPT if self._is_last(layer) else ""
+        return self.ops.layer(self.nodes, self.config, x, cached, parts, kept)
+
+    def _is_last(self, layer: int) -> bool:
+        return layer == self.config.num_hidden_layers - 1
 
     def _part(
         self, projection: Projection, *, norm: str = "", activation: str = "none"
@@ -123,7 +130,12 @@ class Decoder:
         qkv_proj, o_proj = attention_projections(self.config, layer)
         qkv = self._project(x, qkv_proj, norm=f"{path}.input_layernorm")
         attended = self.ops.attention(self.nodes, self.config, self._cached(qkv, layer))
+        if self._is_last(layer):
+            attended, x = (self._kept(each) for each in (attended, x))
         return self._project(attended, o_proj, residual=x)[0]
+
+    def _kept(self, x: str) -> str:
+        return self.nodes.add("Gather", [x, KEPT], f"{x}.kept", axis=1)
 
     def _mlp(self, x: str, layer: int) -> str:
         """x + down_proj(silu(gate)·up)."""
@@ -138,9 +150,7 @@ class Decoder:
         return self._project(activated, down, residual=x)[0]
 
     def _logits(self, x: str) -> None:
-        """Only the rows that are asked for reach the last norm and lm_head."""
-        kept = self.nodes.add("Gather", [x, "logits_to_keep"], "kept", axis=1)
-        logits = self._project(kept, head(self.config), norm=FINAL_NORM)[0]
+        logits = self._project(x, head(self.config), norm=FINAL_NORM)[0]
         self.nodes.nodes[-1].output[0] = "logits"
         assert logits == "lm_head"
 
@@ -148,7 +158,7 @@ class Decoder:
         ids = [
             value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"]),
-            value("logits_to_keep", TensorProto.INT64, ["rows"]),
+            value(KEPT, TensorProto.INT64, ["rows"]),
         ]
         cache = self._cache("past_key_values", "past_sequence")
         return ids + cache + self.ops.adapter_inputs()

@@ -84,8 +84,11 @@ class OwnOps:
         x: str,
         inputs: AttentionInputs,
         parts: Mapping[str, LayerPart],
+        kept: str,
     ) -> str:
-        """A whole layer [batch, sequence, hidden_size] of qkv, o, gate_up and down, all packed."""
+        """A whole layer of qkv, o, gate_up and down, all packed: [batch, sequence, hidden_size], or
+        of the rows that `kept` names.
+        """
         name = inputs.path.removesuffix(".self_attn")
         values = [x, "adapter_ids", *_attention_inputs(config, inputs)]
         attributes = self._attention_attributes(config)
@@ -94,6 +97,7 @@ class OwnOps:
             values += _part_inputs(part.matrix, part.around)
             of_part = _part_attributes(part.linears, part.matrix, part.around)
             attributes |= {f"{prefix}_{key}": value for key, value in of_part.items()}
+        values.append(kept)
         return nodes.add(
             "Layer",
             _trimmed(values),

@@ -72,19 +72,20 @@ AttentionJob::AttentionJob(const AttentionCall& call)
 
 void AttentionJob::plan_tickets() {
   const int64_t longest = *std::max_element(call_.past, call_.past + call_.batch) + call_.sequence;
-  tile_queries_ = std::min(call_.sequence, std::max<int64_t>(1, kTileRows / group_));
-  tiles_ = ceil_div(call_.sequence, tile_queries_);
+  const int64_t queries = call_.sequence - call_.first_query;
+  tile_queries_ = std::min(queries, std::max<int64_t>(1, kTileRows / group_));
+  tiles_ = queries == 0 ? 0 : ceil_div(queries, tile_queries_);
   const int64_t tickets = call_.batch * node_.kv_heads * tiles_;
   const double work = static_cast<double>(2 * longest * node_.head_dim * node_.heads) *
-                      static_cast<double>(call_.sequence * call_.batch);
+                      static_cast<double>(queries * call_.batch);
   const double shares = work / static_cast<double>(kWorkPerThread);
   workers_ = static_cast<int64_t>(std::clamp(shares, 1.0, static_cast<double>(call_.threads)));
-  if (workers_ > 1 && tickets < workers_ * kTicketsPerThread) {
+  if (workers_ > 1 && 0 < tickets && tickets < workers_ * kTicketsPerThread) {
     splits_ = std::min(ceil_div(longest, kAttentionChunk),
                        ceil_div(workers_ * kTicketsPerThread, tickets));
   }
   split_step_ = KvLayout::capacity_for(ceil_div(longest, splits_));
-  if (call_.sequence > 1) {
+  if (call_.sequence > 1 || queries == 0) {
     append_tickets_ = call_.batch * node_.kv_heads * ceil_div(call_.sequence, kAppendRows);
   }
 }
@@ -151,7 +152,7 @@ AttentionJob::Part AttentionJob::part_of(int64_t ticket) const {
   Part part{};
   part.sequence = head / node_.kv_heads;
   part.kv_head = head % node_.kv_heads;
-  part.query_begin = tile * tile_queries_;
+  part.query_begin = call_.first_query + tile * tile_queries_;
   part.query_end = std::min(call_.sequence, part.query_begin + tile_queries_);
   const int64_t past = call_.past[part.sequence];
   const int64_t seen = past + part.query_end;  // by the last row

@@ -45,6 +45,7 @@ struct AttentionCall {
   float* y;  // [batch, sequence, heads · head_dim]
   int64_t batch;
   int64_t sequence;
+  int64_t first_query;  // of each sequence: rows of y before it are not written
   const int64_t* past;  // [batch], positions that the kv_cache holds before the call
   uint8_t* keys;        // [batch, kv_heads, capacity, key_row_bytes]
   uint8_t* values;      // [batch, kv_heads, capacity, value_row_bytes]

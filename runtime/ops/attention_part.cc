@@ -109,6 +109,7 @@ void AttentionPart::run(const Caches& caches, const AttentionRun& run) const {
   call.y = run.y;
   call.batch = run.batch;
   call.sequence = run.sequence;
+  call.first_query = run.first_query;
   call.past = caches.past->data();
   call.keys = caches.keys.present;
   call.values = caches.values.present;

@@ -14,6 +14,7 @@ struct AttentionRun {
   float* y;  // [batch · sequence, heads · head_dim]
   int64_t batch;
   int64_t sequence;
+  int64_t first_query = 0;  // rows of y before it, in each sequence, are not written
 };
 
 class AttentionPart {

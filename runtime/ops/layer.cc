@@ -1,6 +1,7 @@
 // edgelora::Layer: one layer of a decoder, whose steps Linear and Attention are:
 //   a = x + o_proj(attention(qkv_proj(norm(x))))
 //   y = a + down_proj(swiglu(gate_up_proj(norm(a))))
+// of all rows, or of those that are kept: others only enter the kv_cache.
 //
 // A node costs a decode step microseconds in the graph engine: five nodes a layer took a tenth of a token
 // of SmolLM2-135M.
@@ -22,6 +23,7 @@ enum InputIndex : size_t {
   kOutput = kQkv + LinearPart::kInputCount,
   kGateUp = kOutput + LinearPart::kInputCount,
   kDown = kGateUp + LinearPart::kInputCount,
+  kKept = kDown + LinearPart::kInputCount,
 };
 
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -45,6 +47,7 @@ constexpr Input kInputs[] = {
     EDGELORA_LINEAR_INPUTS,                                        // o
     EDGELORA_LINEAR_INPUTS,                                        // gate_up
     EDGELORA_LINEAR_INPUTS,                                        // down
+    {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, kOptional},              // rows to keep
 };
 #undef EDGELORA_LINEAR_INPUTS
 
@@ -56,7 +59,8 @@ class Layer : public NodeKernel {
         qkv_(linear(shared, node, {"qkv", kQkv, "none"})),
         output_(linear(shared, node, {"o", kOutput, "none"})),
         gate_up_(linear(shared, node, {"gate_up", kGateUp, "swiglu"})),
-        down_(linear(shared, node, {"down", kDown, "none"})) {
+        down_(linear(shared, node, {"down", kDown, "none"})),
+        keeps_(node.has_input(kKept)) {
     check_width("qkv", attention_.q_width() + 2 * attention_.kv_width(), qkv_.columns());
     check_width("o", attention_.q_width(), output_.in_features());
     check_width("o", qkv_.in_features(), output_.columns());
@@ -67,20 +71,32 @@ class Layer : public NodeKernel {
 
   void compute(OrtKernelContext* context) const override {
     const Tensor x = read_rows(api_, context, kX, "x", qkv_.in_features());
-    const Shape& shape = x.shape;
+    Shape shape = x.shape;
     const Tensor ids = read_adapter_ids(api_, context, kAdapterIds, shape.dims[0]);
-    float* y = float_output(api_, context, shape);
     const int64_t rows = shape.dims[0] * shape.dims[1];
-    const Values values = take_values(rows);
-    LinearRun linear{static_cast<const float*>(x.data), nullptr, values.wide, shape.dims[0],
-                     shape.dims[1], static_cast<const int64_t*>(ids.data)};
+    const Kept kept = read_kept(context, shape.dims[1]);
+    shape.dims[1] = kept.count;
+    float* y = float_output(api_, context, shape);
+    const Values values = take_values(std::max(rows, shape.dims[0] * kept.count));
+    LinearRun linear{static_cast<const float*>(x.data), nullptr, values.wide, x.shape.dims[0],
+                     x.shape.dims[1], static_cast<const int64_t*>(ids.data)};
     const auto caches = attention_.open(context, linear.batch, linear.sequence);
     if (rows == 1) prefetch();
     if (rows > 0) qkv_.run(linear);
-    attention_.run(caches, attention_.packed_run(values.wide, values.attended, linear.batch,
-                                                 linear.sequence));
-    if (rows == 0) return;
-    output_.run(from_to(linear, values.attended, linear.x, values.middle));
+    AttentionRun attention =
+        attention_.packed_run(values.wide, values.attended, linear.batch, linear.sequence);
+    attention.first_query = kept.first;
+    attention_.run(caches, attention);
+    const float* attended = values.attended;
+    if (!kept.all) {
+      gather(kept, linear, attended, attention_.q_width(), values.wide);
+      gather(kept, linear, linear.x, output_.columns(), y);
+      attended = values.wide;
+      linear.x = y;
+      linear.sequence = kept.count;
+    }
+    if (linear.batch * linear.sequence == 0) return;
+    output_.run(from_to(linear, attended, linear.x, values.middle));
     gate_up_.run(from_to(linear, values.middle, nullptr, values.wide));
     down_.run(from_to(linear, values.wide, values.middle, y));
   }
@@ -91,6 +107,44 @@ class Layer : public NodeKernel {
     float* attended;  // heads; behind q ‖ k ‖ v, in the place of silu(gate)·up
     float* middle;    // x + o_proj
   };
+
+  struct Kept {           // rows of each sequence behind attention
+    const int64_t* rows;  // [count]
+    int64_t count;
+    int64_t first;  // the smallest
+    bool all;       // each once, in order
+  };
+
+  Kept read_kept(const OrtKernelContext* context, int64_t sequence) const {
+    if (!keeps_) return {nullptr, sequence, 0, true};
+    const Tensor tensor = input(api_, context, kKept);
+    if (tensor.shape.rank != 1) {
+      throw Error(EDGELORA_INVALID_ARGUMENT,
+                  "the rows to keep are " + to_string(tensor.shape) + ", expected one dimension");
+    }
+    Kept kept{static_cast<const int64_t*>(tensor.data), tensor.shape.dims[0], sequence, true};
+    kept.all = kept.count == sequence;
+    for (int64_t i = 0; i < kept.count; ++i) {
+      const int64_t row = kept.rows[i];
+      if (row < 0 || row >= sequence) {
+        throw Error(EDGELORA_INVALID_ARGUMENT, "row " + std::to_string(row) + " of " +
+                                                   std::to_string(sequence) + " cannot be kept");
+      }
+      kept.first = std::min(kept.first, row);
+      kept.all = kept.all && row == i;
+    }
+    return kept;
+  }
+
+  static void gather(const Kept& kept, const LinearRun& run, const float* from, int64_t width,
+                     float* to) {
+    for (int64_t b = 0; b < run.batch; ++b) {
+      for (int64_t i = 0; i < kept.count; ++i) {
+        std::copy_n(from + (b * run.sequence + kept.rows[i]) * width, width, to);
+        to += width;
+      }
+    }
+  }
 
   // What the later steps read first, while the first one streams its weights.
   void prefetch() const {
@@ -147,6 +201,7 @@ class Layer : public NodeKernel {
   const LinearPart output_;
   const LinearPart gate_up_;
   const LinearPart down_;
+  const bool keeps_;  // some rows, else all
 };
 
 std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {

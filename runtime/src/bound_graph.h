@@ -33,6 +33,7 @@ class BoundGraph {
 
   // Computes the chunk; its keys and values are in the kv_cache afterwards. Throws Error; the
   // kv_cache before `position` stays as it was in any case.
+  void run_mute(const Chunk& chunk);                 // no logits
   void run_last(const Chunk& chunk, float* logits);  // logits of the last token [vocab_size]
   void run_all(const Chunk& chunk, float* logits);   // logits of every token [count, vocab_size]
 

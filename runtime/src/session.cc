@@ -170,13 +170,15 @@ void Session::make_due() {
   if (!has_logits()) cached_.shorten(tokens_.size() - 1);
 }
 
-void Session::run_chunk(const Chunk& chunk, float* all_logits) {
+void Session::run_chunk(const Chunk& chunk, bool is_last, float* all_logits) {
   if (cancelled_) throw cancelled();
   try {
     if (all_logits != nullptr) {
       graph_.run_all(chunk, all_logits);
-    } else {
+    } else if (is_last) {
       graph_.run_last(chunk, next_logits_.data());
+    } else {
+      graph_.run_mute(chunk);
     }
   } catch (const Error&) {
     if (cancelled_) throw cancelled();
@@ -197,7 +199,7 @@ void Session::compute(size_t end, float* all_logits) {
     const size_t count = std::min(last - begin, static_cast<size_t>(BoundGraph::kMostTokens));
     activate(wanted_.at(begin));
     run_chunk({tokens_.data() + begin, static_cast<int64_t>(count), static_cast<int64_t>(begin)},
-              all_logits);
+              begin + count == end, all_logits);
     if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
     cached_.lengthen(begin + count, wanted_.at(begin));
     computed_ += static_cast<int64_t>(count);

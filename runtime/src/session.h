@@ -81,7 +81,7 @@ class Session {
   void extend(const int32_t* tokens, size_t count, float* all_logits);
   void make_due();
   void compute(size_t end, float* all_logits);
-  void run_chunk(const Chunk& chunk, float* all_logits);
+  void run_chunk(const Chunk& chunk, bool is_last, float* all_logits);
   void commit_logits();
   void compute_due();
   bool is_stale() const;
