@@ -31,8 +31,8 @@ Result = TypeVar("Result")
 
 
 class RoundedArithmetic(Arithmetic):
-    """The inputs of each linear rounded to int8; with a kv_cache in int8 queries, keys and values
-    too, before the keys are rotated, which comes to the same.
+    """The inputs of each linear rounded to int8; in flavor edgelora (`ours`) queries, keys and
+    values too, before the keys are rotated, which comes to the same, and all of a side branch.
     """
 
     def __init__(
@@ -42,18 +42,26 @@ class RoundedArithmetic(Arithmetic):
         rotary: tuple[Float32, Float32],
         block_size: int,
         *,
-        kv_int8: bool,
+        ours: bool,
     ) -> None:
         super().__init__(config, positions, rotary)
-        self.block_size, self.kv_int8 = block_size, kv_int8
+        self.block_size, self.ours = block_size, ours
 
     def linear(self, x: Float32, weight: Weight, bias: Float32) -> Float32:
         """Of the rounded x."""
         return super().linear(rounded(x, self.block_size), weight, bias)
 
+    def side_branch(self, x: Float32, lora_a: Float32, lora_b: Float32) -> Float32:
+        """Of t = A·x and of B whole rows have one scale, of A blocks."""
+        if not self.ours:
+            return super().side_branch(x, lora_a, lora_b)
+        rank, none = len(lora_a), np.zeros(0, np.float32)
+        t = super().linear(x, rounded(lora_a, BLOCK), none)
+        return super().linear(rounded(t, rank), rounded(lora_b, rank), none)
+
     def attention(self, q: Float32, k: Float32, v: Float32, past: Past | None = None) -> Float32:
         """As the kv_cache of its flavor keeps them."""
-        if self.kv_int8:
+        if self.ours:
             q, k, v = self._in_heads(q, BLOCK), self._in_heads(k, BLOCK), self._of_a_head(v)
             past = past and (self._in_heads(past[0], BLOCK), self._of_a_head(past[1]))
         return super().attention(q, k, v, past)
@@ -124,7 +132,7 @@ class Rehearsal:
         if plan.format == "float":
             return exact, exact
         block_size = BLOCK if ours else plan.block_size
-        return exact, RoundedArithmetic(config, positions, rotary, block_size, kv_int8=ours)
+        return exact, RoundedArithmetic(config, positions, rotary, block_size, ours=ours)
 
     def _through(
         self,

@@ -14,8 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 import edgelora
 import tiny
+from edgelora.calibration import Beside
+from edgelora.checkpoint import open_checkpoint
 from edgelora.errors import EdgeLoraError
+from edgelora.graph import rotary_tables
 from edgelora.manifest import HEAD_FIELDS, file_entries, manifest_bytes, read_manifest
+from edgelora.selfcheck import RoundedArithmetic
 from edgelora.verify import verify
 from test_float_oracle import ARCHITECTURES, make_adapter
 from test_quantized_oracle import FORMATS
@@ -180,6 +184,36 @@ def test_equal_exports_foresee_the_same(
     edgelora.export(base, tmp_path / "b", adapters=adapters, report=False)
     mine, theirs = ((each / "selfcheck.json").read_bytes() for each in (tmp_path / "b", exported()))
     assert mine == theirs
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_tolerance_knows_that_a_side_branch_is_in_int8(base: Path, *, ours: bool) -> None:
+    """A has a scale for 32 inputs, t and B one for a row; flavor ort computes them in float."""
+    rng = np.random.default_rng(0)
+    x, lora_a, lora_b = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((5, 96), (6, 96), (9, 6))
+    )
+    beside = Beside(np.zeros((9, 96), np.float32), None, lora_a, lora_b)
+    config = open_checkpoint(base).config
+    rotary = rotary_tables(config, 8)
+    arithmetic = RoundedArithmetic(config, 8, rotary, 32, ours=ours)
+    found = arithmetic.linear(x, beside, np.zeros(0, np.float32))
+    exact = in_int8(x, 32) @ lora_a.T @ lora_b.T
+    if ours:
+        t = in_int8(x, 32) @ in_int8(lora_a, 32).T
+        rough = in_int8(t, 6) @ in_int8(lora_b, 6).T
+        np.testing.assert_allclose(found, rough, rtol=1e-4, atol=1e-4)
+        t_exact = in_int8(x, 32) @ lora_a.T @ in_int8(lora_b, 6).T
+        assert np.abs(rough - t_exact).max() > 1e-2 and np.abs(rough - exact).max() > 1e-2
+    else:
+        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def in_int8(values: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """To the nearest of 255 values up to the largest magnitude of each block of a row."""
+    blocks = values.reshape(len(values), -1, block).astype(np.float64)
+    steps = np.abs(blocks).max(-1, keepdims=True) / 127
+    return np.asarray((np.rint(blocks / steps) * steps).reshape(values.shape), np.float32)
 
 
 # ---- what was changed does not ----

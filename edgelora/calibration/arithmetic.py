@@ -79,9 +79,13 @@ class Arithmetic:
             if beside.factors is not None:
                 y *= beside.factors
             if len(beside.lora_a):
-                t = _run(self._transposed_right, a=x, b=beside.lora_a)
-                y += _run(self._transposed_right, a=t, b=beside.lora_b)
+                y += self.side_branch(x, beside.lora_a, beside.lora_b)
         return y
+
+    def side_branch(self, x: Float32, lora_a: Float32, lora_b: Float32) -> Float32:
+        """B·(A·x), [rows, out_features]."""
+        t = _run(self._transposed_right, a=x, b=lora_a)
+        return np.asarray(_run(self._transposed_right, a=t, b=lora_b), np.float32)
 
     def gram(self, x: Float32) -> Float64:
         """xᵀ·x of [rows, features]."""
