@@ -229,15 +229,28 @@ void multiply_chunks(const PanelView& panel, const RowGroups& groups, ChunkMemor
   scale_tile(panel.unit, groups.rows, acc);
 }
 
+// What one group fetches of the panels that follow, so that all of it is there when the last group
+// is done. Each fetching a bit ahead of itself would miss the second panel of the next pair.
+struct Ahead {
+  const char* from;
+  int64_t lines;  // with each block
+
+  void prefetch(int64_t b) const {
+    const char* line = from + b * lines * 64;
+    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(line + i * 64, _MM_HINT_T0);
+  }
+};
+
 // The same for Isa::panel_pair.
 template <class Isa, Format kFormat, int kRows, int kPanels>
-void panel_pair(const PanelView panels[], const RowTile& group, const Out out[]) {
+void panel_pair(const PanelView panels[], const RowTile& group, const Out out[],
+                const Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (group.rows < kRows) {
-      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, out);
+      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, out, ahead);
     }
   }
-  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, out);
+  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, out, ahead);
 }
 
 // kPanels panels from p on.
@@ -251,8 +264,13 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
     panels[i] = panel_view(weights, p + i);
     out[i] = out_of(weights, p + i, {y, y_stride}, acc);
   }
+  constexpr int64_t kLines = kPanels * (kFormat == Format::kInt8 ? 8 : 4);  // of a block
+  const int64_t blocks = panels[0].blocks;
+  const auto* codes = reinterpret_cast<const char*>(panels[0].codes);
+  Ahead ahead{codes + blocks * kLines * 64, ceil_div(kLines, groups.count)};
   for (int64_t g = 0; g < groups.count; ++g) {
-    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], out);
+    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], out, ahead);
+    ahead.from += blocks * ahead.lines * 64;
     for (Out& each : out) each.to += groups.of[g].rows * each.stride;
   }
   store_part(weights, p + kPanels - 1, groups.rows, acc, {y, y_stride});

@@ -17,20 +17,22 @@ struct PanelPairs : VnniIsa<Registers> {
 
   // out[p] [kRows, 16] = panel p · x
   template <Format kFormat, int kRows, int kPanels>
-  static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[]) {
+  static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[],
+                         const Ahead& ahead) {
     const int64_t step = int64_t{1} << panels[0].shift, blocks = panels[0].blocks;
     alignas(64) float acc[kPanels][kRows * kPanelRows];
     Out sums[kPanels];
     for (int p = 0; p < kPanels; ++p) sums[p] = {acc[p], kPanelRows};
     if (blocks <= step) {
-      return add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, blocks}, sums, out);
+      return add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, blocks}, sums, out, ahead);
     }
-    add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, step}, sums, sums);
+    add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, step}, sums, sums, ahead);
     int64_t first = step;
     for (; first + step < blocks; first += step) {
-      add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, first + step}, sums, sums);
+      add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, first + step}, sums, sums,
+                                                 ahead);
     }
-    add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, blocks}, sums, out);
+    add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, blocks}, sums, out, ahead);
   }
 
  private:
@@ -41,7 +43,7 @@ struct PanelPairs : VnniIsa<Registers> {
   // to = from + blocks · x; without `from` where they are the first.
   template <Format kFormat, int kRows, int kPanels, bool kFirst>
   static void add_blocks(const PanelView panels[], const RowTile& x, const Blocks& blocks,
-                         const Out from[], const Out to[]) {
+                         const Out from[], const Out to[], const Ahead& ahead) {
     Floats scales[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       scales[p] = V::scales<kFormat>(panels[p], blocks.begin, 0).scale;
@@ -52,7 +54,7 @@ struct PanelPairs : VnniIsa<Registers> {
       for (Floats& sum : row) sum = V::zero_floats();
     }
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      for (int p = 0; p < kPanels; ++p) prefetch_block<kFormat>(panels[p].codes, b, kPrefetchBytes);
+      ahead.prefetch(b);
       Ints dots[kRows][kPanels];
       block_dots<kFormat, kRows, kPanels>(panels, x, b, dots);
 #pragma GCC unroll 8
