@@ -39,6 +39,7 @@ class ChangedBase:
         return self.source.shape(self._source_name(name))
 
     def read(self, name: str) -> NDArray[np.float32]:
+        """An embedding with factors is merged anew each time, for nothing of a tensor is kept."""
         if name in self._replaced.tensors:
             return np.asarray(self._replaced.tensors[name].values(), np.float32)
         values = self.source.read(self._source_name(name))
