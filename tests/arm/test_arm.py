@@ -7,6 +7,7 @@ path, and no more is asked of ARM than that its error is of the size of this mac
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,11 @@ NOISE = 1.5  # of this machine's int8 error, root mean square
 PROMPT = "The sea is"
 RESULTS = [["-", "float"], ["a", "float"], ["-", "int8"], ["a", "int8"]]
 TOKENS = [5, 9, 120, 300, 7, 64]
+CARRIED: dict[str, dict[str, Any]] = {  # codes of a bitsandbytes base
+    "fp4": {"quant_type": "fp4"},
+    "fp4_plain": {"quant_type": "fp4", "double_quant": False},
+    "nf4_bfloat16": {"dtype": "bfloat16"},
+}
 
 
 def expected_isa(cpu: str) -> str:
@@ -80,12 +86,19 @@ def test_native_tests_pass(wheel: Path) -> None:
     assert "100% tests passed" in run("ctest", "--test-dir", BUILD, "--exclude-regex", "^kernels")
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, *CARRIED])
 def test_tiny_bundle_is_computed_alike(machine: Machine, kind: str, tmp_path: Path) -> None:
-    """Every format, with an adapter, in float."""
-    base = tiny.tiny_llama(tmp_path / "base")
+    """Every format, with an adapter, in float; in int8 the self-check."""
+    base, path = tmp_path / "base", tmp_path / "base"
+    if kind in CARRIED:
+        tiny.tiny_bitsandbytes(path, **CARRIED[kind])
+        base = path.with_name("base-source")
+    else:
+        tiny.tiny_llama(path)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules="all-linear")
-    edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, **FORMATS[kind])
+    options = FORMATS.get(kind, {})
+    plan = edgelora.export(path, tmp_path / "bundle", adapters={"a": adapter}, **options).plan
+    assert kind not in CARRIED or plan.format == kind.partition("_")[0]
     said = answer(tmp_path / "bundle", "a", "float", TOKENS, 8)
     ours = logits(tmp_path / "bundle", "a", "float", TOKENS + said)
     theirs = machine.speak("max", tmp_path / "bundle", "a", "float", TOKENS, said)
