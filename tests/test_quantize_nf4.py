@@ -6,7 +6,7 @@ import torch
 from bitsandbytes import functional
 
 import oracle
-from edgelora.quantize import NF4_VALUES, Nf4Matrix, dequantize, quantize_nf4
+from edgelora.quantize import NF4_VALUES, Nf4Matrix, dequantize, pack, quantize_nf4
 from edgelora.quantize.nf4 import THRESHOLDS, double_quantize, dynamic_map
 
 SHAPES = [(1, 32), (3, 50), (37, 33), (16, 64), (300, 96), (129, 640), (1100, 1024)]
@@ -151,3 +151,12 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place() -> None:
         quantize_nf4(weights)
     with pytest.raises(ValueError, match="weights must be float32"):
         quantize_nf4(weights.astype(np.float16))
+
+
+def test_a_packed_weight_takes_4_127_bits() -> None:
+    """4, an eighth for absmax codes, 1/512 for their absmax; the table is 1 KB for a matrix."""
+    rng = np.random.default_rng(0)
+    packed = pack(quantize_nf4(rng.standard_normal((1024, 512)).astype(np.float32)))
+    table = 4 * 256 + 4
+    stored = sum(values.nbytes for values in packed.arrays.values()) - table
+    assert 8 * stored / (1024 * 512) == 4 + 8 / 64 + 32 / (64 * 256)
