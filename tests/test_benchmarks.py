@@ -154,6 +154,23 @@ def test_targets_are_met_or_missed() -> None:
 # ---- losses ----
 
 
+def test_quality_table_has_llama_cpp_s_formats_of_the_same_model() -> None:
+    ours = {"format": "nf4", "mean_kl": "0.28", "kl_99_percent": "1.281"}
+    ours |= {"same_top_token": "0.708", "perplexity": "30.826", "weight_megabytes": "85.3"}
+    lost = [
+        losses.Loss(model, name, 0.0045, 0.021, 0.959, 24.0, 100, "test.txt", 142.96)
+        for model, name in (
+            (SMOLLM2, "llama.cpp Q8_0"),
+            (SMOLLM2, "EdgeLoRA nf4"),
+            ("m", "llama.cpp"),
+        )
+    ]
+    assert table.quality([ours], [ours | {"mean_kl": "0.5"}], lost).splitlines()[2:] == [
+        "| nf4, double-quantized | 0.280 | 1.28 | 70.8 % | 30.83 | 85.3 MB | 0.500 |",
+        "| llama.cpp Q8_0 | 0.004 | 0.02 | 95.9 % | 24.00 | 143.0 MB |  |",
+    ]
+
+
 def test_losses_of_others_are_kept(tmp_path: Path) -> None:
     old = [losses.Loss("m", name, 0.25, 1.5, 0.7, 31.0, 100, "test.txt") for name in "ab"]
     losses.write(tmp_path / "losses.csv", old)

@@ -191,7 +191,7 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     rows, lost = read(csv_path), losses.read()
     yield table.README, "speed", table.tables(rows, lost)
     on_code = read_quality("quality-code.csv")
-    yield table.README, "quality", table.quality(read_quality(), on_code)
+    yield table.README, "quality", table.quality(read_quality(), on_code, lost)
     yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost)
     arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
     yield arm_kernels.README, "arm", arm_kernels.ratios(arm)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -20,13 +21,13 @@ from benchmarks.folder import Peers
 from benchmarks.quality import WINDOW, Score, score_window, token_windows
 
 CSV = Path(__file__).parent / "results" / "losses.csv"
-GGUFS = ("Q4_0", "Q4_K_M")
+GGUFS = ("Q4_0", "IQ4_NL", "Q4_1", "Q4_K_S", "Q4_K_M", "Q8_0")
 NO_WORSE_THAN = "llama.cpp Q4_0"  # the bundle measured must be
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One contestant's, in nats and shares; tokens: scored."""
+    """One contestant's, in nats and shares; tokens: scored; megabytes: of llama.cpp's tensors."""
 
     model: str
     contestant: str
@@ -36,6 +37,7 @@ class Loss:
     perplexity: float
     tokens: int
     text: str
+    megabytes: float = 0.0
 
 
 def measure(peers: Peers, model: str, text: Path, windows: int) -> Iterator[Loss]:
@@ -69,10 +71,17 @@ def _llama_cpp(peers: Peers, model: str, text: Path, windows: int) -> Iterator[L
         start: list[object] = [peers.llama_tool("perplexity"), "-f", text, "-c", WINDOW, *base]
         start += ["--chunks", windows, "-m"]
         _said([*start, peers.float_gguf(model)])
+        tokens = windows * (WINDOW // 2 - 1)
         for kind in GGUFS:
-            said = _said([*start, peers.model(model) / f"{kind}.gguf", "--kl-divergence"])
-            tokens = windows * (WINDOW // 2 - 1)
-            yield Loss(model, f"llama.cpp {kind}", *figures(said), tokens, text.name)
+            file = Path(folder) / "model.gguf"
+            _said([peers.llama_tool("quantize"), peers.float_gguf(model), file, kind])
+            found = figures(_said([*start, file, "--kl-divergence"]))
+            yield Loss(model, f"llama.cpp {kind}", *found, tokens, text.name, _megabytes(file))
+
+
+def _megabytes(file: Path) -> float:
+    """Of a GGUF file's tensors: without the tokenizer."""
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors) / 1e6
 
 
 def figures(said: str) -> tuple[float, float, float, float]:
@@ -114,7 +123,8 @@ _FIGURES = ("mean_kl", "kl_99_percent", "same_top_token", "perplexity")
 
 def _loss(line: dict[str, str]) -> Loss:
     numbers = [float(line[key]) for key in _FIGURES]
-    return Loss(line["model"], line["contestant"], *numbers, int(line["tokens"]), line["text"])
+    tokens, megabytes = int(line["tokens"]), float(line["megabytes"])
+    return Loss(line["model"], line["contestant"], *numbers, tokens, line["text"], megabytes)
 
 
 def _written(loss: Loss) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The README's tables of speed and quality, generated from the committed CSVs."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contestants import OURS_INT4
@@ -26,6 +27,7 @@ FORMATS = {
 }
 LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
 MIN_DECODED = 16  # fewer new tokens say nothing of decode
+QUALITY_MODEL, LLAMA_CPP = "smollm2-135m", "llama.cpp"  # of the losses beside quality.csv
 NAMES = {"smollm2-135m": "SmolLM2-135M", "llama-1.07b": "Llama shape of 1.07B parameters"}
 
 
@@ -39,9 +41,11 @@ def inserted(text: str, name: str, generated: str) -> str:
     return head + begin + "\n" + generated + "\n" + end + tail
 
 
-def quality(rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]]) -> str:
+def quality(
+    rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]], losses: Sequence[Loss] = ()
+) -> str:
     """What each format loses: of the rows of quality.csv those that the README names, and the mean
-    KL on another kind of text.
+    KL on another kind of text; of the losses on the same windows, llama.cpp's.
     """
     found, other = ({row["format"]: row for row in each} for each in (rows, on_code))
     lines = [
@@ -49,7 +53,20 @@ def quality(rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]]) -
         for name, label in FORMATS.items()
         if name in found
     ]
-    head = ["format", "mean KL", "same top token", "perplexity", "weights", "mean KL on code"]
+    lines += [
+        [each.contestant, *_quality(_as_row(each)), ""]
+        for each in losses
+        if each.model == QUALITY_MODEL and each.contestant.startswith(LLAMA_CPP)
+    ]
+    head = [
+        "format",
+        "mean KL",
+        "99 % KL",
+        "same top token",
+        "perplexity",
+        "weights",
+        "mean KL on code",
+    ]
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join(f"{_line(cells)}\n" for cells in (head, rule, *lines))
 
@@ -57,9 +74,15 @@ def quality(rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]]) -
 def _quality(row: dict[str, str]) -> Iterator[str]:
     megabytes = float(row["weight_megabytes"])
     yield _mean_kl(row)
+    yield f"{float(row['kl_99_percent']):.2f}"
     yield f"{100 * float(row['same_top_token']):.1f} %"
     yield f"{float(row['perplexity']):.2f}"
     yield f"{megabytes:.1f} MB" if megabytes else "–"
+
+
+def _as_row(loss: Loss) -> dict[str, str]:
+    found = {key: str(value) for key, value in asdict(loss).items()}
+    return found | {"weight_megabytes": found["megabytes"]}
 
 
 def _mean_kl(row: dict[str, str]) -> str:

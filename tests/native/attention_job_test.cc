@@ -84,7 +84,8 @@ struct Decoding {
     return out;
   }
 
-  std::vector<float> run(const std::vector<float>& qkv, int64_t count, ops::Crews* crews) {
+  std::vector<float> run(const std::vector<float>& qkv, int64_t count, ops::Crews* crews,
+                         int64_t first_query = 0) {
     ops::AttentionCall call{};
     call.kernels = &integer_kernels();
     call.node = &node;
@@ -96,6 +97,7 @@ struct Decoding {
     call.y = y.data();
     call.batch = batch;
     call.sequence = count;
+    call.first_query = first_query;
     call.past = past.data();
     call.keys = keys.data();
     call.values = values.data();
@@ -225,6 +227,30 @@ void test_int8_attention_is_the_same_on_any_number_of_threads() {
   }
 }
 
+// The kv_cache gets every position; what others computed lies in y untouched.
+void test_rows_before_the_first_query_are_only_appended(int64_t threads) {
+  ops::Crews crews(threads, true);
+  Decoding all(false, -1, 2, 1216), some(false, -1, 2, 1216);
+  unsigned seed = 1;
+  for (const int64_t count : {70, 1, 500, 2}) {
+    for (const int64_t first : {count, count - 1, count / 2}) {
+      const auto qkv = random_values(2 * count * kWidth, ++seed);
+      const std::vector<float> expected = all.run(qkv, count, &crews);
+      const std::vector<float> y = some.run(qkv, count, &crews, first);
+      CHECK(all.keys == some.keys);
+      CHECK(all.values == some.values);
+      const int64_t width = kHeads * kHeadDim;
+      for (int64_t i = 0; i < 2 * count * width; ++i) {
+        const bool asked = i / width % count >= first;
+        // As above: a step of 127 where the context is split into other parts.
+        const double difference = std::abs(double{y[at(i)]} - double{expected[at(i)]});
+        CHECK(asked ? difference <= 5.0 / 127 : std::isnan(y[at(i)]));
+      }
+    }
+    for (int64_t s = 0; s < 2; ++s) all.past[at(s)] = some.past[at(s)] += count;
+  }
+}
+
 }  // namespace
 }  // namespace edgelora::test
 
@@ -236,6 +262,9 @@ int main() {
     }
   }
   test_int8_attention_is_the_same_on_any_number_of_threads();
+  for (int64_t threads = 1; threads <= 4; ++threads) {
+    test_rows_before_the_first_query_are_only_appended(threads);
+  }
   std::printf("%d failures\n", failures.load());
   return failures == 0 ? 0 : 1;
 }
