@@ -1,6 +1,6 @@
 """The README's tables of speed and quality, generated from the committed CSVs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def inserted(text: str, name: str, generated: str) -> str:
 
 
 def quality(
-    rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]], losses: Sequence[Loss] = ()
+    rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]], losses: Sequence[Loss]
 ) -> str:
     """What each format loses: of the rows of quality.csv those that the README names, and the mean
     KL on another kind of text; of the losses on the same windows, llama.cpp's.
@@ -54,7 +54,7 @@ def quality(
         if name in found
     ]
     lines += [
-        [each.contestant, *_quality(_as_row(each)), ""]
+        [each.contestant, *_quality(asdict(each) | {"weight_megabytes": each.megabytes}), ""]
         for each in losses
         if each.model == QUALITY_MODEL and each.contestant.startswith(LLAMA_CPP)
     ]
@@ -71,7 +71,7 @@ def quality(
     return "".join(f"{_line(cells)}\n" for cells in (head, rule, *lines))
 
 
-def _quality(row: dict[str, str]) -> Iterator[str]:
+def _quality(row: Mapping[str, str | float]) -> Iterator[str]:
     megabytes = float(row["weight_megabytes"])
     yield _mean_kl(row)
     yield f"{float(row['kl_99_percent']):.2f}"
@@ -80,12 +80,7 @@ def _quality(row: dict[str, str]) -> Iterator[str]:
     yield f"{megabytes:.1f} MB" if megabytes else "–"
 
 
-def _as_row(loss: Loss) -> dict[str, str]:
-    found = {key: str(value) for key, value in asdict(loss).items()}
-    return found | {"weight_megabytes": found["megabytes"]}
-
-
-def _mean_kl(row: dict[str, str]) -> str:
+def _mean_kl(row: Mapping[str, str | float]) -> str:
     return f"{float(row['mean_kl']):.3f}"
 
 
