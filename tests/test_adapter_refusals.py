@@ -99,9 +99,16 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"target_parameters": ["q_proj.bias"]}, "no supported base has other matrices"),
     ({"target_parameters": ["weight"]}, "target_parameters"),
     ({"alora_invocation_tokens": []}, "alora_invocation_tokens"),
+    (
+        {"alora_invocation_tokens": [1], "target_parameters": ["q_proj.weight"]},
+        "target_parameters: PEFT allows it only without alora_invocation_tokens",
+    ),
+    ({"ensure_weight_tying": 1}, "ensure_weight_tying = 1"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
 ]
-BAD_FIELDS += [({name: True}, name) for name in ("fan_in_fan_out", "ensure_weight_tying")]
+NEVER_NULL = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+BAD_FIELDS += [({name: None}, f"{name} = null") for name in NEVER_NULL]
 BAD_FIELDS += [
     ({name: {}}, name)
     for name in ("arrow_config", "kasa_config", "use_bdlora", "monteclora_config", "velora_config")

@@ -44,6 +44,7 @@ COUNTING: dict[str, dict[str, tuple[str, Any]]] = {
         "qalora_group_size": ("qalora", 8),
         "bias": ("bias_all", "none"),
         "lora_bias": ("lora_bias", False),
+        "ensure_weight_tying": ("embedding", True),
         "alora_invocation_tokens": ("activated", [7]),
         "rank_pattern": ("patterns", {"up_proj": 3}),
         "alpha_pattern": ("patterns", {"q_proj": 5}),

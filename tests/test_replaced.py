@@ -40,6 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": ["lm_head", "q_proj"],
     },
     "head_s_branch": {"modules_to_save": ["embed_tokens"], "target_modules": ["lm_head"]},
+    "kept_tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "kept_tied_tokens": {"trainable_token_indices": IDS, "ensure_weight_tying": True},
     "tokens": {"trainable_token_indices": IDS},
     "tokens_of_head": {"trainable_token_indices": {"lm_head": IDS}},
     "tokens_of_both": {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": IDS}},
@@ -155,6 +157,7 @@ def test_a_side_branch_refuses_it_by_name(base: Path, kind: str, tmp_path: Path)
 
 P = "base_model.model."
 EMBEDDING, NORM = f"{P}model.embed_tokens.weight", f"{P}model.norm.weight"
+HEAD = f"{P}lm_head.weight"
 DELTA = f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta"
 Tensors = dict[str, np.ndarray]
 WRONG: list[tuple[str, Callable[[Tensors], object], str]] = [
@@ -164,6 +167,7 @@ WRONG: list[tuple[str, Callable[[Tensors], object], str]] = [
     ("norms", lambda t: t.update({NORM: np.full(64, np.nan)}), "holds NaN"),
     ("norms", lambda t: t.update({f"{P}model.norm.bias": np.ones(64)}), "no such tensor"),
     ("norms", lambda t: t.update({EMBEDDING: np.ones((384, 64))}), "a copy of base weights"),
+    ("kept_tied", lambda t: t.update({HEAD: t[EMBEDDING] + 1}), "a copy of base weights that"),
     ("tokens", lambda t: t.update({DELTA: np.ones((2, 64))}), "config names 3 tokens"),
     ("tokens", lambda t: t.update({DELTA: np.ones((3, 48))}), "rows of 48 values"),
     ("tokens", lambda t: t.pop(DELTA), "trainable_token_indices: the file has nothing"),
@@ -211,6 +215,15 @@ def test_wrong_settings_are_refused_by_name(
     with pytest.raises(EdgeLoraError) as caught:
         edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, mode="merge")
     assert culprit in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_module_saved_inside_another_is_refused(base: Path, tmp_path: Path) -> None:
+    """PEFT writes up_proj as mlp's copy holds it, not as it was trained, and cannot load it."""
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "up_proj"]}
+    adapter = make_adapter(base, tmp_path / "a", **settings)
+    inside = r"/a: [^:]*layers.0.mlp.up_proj.weight[^:]*: in one of modules_to_save inside another"
+    with pytest.raises(EdgeLoraError, match=inside):
+        edgelora.export(base, tmp_path / "bundle", adapters={"a": adapter}, mode="merge")
 
 
 def test_tokens_beside_a_branch_of_a_tied_head_are_refused(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ _TRAINING = (
 _UNUSED: Mapping[str, tuple[object, ...]] = {
     "alpha_pattern": (None, {}),
     "bias": (None, "none"),
+    "ensure_weight_tying": (None, False),
     "layer_replication": (None, []),
     "lora_bias": (None, False),
     "target_parameters": (None, []),
@@ -95,6 +96,7 @@ FIELDS = Fields(
     | {INVOCATION: ((None,), "not supported with AdaLoRA")}
     | {name: (off, "not supported with AdaLoRA") for name, off in _UNUSED.items()},
     judged={"peft_version": check_version},
+    never_null=("init_r", "lora_alpha"),
 )
 
 

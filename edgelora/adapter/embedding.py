@@ -60,5 +60,5 @@ def _mismatches(
     ledger = [
         refused(EMBEDDING, f"has no lora_embedding_{each}") for each in "AB" if each not in names
     ]
-    switches = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
-    return ledger + [refused(name, NOT_WITH) for name, is_on in switches.items() if is_on]
+    switches = ("use_dora", "lora_bias", "ensure_weight_tying")
+    return ledger + [refused(name, NOT_WITH) for name in switches if getattr(settings, name)]

@@ -21,13 +21,12 @@ class Fields:
     harmless: Mapping[str, str]  # why
     off: Mapping[str, tuple[tuple[object, ...], str]]  # values that mean off; else why refused
     judged: Mapping[str, Callable[[str, Any], LedgerEntry]] = field(default_factory=dict)
+    never_null: tuple[str, ...] = ()  # of those exported: PEFT cannot compute with null
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Those exported, null and absent ones as PEFT's default."""
-        return {
-            name: default if config.get(name) is None else config[name]
-            for name, (default, _, _) in self.exported.items()
-        }
+        """Those exported; absent ones, and null where PEFT takes it, as PEFT's default."""
+        given = {n: v for n, v in config.items() if v is not None or n in self.never_null}
+        return {name: given.get(name, default) for name, (default, _, _) in self.exported.items()}
 
     def ledger(self, config: Mapping[str, Any]) -> list[LedgerEntry]:
         """An entry for each field that is in the config or decides the arithmetic."""

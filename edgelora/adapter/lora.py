@@ -10,7 +10,7 @@ from edgelora.adapter.copies import read_copies, without_copies
 from edgelora.adapter.embedding import embedding_factors, read_embedding
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry
-from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
+from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced, with_tied
 from edgelora.adapter.settings import Settings, read_settings
 from edgelora.adapter.targets import check_patterns
 from edgelora.adapter.tensors import Factor, StoredTensor
@@ -38,6 +38,7 @@ def judge(config: Mapping[str, Any], tensors: Tensors, targets: Targets) -> Judg
     settings, ledger = read_settings(config)
     if settings is None:
         return Judged({}, Replaced(), ledger + pair_factors(without_copies(_factors(tensors)))[1])
+    settings = with_tied(settings, tensors)
     replaced, entries = read_replaced(tensors, settings)
     tensors = {n: t for n, t in tensors.items() if not is_replaced(n, settings)}
     copies, found = read_copies(tensors, targets.get("lm_head"))

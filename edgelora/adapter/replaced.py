@@ -4,13 +4,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from edgelora.adapter.branches import Branch
 from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
-from edgelora.adapter.settings import TOKEN_MODULES, Targeting, Tokens
+from edgelora.adapter.settings import TOKEN_MODULES, Settings, Targeting, Tokens
 from edgelora.adapter.tensors import Factor, StoredTensor
 
 PREFIX = "base_model.model."
@@ -54,12 +54,28 @@ class Replaced:
 
 
 def is_saved(tensor: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether it belongs to a module whose path ends with one of the names, as PEFT looks for
-    them (`_set_trainable` in peft/utils/other.py): without regard to dots.
+    """Whether it belongs to a module that was saved whole."""
+    return bool(_saved_modules(tensor, modules_to_save))
+
+
+def _saved_modules(tensor: str, modules_to_save: Iterable[str]) -> list[str]:
+    """Of the modules that it lies in, those whose paths end with one of the names, as PEFT looks
+    for them (`_set_trainable` in peft/utils/other.py): without regard to dots.
     """
-    parts = tensor.removeprefix(PREFIX).split(".")[:-1]
+    parts, names = tensor.removeprefix(PREFIX).split(".")[:-1], tuple(modules_to_save)
     paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(path.endswith(name) for path in paths for name in modules_to_save)
+    return [path for path in paths if path.endswith(names)]
+
+
+def with_tied(settings: Settings, tensors: Mapping[str, StoredTensor]) -> Settings:
+    """With ensure_weight_tying PEFT saves an embedding of a tied base as lm_head too, the same."""
+    saved, names = settings.modules_to_save, [f"{PREFIX}{each}.weight" for each in TOKEN_MODULES]
+    if not settings.ensure_weight_tying or not any(is_saved(name, saved) for name in names):
+        return settings
+    found = [tensors[name] for name in names if name in tensors]
+    if len(found) < len(names) or found[0].data != found[1].data:
+        return settings
+    return replace(settings, modules_to_save=tuple(dict.fromkeys((*saved, *TOKEN_MODULES))))
 
 
 def is_replaced(tensor: str, settings: Targeting) -> bool:
@@ -82,7 +98,9 @@ def read_replaced(
         if copy and f"{copy['module']}.weight" in tensors:
             ledger.append(harmless(name, f"PEFT reads {copy['module']}.weight"))
             continue
-        if reason := _obstacle(tensor) or (match and _no_rows(match["module"], tensor, settings)):
+        module = match and match["module"]
+        misfit = _no_rows(module, tensor, settings) if module else _nested(name, settings)
+        if reason := _obstacle(tensor) or misfit:
             ledger.append(refused(name, reason))
         elif match:
             ids = tokens_of(match["module"], settings.trainable_token_indices)
@@ -115,6 +133,13 @@ def _obstacle(tensor: StoredTensor) -> str | None:
     if not tensor.is_float:
         return f"dtype {tensor.dtype}; must be float32, float16 or bfloat16"
     return None if np.isfinite(tensor.values()).all() else "holds NaN or infinity"
+
+
+def _nested(name: str, settings: Targeting) -> str | None:
+    """PEFT wraps both, and writes the inner one as the outer holds it, not as it was trained."""
+    if len(_saved_modules(name, settings.modules_to_save)) < 2:
+        return None
+    return "in one of modules_to_save inside another: train the outer one alone"
 
 
 def _no_rows(module: str, tensor: StoredTensor, settings: Targeting) -> str | None:

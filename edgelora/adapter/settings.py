@@ -51,6 +51,7 @@ class Settings(Targeting):
     qalora_group_size: int | None  # None: not QA-LoRA
     bias: str  # "none", "all" or "lora_only": whose biases were trained
     lora_bias: bool
+    ensure_weight_tying: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
 
@@ -86,7 +87,6 @@ HARMLESS = {
 REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
     "arrow_config": ((None,), "Arrow routing is not supported"),
     "enable_lora": ((None,), "PEFT's old merged linear is not supported"),
-    "ensure_weight_tying": ((False, None), "tied embedding adapters are not supported"),
     "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
     "kasa_config": ((None,), "KaSA changes the base weights; not supported"),
     "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
@@ -138,6 +138,7 @@ EXPORTED: dict[str, tuple[Any, Check, str]] = {
         "must be none, all or lora_only",
     ),
     "lora_bias": (False, is_flag, "must be true or false"),
+    "ensure_weight_tying": (False, is_flag, "must be true or false"),
     INVOCATION: (
         (),
         lambda value: value == () or (_is_token_list(value, unique=False) and bool(value)),
@@ -191,6 +192,7 @@ FIELDS = Fields(
     HARMLESS,
     REFUSED_UNLESS_OFF,
     {"init_lora_weights": _check_init, "peft_version": check_version},
+    never_null=("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
 )
 
 
@@ -222,7 +224,7 @@ def _check_activated(values: Mapping[str, Any]) -> list[LedgerEntry]:
     """Nothing of it may act before its invocation."""
     alone = f"PEFT allows it only without {INVOCATION}"
     base = f"would act before {INVOCATION} too: train it without"
-    reasons = {"use_dora": alone, "use_qalora": alone}
+    reasons = dict.fromkeys(("use_dora", "use_qalora", "target_parameters"), alone)
     reasons |= dict.fromkeys(("modules_to_save", "trainable_token_indices"), base)
     entries = [refused(name, why) for name, why in reasons.items() if values[name]]
     if values["bias"] != "none":
@@ -251,6 +253,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         qalora_group_size=values["qalora_group_size"] if values["use_qalora"] else None,
         bias=values["bias"],
         lora_bias=values["lora_bias"],
+        ensure_weight_tying=values["ensure_weight_tying"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
     )

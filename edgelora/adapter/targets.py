@@ -135,7 +135,7 @@ def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[Ledge
     keys = [_key(settings, module) for module in modules]
     fields = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     return [
-        refused(f"{field} {pattern!r}", "matches no target of the adapter")
+        refused(f"{field} {pattern!r}", "matches no target of the adapter: take it out")
         for field, patterns in fields.items()
         for pattern in patterns
         if not any(_matches_end(pattern, key) for key in keys)
