@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -332,3 +333,32 @@ def test_manifest_with_an_odd_digest_is_refused(base: Path, tmp_path: Path, dige
     path.write_text(changed)
     with pytest.raises(EdgeLoraError, match="digest"):
         read_manifest(tmp_path / "bundle")
+
+
+WIDE: dict[str, int] = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+LINEARS, EMBEDDINGS = 7 * 128 * 128, 2 * 384 * 128  # weights; lm_head is one of the latter
+INT8_BITS = 8 + 16 / 32  # blocks of 32, whatever the linears have
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # 4.127: codes, absmax codes, nested absmax
+TABLES = 8 * (4 * 1024 + 7 * 4)  # bits: of four projections, and an offset for each linear
+
+
+@pytest.mark.parametrize(
+    ("options", "of_linears", "of_embeddings"),
+    [
+        ({"format": "float"}, 32, 32),
+        ({}, NF4_BITS + TABLES / LINEARS, INT8_BITS),
+        ({"format": "int4"}, 4 + 16 / 32, INT8_BITS),
+        ({"format": "int4", "zero_points": True, "block_size": 64}, 4 + 20 / 64, INT8_BITS),
+    ],
+    ids=str,
+)
+def test_bits_a_weight_are_what_the_formats_take(
+    options: dict[str, Any], of_linears: float, of_embeddings: float, tmp_path: Path
+) -> None:
+    base = tiny.tiny_bitsandbytes(tmp_path / "base", **WIDE)
+    found = edgelora.export(base, tmp_path / "bundle", report=False, **options).bits_per_weight
+    both = LINEARS * of_linears + EMBEDDINGS * of_embeddings
+    assert found == pytest.approx(both / (LINEARS + EMBEDDINGS), rel=1e-12)
