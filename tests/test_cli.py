@@ -71,6 +71,10 @@ def test_help_has_an_example(command: str) -> None:
     assert "Example" in ok(command, "--help")
 
 
+def test_help_of_compose_says_which_method_is_the_weighted_sum() -> None:
+    assert "only cat equals the weighted sum" in " ".join(ok("compose", "--help").split())
+
+
 def test_help_names_every_command_even_without_the_converter() -> None:
     for program in ("from edgelora.cli import main; main()", WITHOUT_CONVERTER):
         said = ok("--help", program=program)

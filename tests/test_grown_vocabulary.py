@@ -27,14 +27,13 @@ NEW = "<|new|>"
 BOTH = ("embed_tokens", "lm_head")
 
 
-def grown(base: Path, folder: Path, saved: tuple[str, ...] = BOTH) -> np.ndarray:
+def grown(base: Path, folder: Path, saved: tuple[str, ...] = BOTH, **settings: Any) -> np.ndarray:
     """A PEFT folder with the grown tokenizer, and PEFT's logits."""
     model = oracle.float_model(base)
     torch.manual_seed(3)
     model.resize_token_embeddings(ROWS, mean_resizing=False)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=list(saved)
-    )
+    settings |= {"target_modules": ["q_proj"], "modules_to_save": list(saved)}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
     adapted = get_peft_model(model, config)
     for name, values in adapted.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
@@ -63,6 +62,16 @@ def test_merged_equals_peft(tmp_path: Path, *, tied: bool) -> None:
         tmp_path / "b", base=base, adapters=adapters, text=tmp_path / "text", windows=1
     )
     assert all(each.score is not None and each.score.mean_kl < 1e-5 for each in found.scores)
+
+
+@pytest.mark.parametrize("saved", BOTH)
+def test_kept_tied_a_head_grows_with_the_embedding(saved: str, tmp_path: Path) -> None:
+    base = tiny.tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    theirs = grown(base, tmp_path / "a", (saved,), ensure_weight_tying=True)
+    adapters = {"a": tmp_path / "a"}
+    edgelora.export(base, tmp_path / "b", adapters=adapters, format="float", mode="merge")
+    with edgelora.load(tmp_path / "b") as model:
+        oracle.assert_close(model.logits(TOKENS), theirs, SHARE)
 
 
 def test_in_4_bits_it_is_near(tmp_path: Path) -> None:
