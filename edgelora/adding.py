@@ -12,7 +12,6 @@ from edgelora.adapter import (
     PrefixFit,
     SoftPrompt,
     check_invocation,
-    compare_base_name,
     read_adapter,
     refuse_copies,
     refuse_input_factors,
@@ -21,6 +20,7 @@ from edgelora.adapter import (
     refuse_ranges,
     refuse_replaced,
     valid_adapter_names,
+    warning_about,
 )
 from edgelora.adapter_file import Dtype, as_stored, read_adapter_file, write_adapter
 from edgelora.base_copies import compared
@@ -54,7 +54,7 @@ from edgelora.tokenizer import from_folder
 
 @dataclass(frozen=True)
 class AddedAdapter:
-    """The adapter's line in the manifest, its size in bytes, a warning about its base or None.
+    """The adapter's line in the manifest, its size in bytes, a warning about it or None.
 
     mean_kl: of the adapter in the report; None where the report tells nothing of it.
     """
@@ -219,7 +219,7 @@ def _read(
     dtype: Dtype = "float32" if manifest["plan"]["format"] == "float" else "float16"
     data = write_adapter(adapter, name=name, base_fingerprint=fingerprint, dtype=dtype)
     stored = as_stored(adapter, name=name, dtype=dtype)
-    warning = compare_base_name(adapter, manifest["base"]["name"])
+    warning = warning_about(adapter, manifest["base"]["name"])
     base = adapter.base_model_name_or_path
     found = (adapter.branches, stored.branches, adapter.invocation, stored.prefix)
     return _NewAdapter(data, *found, adapter.fingerprint, base, warning, trained)

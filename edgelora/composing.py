@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelora.adapter import doubts
 from edgelora.composition import (
     PEFT_FOLDER,
     ComposeOptions,
@@ -63,6 +64,7 @@ def compose(
     with new_folder(folder, PEFT_FOLDER, force=force) as partial:
         write_folder(partial, parts, recipe.rank, factors)
     base, warning = base_of(parts)
+    doubtful = [line for part in parts for line in doubts(part.adapter)]
     return ComposeReport(
         folder=folder,
         method=recipe.options.method,
@@ -72,5 +74,5 @@ def compose(
         base_model_name_or_path=base,
         size=sum(values.nbytes for pair in factors.values() for values in pair),
         seconds=time.perf_counter() - started,
-        warnings=(*recipe.warnings, *((warning,) if warning else ())),
+        warnings=(*recipe.warnings, *doubtful, *((warning,) if warning else ())),
     )

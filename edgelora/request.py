@@ -11,7 +11,6 @@ from edgelora.adapter import (
     Adapter,
     PrefixFit,
     check_invocation,
-    compare_base_name,
     layer_ranges,
     read_adapter,
     refuse_input_factors,
@@ -20,6 +19,7 @@ from edgelora.adapter import (
     refuse_prefix,
     refuse_replaced,
     valid_adapter_names,
+    warning_about,
 )
 from edgelora.base_copies import compared
 from edgelora.binding import check_biases, prefix_fit, with_prefix
@@ -99,8 +99,8 @@ def prepare(
     plan = decide(choice.options, measured=choice.reasons)
     _check_prefixes(adapters, read, prefix_fit(checkpoint.config, plan.context_length))
     read = {name: _bound(each, adapters[name], checkpoint) for name, each in read.items()}
-    named = (compare_base_name(adapter, checkpoint.name) for adapter in read.values())
-    warnings = tuple(warning for warning in named if warning)
+    said = (warning_about(adapter, checkpoint.name) for adapter in read.values())
+    warnings = tuple(warning for warning in said if warning)
     if not options.report:
         warnings += unreported(Subject(checkpoint, plan, read), found)
     shown = text if options.report else None

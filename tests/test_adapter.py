@@ -1,6 +1,7 @@
 """PEFT is the oracle: what its own model merges is what the reader must understand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgelora.adapter import compare_base_name, read_adapter
+from edgelora.adapter import compare_base_name, doubts, read_adapter, warning_about
 from edgelora.adapter.settings import read_settings
 from edgelora.adapter.targets import implied_targets, pattern_value
 from edgelora.merge import merge
@@ -188,3 +189,20 @@ def test_ranks_and_fingerprint_and_base_name(tmp_path: Path) -> None:
     assert compare_base_name(changed, "/models/tiny-llama/") is None
     assert compare_base_name(adapter, "anything") is None
     assert "hub/Tiny-LLAMA" in (compare_base_name(changed, "other") or "")
+
+
+def test_alphas_of_one_target_whose_order_peft_loses_are_doubtful(tmp_path: Path) -> None:
+    """PEFT takes the first that matches, and writes them sorted: what was trained is not known."""
+    order = {"q_proj": 40, "layers.0.self_attn.q_proj": 4, "v_proj": 7}
+    save_peft(tmp_path / "a", target_modules=["q_proj", "v_proj"], alpha_pattern=order)
+    adapter = read_adapter(tmp_path / "a", TARGETS)
+    assert adapter.branches[Q0].scaling == 4 / 8
+    (doubt,) = doubts(adapter)
+    assert (
+        f"adapter a: alpha_pattern 'layers.0.self_attn.q_proj', 'q_proj': all match {Q0}" in doubt
+    )
+    assert warning_about(replace(adapter, base_model_name_or_path="x"), "y") == (
+        f"{doubt}; adapter a was trained on x, but the base is y"
+    )
+    save_peft(tmp_path / "b", target_modules=["q_proj"], alpha_pattern={"0.*": 4, "q_proj": 4})
+    assert doubts(read_adapter(tmp_path / "b", TARGETS)) == []

@@ -270,6 +270,13 @@ def test_other_base_is_a_warning(one: Path, tmp_path: Path) -> None:
     assert config_of(report.folder)["base_model_name_or_path"] == "team/base"
 
 
+def test_alphas_in_doubt_are_a_warning(one: Path, tmp_path: Path) -> None:
+    alphas = {"0.self_attn.q_proj": 3, "q_proj": 5}
+    doubtful = make_folder(tmp_path / "doubtful", "q_proj", alpha_pattern=alphas)
+    (warning,) = edgelora.compose({one: 1, doubtful: 1}, tmp_path / "out").warnings
+    assert warning.startswith("adapter doubtful: alpha_pattern '0.self_attn.q_proj', 'q_proj': all")
+
+
 def test_layers_of_the_first_adapter_do_not_limit_the_others(tmp_path: Path) -> None:
     first = make_folder(tmp_path / "first", "q_proj", layers_to_transform=[0])
     second = make_folder(tmp_path / "second", "v_proj", exclude_modules=["q_proj"])

@@ -362,3 +362,14 @@ def test_bits_a_weight_are_what_the_formats_take(
     found = edgelora.export(base, tmp_path / "bundle", report=False, **options).bits_per_weight
     both = LINEARS * of_linears + EMBEDDINGS * of_embeddings
     assert found == pytest.approx(both / (LINEARS + EMBEDDINGS), rel=1e-12)
+
+
+def test_alphas_in_doubt_are_warned_of(base: Path, tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj"], "alpha_pattern": {"0.*q_proj": 3, "q_proj": 5}}
+    folder = make_adapter(base, tmp_path / "a", **settings)
+    (said,) = edgelora.export(base, tmp_path / "b", adapters={"a": folder}).warnings
+    assert said.startswith(
+        "adapter a: alpha_pattern '0.*q_proj', 'q_proj': all match model.layers.0"
+    )
+    added = add_adapter(tmp_path / "b", "again", folder)
+    assert added.warning is not None and added.warning.startswith(said.partition(": ")[0])

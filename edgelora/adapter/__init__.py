@@ -45,6 +45,7 @@ __all__ = [
     "check_invocation",
     "compare_base_name",
     "copied_module",
+    "doubts",
     "is_adapter_hub",
     "is_saved",
     "layer_ranges",
@@ -62,6 +63,7 @@ __all__ = [
     "tokens_of",
     "valid_adapter_name",
     "valid_adapter_names",
+    "warning_about",
 ]
 
 CONFIG = "adapter_config.json"
@@ -229,6 +231,18 @@ def adapter_ledger(path: Path, targets: Targets | None) -> tuple[LedgerEntry, ..
     Raises EdgeLoraError only if the files cannot be read at all.
     """
     return tuple(_judge(read_folder(path), targets).ledger)
+
+
+def warning_about(adapter: Adapter, checkpoint_name: str) -> str | None:
+    """What of it is doubtful, and whether it names another base; None if nothing."""
+    other = compare_base_name(adapter, checkpoint_name)
+    return "; ".join([*doubts(adapter), *([other] if other else [])]) or None
+
+
+def doubts(adapter: Adapter) -> list[str]:
+    """A line for each doubtful entry of its ledger."""
+    found = (entry for entry in adapter.ledger if entry.verdict == "doubtful")
+    return [f"adapter {adapter.source}: {each.item}: {each.reason}" for each in found]
 
 
 def compare_base_name(adapter: Adapter, checkpoint_name: str) -> str | None:

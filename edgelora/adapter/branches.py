@@ -13,6 +13,7 @@ from edgelora.adapter.qalora import expanded, inputs_of_a_mean
 from edgelora.adapter.settings import Settings
 from edgelora.adapter.targets import (
     implied_targets,
+    overlapping_alphas,
     rank_and_scaling,
     unmatched_names,
     unmatched_patterns,
@@ -153,7 +154,7 @@ def check_targets(
         ledger += [refused(pair[each], SWITCHED_OFF[each]) for each in pair if each not in wanted]
     if not pairs and EMBEDDING not in implied:
         ledger.append(refused("adapter_model.safetensors", "holds no lora_A and lora_B"))
-    ledger += unmatched_patterns(settings, implied)
+    ledger += unmatched_patterns(settings, implied) + overlapping_alphas(settings, agreed)
     return agreed, ledger + unmatched_names(settings, known | set(EMBEDDINGS))
 
 

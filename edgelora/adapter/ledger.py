@@ -1,9 +1,12 @@
-"""The ledger: every config field and tensor is exported, harmless or refused, with a reason."""
+"""The ledger: every config field and tensor is exported, harmless or refused, with a reason.
+
+What is exported but could mean something else has one more entry, doubtful, and is warned of.
+"""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-Verdict = Literal["exported", "harmless", "refused"]
+Verdict = Literal["exported", "harmless", "doubtful", "refused"]
 NAMES_SHOWN = 8  # of one reason in an error's line; the ledger itself lists all
 
 
@@ -21,6 +24,10 @@ def exported(item: str, reason: str) -> LedgerEntry:
 
 def harmless(item: str, reason: str) -> LedgerEntry:
     return LedgerEntry(item, "harmless", reason)
+
+
+def doubtful(item: str, reason: str) -> LedgerEntry:
+    return LedgerEntry(item, "doubtful", reason)
 
 
 def refused(item: str, reason: str) -> LedgerEntry:

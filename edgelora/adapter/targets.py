@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from edgelora.adapter.ledger import LedgerEntry, harmless, refused
+from edgelora.adapter.ledger import LedgerEntry, doubtful, harmless, refused
 from edgelora.adapter.settings import Settings, Targeting
 
 Value = TypeVar("Value", int, float)
@@ -139,6 +139,26 @@ def unmatched_patterns(settings: Settings, modules: Iterable[str]) -> list[Ledge
         for field, patterns in fields.items()
         for pattern in patterns
         if not any(_matches_end(pattern, key) for key in keys)
+    ]
+
+
+def overlapping_alphas(settings: Settings, modules: Iterable[str]) -> list[LedgerEntry]:
+    """A doubt for patterns of different alphas that match one target: which came first in training
+    is lost, since PEFT writes a config's keys sorted.
+    """
+    patterns, found = settings.alpha_pattern, dict[tuple[str, ...], str]()
+    for module in modules:
+        key = _key(settings, module)
+        matching = tuple(each for each in patterns if _matches_end(each, key))
+        if len({patterns[each] for each in matching}) > 1 and matching == tuple(sorted(matching)):
+            found.setdefault(matching, module)
+    return [
+        doubtful(
+            f"alpha_pattern {', '.join(map(repr, matching))}",
+            f"all match {module}: the first is taken, as PEFT does when it loads them; it sorts "
+            "them when it saves, so training may have taken another: compare with the script",
+        )
+        for matching, module in found.items()
     ]
 
 
