@@ -20,6 +20,7 @@ from edgelora.whole_folder import FolderKind, disk_error, sync
 
 ALIGNMENT = 64  # bytes; a kernel's cache line
 SHARED = 1 << 20  # bytes from which equal arrays are stored once
+PAGE = 2 << 20  # bytes written at once: Linux then keeps the file in pages of that size
 BUNDLE = FolderKind("bundle", NAME)
 
 
@@ -28,7 +29,7 @@ class WeightFile:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / WEIGHT_FILE
-        self._file = self.path.open("wb")
+        self._file = self.path.open("wb", buffering=PAGE)
         self._offsets: dict[bytes, int] = {}  # of large arrays, by SHA-256
         self.tensors: dict[str, StoredTensor] = {}
 
@@ -50,10 +51,17 @@ class WeightFile:
         return name
 
     def _append(self, array: NDArray[Any]) -> int:
-        offset = -self._file.tell() % ALIGNMENT + self._file.tell()
-        self._file.write(bytes(offset - self._file.tell()))
-        self._file.write(array.data)
+        self._write(bytes(-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._write(array.reshape(-1).view(np.uint8).data)
         return offset
+
+    def _write(self, data: bytes | memoryview) -> None:
+        """In pieces that end where a page does: the buffer is written when it holds just one."""
+        while len(data):
+            room = PAGE - self._file.tell() % PAGE
+            self._file.write(data[:room])
+            data = data[room:]
 
     def close(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class WeightWriter:
     progress: Progress
     matrices: dict[str, StoredMatrix] = field(default_factory=dict)
     embedding: Matrix | None = None
+    unpacked: dict[str, NDArray[Any]] = field(default_factory=dict)  # written last, by name
 
     def write(self) -> None:
         """Everything the graph names: embedding, linears, biases, norms, rotary tables."""
@@ -59,6 +61,8 @@ class WeightWriter:
         cos, sin = rotary_tables(config, self.plan.context_length)
         self.file.add(COS, cos)
         self.file.add(SIN, sin)
+        for name, array in self.unpacked.items():
+            self.file.add(name, array)
 
     def _store_vector(self, name: str) -> None:
         values = self._read(name)
@@ -180,9 +184,19 @@ class WeightWriter:
             packed.block_size,
             packed.in_features,
             packed.out_features,
-            {role: self.file.add(f"{name}.{role}", array) for role, array in arrays.items()},
+            {
+                role: self._add(f"{name}.{role}", array, last=role in packed.unpacked)
+                for role, array in arrays.items()
+            },
         )
         self.progress(packed.in_features * packed.out_features)
+
+    def _add(self, name: str, array: NDArray[Any], *, last: bool) -> str:
+        """What the runtime needs only to unpack it lies together, in pages that it gives back."""
+        if not last:
+            return self.file.add(name, array)
+        self.unpacked[name] = array
+        return name
 
 
 def _joined(

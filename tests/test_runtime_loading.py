@@ -233,11 +233,15 @@ def test_what_an_operator_refuses_keeps_its_status(copy):
     assert "EDGELORA_" not in message
 
 
-def test_damaged_graph_is_refused_with_onnxruntimes_reason(copy):
-    size = (copy / "model.onnx").stat().st_size
-    (copy / "model.onnx").write_bytes(bytes([255]) * size)
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [(b"\xff" * 1000, "is no ONNX model"), (b"\x3a\x04\x0a\x02\xff\xff", "onnxruntime: .*")],
+)
+def test_damaged_graph_is_refused_with_the_reason(copy, damaged, reason):
+    """Bytes that are no message; a graph whose node is none."""
+    (copy / "model.onnx").write_bytes(damaged)
     write_manifest(copy)
-    refuse(copy, f"^{copy}/model.onnx: onnxruntime: .*; copy or export the bundle again")
+    refuse(copy, f"^{copy}/model.onnx: {reason}; copy or export the bundle again")
 
 
 def flip_a_byte(path):

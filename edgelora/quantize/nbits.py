@@ -5,8 +5,9 @@ block_size·bits/8], even elements in the low nibble; w = scale·(code − zero_
 (or 128) if none is given; scales float32 [N, blocks].
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class NBitsLinear:
     in_features: int
     out_features: int
     arrays: Arrays
+    unpacked: ClassVar[Set[str]] = frozenset()  # as PackedLinear's
 
     @property
     def kind(self) -> str:

@@ -1,6 +1,6 @@
 """What `pack` makes and takes: a weight in panels, and the slices of one projection."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -138,6 +138,14 @@ class PackedLinear:
             "absmax_table": self.absmax_table,
         }
         return {name: array for name, array in inputs.items() if array is not None}
+
+    @property
+    def unpacked(self) -> Set[str]:
+        """Those of `arrays` that the runtime computes others from, once."""
+        if self.format in CODEBOOKS:
+            return {*self.arrays} - {"codes"}
+        exact = self.offsets is not None and self.offsets.dtype == np.float32
+        return {"zero_points"} if exact else set()
 
 
 def _first(*arrays: NDArray[Any] | None) -> NDArray[Any] | None:

@@ -11,6 +11,8 @@
 namespace edgelora {
 namespace {
 
+constexpr const char* kWeights = "model.onnx.data";
+
 // More than this only stand in each other's way, until the machine stands still.
 int most_threads(int cpus) { return std::max(64, 4 * cpus); }
 
@@ -31,7 +33,8 @@ bool choose_spinning(const ModelOptions& options, int threads) {
 }
 
 OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavor& flavor,
-                                             const ModelOptions& options, int threads) {
+                                             const ModelOptions& options, int threads,
+                                             const WeightFile* weights) {
   const OrtApi& api = ort.api();
   OrtSessionOptions* raw = nullptr;
   ort.check(api.CreateSessionOptions(&raw));
@@ -44,19 +47,36 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
   const bool spinning = choose_spinning(options, threads);
   ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", spinning ? "1" : "0"));
   flavor.configure(ort, OpsOptions{options.exact, threads, spinning}, raw);
+  if (weights != nullptr) weights->share(ort, raw);
   return owned;
 }
 
-OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& path,
-                                     const OrtSessionOptions* options) {
-  OrtSession* session = nullptr;
+// What `read` returns; says of which file it is what goes wrong there.
+template <typename Read>
+auto naming(const std::string& path, const Read& read) {
   try {
-    ort.check(ort.api().CreateSession(ort.env(), path.c_str(), options, &session));
+    return read();
   } catch (const Error& error) {
     const bool bad_file = error.status() == EDGELORA_BAD_FILE;
     throw Error(error.status(), path + ": " + error.what() +
                                     (bad_file ? "; copy or export the bundle again" : ""));
   }
+}
+
+std::unique_ptr<const WeightFile> map_weights(const OnnxRuntime& ort, const Manifest& manifest) {
+  if (manifest.files.count(kWeights) == 0) return nullptr;
+  const std::string model = manifest.path("model.onnx");
+  return naming(model, [&] {
+    return std::make_unique<const WeightFile>(ort, model, manifest.path(kWeights));
+  });
+}
+
+OrtHandle<OrtSession> create_session(const OnnxRuntime& ort, const std::string& path,
+                                     const OrtSessionOptions* options) {
+  OrtSession* session = nullptr;
+  naming(path, [&] {
+    ort.check(ort.api().CreateSession(ort.env(), path.c_str(), options, &session));
+  });
   return {session, ort.api().ReleaseSession};
 }
 
@@ -82,8 +102,10 @@ Model::Model(const std::string& bundle, const ModelOptions& options)
       flavor_(make_flavor(manifest_)),
       onnxruntime_(options.onnxruntime_path),
       threads_(choose_threads(options.threads)),
-      session_(create_session(onnxruntime_, manifest_.path("model.onnx"),
-                              session_options(onnxruntime_, *flavor_, options, threads_).get())),
+      weights_(map_weights(onnxruntime_, manifest_)),
+      session_(create_session(
+          onnxruntime_, manifest_.path("model.onnx"),
+          session_options(onnxruntime_, *flavor_, options, threads_, weights_.get()).get())),
       kv_format_(read_kv_format(onnxruntime_, session_.get(), manifest_.model, options.exact)) {
   check_graph_edge(onnxruntime_, session_.get(), manifest_, flavor_->adapter_edge(manifest_),
                    kv_format_);
@@ -97,7 +119,7 @@ void Model::check_process() const {
 }
 
 int64_t Model::weight_bytes() const {
-  const auto found = manifest_.files.find("model.onnx.data");
+  const auto found = manifest_.files.find(kWeights);
   return found == manifest_.files.end() ? 0 : found->second.size;
 }
 

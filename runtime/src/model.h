@@ -11,6 +11,7 @@
 #include "src/kv_cache.h"
 #include "src/manifest.h"
 #include "src/onnxruntime_library.h"
+#include "src/weight_file.h"
 
 namespace edgelora {
 
@@ -56,6 +57,7 @@ class Model {
   std::unique_ptr<const Flavor> flavor_;
   OnnxRuntime onnxruntime_;
   int threads_;
+  std::unique_ptr<const WeightFile> weights_;  // null without a file of weights
   OrtHandle<OrtSession> session_;
   KvFormat kv_format_;
 };

@@ -122,4 +122,12 @@ OrtHandle<OrtValue> OnnxRuntime::tensor(uint8_t* data, std::initializer_list<int
                        ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
 }
 
+OrtHandle<OrtValue> OnnxRuntime::tensor(void* data, int64_t bytes, const std::vector<int64_t>& dims,
+                                        ONNXTensorElementDataType type) const {
+  OrtValue* value = nullptr;
+  check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), data, static_cast<size_t>(bytes),
+                                             dims.data(), dims.size(), type, &value));
+  return {value, api_->ReleaseValue};
+}
+
 }  // namespace edgelora

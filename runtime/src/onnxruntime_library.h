@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace edgelora {
 
@@ -28,6 +29,8 @@ class OnnxRuntime {
   OrtHandle<OrtValue> tensor(int64_t* data, std::initializer_list<int64_t> dims) const;
   OrtHandle<OrtValue> tensor(float* data, std::initializer_list<int64_t> dims) const;
   OrtHandle<OrtValue> tensor(uint8_t* data, std::initializer_list<int64_t> dims) const;
+  OrtHandle<OrtValue> tensor(void* data, int64_t bytes, const std::vector<int64_t>& dims,
+                             ONNXTensorElementDataType type) const;
 
  private:
   const OrtApi* api_;
