@@ -183,10 +183,13 @@ void read_factors(const std::string& path, const SafeTensors& file, const std::s
   check_finite(path, target + ".lora_b", b);
   branch->factors = {a.dtype == "F16", a.shape[0], a.data, b.data};
   check_padding(path, target + ".lora_b", b, *branch);
-  if (branch->factors.half && branch->factors.rank <= kernels::kMostPackedRank) {
-    branch->packed = std::make_shared<const PackedFactors>(branch->factors, branch->in_features,
-                                                           branch->out_features);
-  }
+}
+
+// Of its factors in int8; 0 where they are not used.
+int64_t packed_bytes(const SideBranch& branch) {
+  const kernels::Factors& factors = branch.factors;
+  if (!factors.half || factors.rank == 0 || factors.rank > kernels::kMostPackedRank) return 0;
+  return PackedFactors::bytes(factors.rank, branch.in_features, branch.out_features);
 }
 
 // A target needs both factors, unless it has a float for each row and neither.
@@ -268,6 +271,21 @@ AdapterFile::AdapterFile(const std::string& path, const std::string& base_finger
   check_no_others(path, file, scalings);
   for (const auto& [target, scaling] : scalings) {
     branches_.emplace(target, make_branch(path, file, target, scaling, targets.at(target)));
+  }
+  pack();
+}
+
+// In one piece of memory, a layer's beside each other.
+void AdapterFile::pack() {
+  int64_t bytes = 0;
+  for (const auto& [target, branch] : branches_) bytes += packed_bytes(branch);
+  packed_.emplace(static_cast<size_t>(bytes));
+  uint8_t* memory = packed_->data();
+  for (auto& [target, branch] : branches_) {
+    if (packed_bytes(branch) == 0) continue;
+    branch.packed = std::make_shared<const PackedFactors>(branch.factors, branch.in_features,
+                                                          branch.out_features, memory);
+    memory += packed_bytes(branch);
   }
 }
 

@@ -1,10 +1,10 @@
 // One adapter.safetensors, mapped and checked. Immutable.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,7 +22,7 @@ class AdapterFile {
   // Null if the adapter leaves the target alone.
   const SideBranch* branch(const std::string& target) const;
 
-  const std::unordered_map<std::string, SideBranch>& branches() const { return branches_; }
+  const std::map<std::string, SideBranch>& branches() const { return branches_; }
 
   // Null if it puts nothing before the text; else it has no branches.
   const Prefix* prefix() const { return prefix_ ? &*prefix_ : nullptr; }
@@ -33,10 +33,13 @@ class AdapterFile {
   const std::vector<int32_t>& invocation() const { return invocation_; }
 
  private:
+  void pack();
+
   MappedFile file_;
+  std::optional<HugePages> packed_;  // what branches point into
   std::string base_fingerprint_;
   std::vector<int32_t> invocation_;
-  std::unordered_map<std::string, SideBranch> branches_;  // by target
+  std::map<std::string, SideBranch> branches_;  // by target
   std::optional<Prefix> prefix_;
 };
 

@@ -13,14 +13,6 @@
 namespace edgelora {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-
-// The first multiple of kHugePage from here on.
-void* aligned(void* address) {
-  const auto from = reinterpret_cast<uintptr_t>(address);
-  return reinterpret_cast<void*>((from + kHugePage - 1) / kHugePage * kHugePage);
-}
-
 class Descriptor {
  public:
   explicit Descriptor(const std::string& path) : fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
@@ -51,22 +43,11 @@ MappedFile::MappedFile(const std::string& path) {
     throw Error(EDGELORA_BAD_FILE, path + ": is empty or no regular file; check the path");
   }
   size_ = status.st_size;
-  space_ = mmap(nullptr, space_size(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (space_ == MAP_FAILED) refuse(path);
   const auto bytes = static_cast<size_t>(size_);
-  void* data = mmap(aligned(space_), bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file.get(), 0);
-  if (data == MAP_FAILED) {
-    munmap(space_, space_size());
-    refuse(path);
-  }
-#ifdef MADV_HUGEPAGE
-  madvise(data, bytes, MADV_HUGEPAGE);  // what is read from the disk comes in such pages, if the system has them
-#endif
-  data_ = static_cast<const uint8_t*>(data);
+  space_.emplace(bytes);
+  void* data = mmap(space_->data(), bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file.get(), 0);
+  if (data == MAP_FAILED) refuse(path);
+  want_huge_pages(data, bytes);  // what is read from the disk comes in such
 }
-
-MappedFile::~MappedFile() { munmap(space_, space_size()); }
-
-size_t MappedFile::space_size() const { return static_cast<size_t>(size_) + kHugePage; }
 
 }  // namespace edgelora

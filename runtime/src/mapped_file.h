@@ -4,9 +4,11 @@
 // (SIGBUS) at the next read.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
+
+#include "src/huge_pages.h"
 
 namespace edgelora {
 
@@ -14,19 +16,13 @@ class MappedFile {
  public:
   // Throws Error(EDGELORA_BAD_FILE) if the path is no readable, non-empty regular file.
   explicit MappedFile(const std::string& path);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
 
-  const uint8_t* data() const { return data_; }
+  const uint8_t* data() const { return space_->data(); }
   int64_t size() const { return size_; }  // bytes
 
  private:
-  size_t space_size() const;  // bytes
-
-  const uint8_t* data_ = nullptr;
+  std::optional<HugePages> space_;  // which the mapping replaces
   int64_t size_ = 0;
-  void* space_ = nullptr;  // addresses that the mapping lies in
 };
 
 }  // namespace edgelora

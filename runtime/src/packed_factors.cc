@@ -59,22 +59,41 @@ struct Scale {
   float inverse;
 };
 
+// Bytes of each part; the next begins at a multiple of 64.
+struct Sizes {
+  Sizes(int64_t rank, int64_t in_features, int64_t out_features) {
+    const int64_t blocks = ceil_div(rank, kPanel) * ceil_div(in_features, kBlock);
+    a_codes = blocks * kBlock * kPanel;
+    a_scales = ceil_div(blocks * kPanel * 2, 64) * 64;
+    b = ceil_div(ceil_div(out_features, kPanel) * panel_bytes(rank), 64) * 64;
+  }
+  static int64_t panel_bytes(int64_t rank) { return 32 + 64 * ceil_div(rank, 4); }  // of b
+  int64_t a_codes, a_scales, b;
+};
+
 }  // namespace
 
+int64_t PackedFactors::bytes(int64_t rank, int64_t in_features, int64_t out_features) {
+  const Sizes sizes(rank, in_features, out_features);
+  return sizes.a_codes + sizes.a_scales + sizes.b;
+}
+
 PackedFactors::PackedFactors(const kernels::Factors& factors, int64_t in_features,
-                             int64_t out_features) {
+                             int64_t out_features, uint8_t* memory) {
+  const Sizes sizes(factors.rank, in_features, out_features);
+  a_codes_ = reinterpret_cast<int8_t*>(memory);
+  a_scales_ = reinterpret_cast<uint16_t*>(memory + sizes.a_codes);
+  b_ = memory + sizes.a_codes + sizes.a_scales;
   const int a_exponent = pack_a(factors, in_features);
   const int b_exponent = pack_b(factors, ceil_div(out_features, kPanel));
   unit_ = std::ldexp(1.0f, -a_exponent - b_exponent);
   view_.rank = factors.rank;
-  view_.b = b_.data();
+  view_.b = b_;
 }
 
 int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) {
-  const int64_t blocks = ceil_div(in_features, kBlock), panels = ceil_div(factors.rank, kPanel);
+  const int64_t blocks = ceil_div(in_features, kBlock);
   const Values values(factors, factors.a, factors.rank * in_features);
-  a_codes_.resize(static_cast<size_t>(panels * blocks * kBlock * kPanel));
-  a_scales_.resize(static_cast<size_t>(panels * blocks * kPanel));
   for (int64_t r = 0; r < factors.rank; ++r) {
     const int64_t panel = r / kPanel, row = r % kPanel;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -83,8 +102,8 @@ int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) 
       float most = 0.0f;
       for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(values[first + i]));
       const Scale scale(most);
-      a_scales_[static_cast<size_t>((panel * blocks + b) * kPanel + row)] = scale.half;
-      int8_t* to = a_codes_.data() + ((panel * blocks + b) * kBlock * kPanel + 4 * row);
+      a_scales_[(panel * blocks + b) * kPanel + row] = scale.half;
+      int8_t* to = a_codes_ + ((panel * blocks + b) * kBlock * kPanel + 4 * row);
       for (int64_t i = 0; i < count; ++i) to[i / 4 * 64 + i % 4] = scale.code(values[first + i]);
     }
   }
@@ -92,22 +111,21 @@ int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) 
   view_.a.in_features = in_features;
   view_.a.out_features = factors.rank;
   view_.a.block_size = kBlock;
-  view_.a.codes = a_codes_.data();
-  view_.a.scales = a_scales_.data();
+  view_.a.codes = a_codes_;
+  view_.a.scales = a_scales_;
   return values.exponent();
 }
 
 int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
-  const int64_t stride = 32 + 64 * ceil_div(factors.rank, 4);  // bytes of a panel
+  const int64_t stride = Sizes::panel_bytes(factors.rank);
   const Values values(factors, factors.b, panels * kPanel * factors.rank);
-  b_.resize(static_cast<size_t>(panels * stride));
   for (int64_t row = 0; row < panels * kPanel; ++row) {
     const int64_t panel = row / kPanel, i = row % kPanel;
     const auto value = [&](int64_t r) { return values[(panel * factors.rank + r) * kPanel + i]; };
     float most = 0.0f;
     for (int64_t r = 0; r < factors.rank; ++r) most = std::max(most, std::fabs(value(r)));
     const Scale scale(most);
-    uint8_t* to = b_.data() + panel * stride;
+    uint8_t* to = b_ + panel * stride;
     std::memcpy(to + 2 * i, &scale.half, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
       to[32 + r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));

@@ -2,17 +2,19 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "kernels/kernels.h"
 
 namespace edgelora {
 
-// Owns what `view` points into.
 class PackedFactors {
  public:
-  // Of ranks up to kMostPackedRank. Throws std::bad_alloc.
-  PackedFactors(const kernels::Factors& factors, int64_t in_features, int64_t out_features);
+  // What it takes of memory, a multiple of 64 bytes.
+  static int64_t bytes(int64_t rank, int64_t in_features, int64_t out_features);
+
+  // Of ranks up to kMostPackedRank. memory: zeros, aligned to 64 bytes, must outlive this.
+  PackedFactors(const kernels::Factors& factors, int64_t in_features, int64_t out_features,
+                uint8_t* memory);
   PackedFactors(const PackedFactors&) = delete;
   PackedFactors& operator=(const PackedFactors&) = delete;
 
@@ -26,9 +28,9 @@ class PackedFactors {
   int pack_a(const kernels::Factors& factors, int64_t in_features);
   int pack_b(const kernels::Factors& factors, int64_t panels);
 
-  std::vector<int8_t> a_codes_;     // [P, Kp/4, 64], P panels of the rank
-  std::vector<uint16_t> a_scales_;  // float16 [P, Kp/32, 16]
-  std::vector<uint8_t> b_;
+  int8_t* a_codes_;     // [P, Kp/4, 64], P panels of the rank
+  uint16_t* a_scales_;  // float16 [P, Kp/32, 16]
+  uint8_t* b_;
   float unit_ = 1.0f;
   kernels::PackedFactors view_{};
 };
