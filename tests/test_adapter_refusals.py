@@ -104,14 +104,15 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
         "target_parameters: PEFT allows it only without alora_invocation_tokens",
     ),
     ({"ensure_weight_tying": 1}, "ensure_weight_tying = 1"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out = true: transposed weights (Conv1D)"),
+    ({"megatron_config": {"a": 1}}, "set it to null"),
+    ({"arrow_config": {}}, "arrow_config = {}: Arrow mixes adapters anew for each token: export"),
 ]
 NEVER_NULL = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 BAD_FIELDS += [({name: None}, f"{name} = null") for name in NEVER_NULL]
 BAD_FIELDS += [
-    ({name: {}}, name)
-    for name in ("arrow_config", "kasa_config", "use_bdlora", "monteclora_config", "velora_config")
+    ({name: {}}, "merge it with PEFT (model.merge_and_unload()")
+    for name in ("kasa_config", "use_bdlora", "monteclora_config", "velora_config")
 ]
 BAD_FIELDS += [
     ({"init_lora_weights": name}, f'init_lora_weights = "{name}": made another base')

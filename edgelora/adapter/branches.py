@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.adapter.fields import MERGE
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.qalora import expanded, inputs_of_a_mean
 from edgelora.adapter.settings import Settings
@@ -76,7 +77,7 @@ OTHER_TENSORS = [
         "(base_model.model.model.embed_tokens.lora_embedding_A)",
     ),
     (r"\.lora_magnitude_vector\b", "a magnitude vector by no name that PEFT gives it"),
-    (r"\.lora_diag\b", "a KaSA diagonal; KaSA is not supported"),
+    (r"\.lora_diag\b", f"a KaSA diagonal: {MERGE}"),
     (r"modules_to_save", "a saved module by no name that PEFT gives it"),
     (
         r"\.base_layer\.|(embed_tokens|lm_head)\.weight$",

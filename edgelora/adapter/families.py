@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgelora.adapter import adalora, ia3, lora, prompt_learning
+from edgelora.adapter.fields import MERGE
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.tensors import StoredTensor
 from edgelora.errors import EdgeLoraError
@@ -33,10 +34,6 @@ FAMILIES: Mapping[str, Family] = {
     "P_TUNING": _before_text(prompt_learning.judges_embeddings(prompt_learning.P_TUNING)),
 }
 
-MERGE = (
-    "merge it with PEFT (model.merge_and_unload().save_pretrained(FOLDER)) and export that folder "
-    "as the base"
-)
 CONVERT = f"PEFT's save_as_lora(FOLDER, model, rank) makes LoRA of it, nearly the same; or {MERGE}"
 RETRAIN = "nothing of it can be merged: train LoRA, DoRA, (IA)³ or a prompt instead"
 

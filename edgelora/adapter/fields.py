@@ -10,6 +10,13 @@ from edgelora.adapter.ledger import LedgerEntry, exported, harmless, refused
 
 Check = Callable[[Any], bool]
 PEFT = (0, 21, 2)  # the version whose meanings are read
+MERGE = (  # what can be done with most that is refused
+    "merge it with PEFT (model.merge_and_unload().save_pretrained(FOLDER)) and export that folder "
+    "as the base"
+)
+TRANSPOSED = (
+    "transposed weights (Conv1D), which no base that is exported has: set it to false, as PEFT does"
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from edgelora.adapter.branches import (
     foreign_modules,
 )
 from edgelora.adapter.copies import read_copies, without_copies
-from edgelora.adapter.fields import Fields, check_version, is_broken, is_names, is_text_or_names
+from edgelora.adapter.fields import (
+    TRANSPOSED,
+    Fields,
+    check_version,
+    is_broken,
+    is_names,
+    is_text_or_names,
+)
 from edgelora.adapter.judged import Judged, Targets
 from edgelora.adapter.ledger import LedgerEntry, exported, refused
 from edgelora.adapter.replaced import Replaced, is_replaced, read_replaced
@@ -65,7 +72,7 @@ FIELDS = Fields(
     }
     | {"init_ia3_weights": "decides how the factors start, not what they mean"},
     off={
-        "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
+        "fan_in_fan_out": ((False, None), TRANSPOSED),
     },
     judged={"peft_version": check_version},
 )

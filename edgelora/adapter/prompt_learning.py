@@ -43,7 +43,10 @@ def _fields(owner: str, peft_type: str, names: tuple[str, ...], **harmless: str)
         harmless={name: HARMLESS[name] for name in (*common, "inference_mode")} | harmless,
         off={
             "num_transformer_submodules": ((1, None), "2 is for encoder-decoder models"),
-            "modules_to_save": ((None, []), "modules saved whole beside a prompt: not supported"),
+            "modules_to_save": (
+                (None, []),
+                "modules saved whole beside a prompt: train it without them",
+            ),
         },
         judged={"peft_version": check_version},
     )

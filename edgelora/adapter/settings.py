@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgelora.adapter.fields import (
+    MERGE,
+    TRANSPOSED,
     Check,
     Fields,
     check_version,
@@ -85,15 +87,25 @@ HARMLESS = {
 
 # field: (the values that mean "off", why it is refused otherwise)
 REFUSED_UNLESS_OFF: dict[str, tuple[tuple[object, ...], str]] = {
-    "arrow_config": ((None,), "Arrow routing is not supported"),
-    "enable_lora": ((None,), "PEFT's old merged linear is not supported"),
-    "fan_in_fan_out": ((False, None), "transposed base weights (Conv1D) are not supported"),
-    "kasa_config": ((None,), "KaSA changes the base weights; not supported"),
-    "megatron_config": ((None, {}), "Megatron's parallel layers are not supported"),
-    "merge_weights": ((False, None), "PEFT's old merging during training is not supported"),
-    "monteclora_config": ((None,), "MonteCLoRA is not supported"),
-    "use_bdlora": ((None, False), "block-diagonal LoRA is not supported"),
-    "velora_config": ((None,), "VeLoRA is not supported"),
+    "arrow_config": (
+        (None,),
+        "Arrow mixes adapters anew for each token: export them one by one, without arrow_config",
+    ),
+    "enable_lora": ((None,), "MergedLinear of an old PEFT: train the adapter anew"),
+    "fan_in_fan_out": ((False, None), TRANSPOSED),
+    "kasa_config": ((None,), f"KaSA changes the base weights: {MERGE}"),
+    "megatron_config": (
+        (None, {}),
+        "Megatron's parallel layers: where the base has none it does nothing, set it to null",
+    ),
+    "merge_weights": (
+        (False, None),
+        "of an old PEFT, which merged while it evaluated: set it to false if the base was saved "
+        "unmerged",
+    ),
+    "monteclora_config": ((None,), f"MonteCLoRA draws its factors from distributions: {MERGE}"),
+    "use_bdlora": ((None, False), f"block-diagonal LoRA: {MERGE}"),
+    "velora_config": ((None,), f"VeLoRA: {MERGE}"),
 }
 
 # PEFT subtracts what these start with from the base weights: the adapter fits that base only.
