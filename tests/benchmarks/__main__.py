@@ -7,9 +7,19 @@ from typing import TextIO
 
 import click
 
-from benchmarks import arm_kernels, bandwidth, limits, losses, plots, scaling, table, targets
+from benchmarks import (
+    arm_kernels,
+    bandwidth,
+    limits,
+    losses,
+    paired,
+    plots,
+    scaling,
+    table,
+    targets,
+)
 from benchmarks.contestants import Load
-from benchmarks.figures import SPEED, read, read_quality
+from benchmarks.figures import SPEED, append, read, read_quality
 from benchmarks.folder import MODELS, SMOLLM2, Peers
 from benchmarks.prepare import PEERS, steps
 from benchmarks.roofline import draw_roofline
@@ -104,6 +114,31 @@ def run(
         raise click.ClickException(f"{len(failures)} measurements failed:\n" + "\n".join(failures))
 
 
+@main.command("paired")
+@folder_option
+@model_option
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), default=paired.CSV)
+@click.option("--threads", type=click.IntRange(1), multiple=True, default=(2, 1))
+@click.option("--load", "loads", type=PromptAndNew(), multiple=True, help="128:32 512:16")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+def measure_paired(
+    folder: Path,
+    models: tuple[str, ...],
+    csv_path: Path,
+    threads: tuple[int, ...],
+    loads: tuple[tuple[int, int], ...],
+    rounds: int,
+) -> None:
+    """EdgeLoRA's bundles and adapters beside each other, in one process, in turn."""
+    peers, setting = Peers(folder.absolute()), Setting.here(None)
+    for model in models or MODELS:
+        for count in threads:
+            for each in loads or ((128, 32), (512, 16)):
+                for row in paired.measure(peers, model, Load(count, *each), rounds, setting):
+                    append(csv_path, row)
+                click.echo(f"{model}, {count} threads, {each[0]} tokens: {rounds} rounds", err=True)
+
+
 @main.command("scaling")
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="At most.")
@@ -192,7 +227,7 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     yield table.README, "speed", table.tables(rows, lost)
     on_code = read_quality("quality-code.csv")
     yield table.README, "quality", table.quality(read_quality(), on_code, lost)
-    yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost)
+    yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost, read(paired.CSV))
     arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
     yield arm_kernels.README, "arm", arm_kernels.ratios(arm)
 

@@ -62,6 +62,9 @@ int main(int argc, char** argv) {
   if (count == 0) return fprintf(stderr, "%s: too small\n", argv[1]), 1;
   const uint64_t* words = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_SHARED, file, 0);
   if (words == MAP_FAILED) return perror(argv[1]), 1;
+#ifdef MADV_HUGEPAGE
+  madvise((void*)words, (size_t)about.st_size, MADV_HUGEPAGE);  // what is not in memory is read so
+#endif
 
   pthread_barrier_t barrier;
   pthread_barrier_init(&barrier, NULL, (unsigned)threads);

@@ -1,7 +1,7 @@
 """What of the targets of speed is met: ARCHITECTURE's tables, generated from the committed CSVs.
 
 One bundle stands for a model: of those that lose no more than llama.cpp's Q4_0 the one that
-decodes fastest.
+streams the fewest bytes for a token (which is fastest would change with the machine's mood).
 """
 
 import statistics
@@ -13,10 +13,9 @@ from benchmarks.contestants import OURS, OURS_INT4, about_adapters
 from benchmarks.figures import Row, latest, median, of
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
+from benchmarks.paired import LOADED, MERGED
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
-LOADED = f"{OURS_INT4}, adapters loaded"
-MERGED = f"{OURS_INT4}, rank 16 merged"
 COUNTS = (2, 1)  # threads
 
 
@@ -44,9 +43,9 @@ PAIRS = (
 )
 
 
-def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
-    """Beside the peers, then ours beside ours."""
-    groups = latest(rows)
+def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> str:
+    """Beside the peers, then ours beside ours, of rows measured in turn (`paired`)."""
+    groups, pairs_of = latest(rows), latest(in_turn)
     models = list(dict.fromkeys(model for model, _ in groups))
     chosen = {model: bundle(groups[model, COUNTS[0]], mean_kl(losses, model)) for model in models}
     head = ["× the best peer", "target", *(f"{model}: {chosen[model]}" for model in models)]
@@ -55,9 +54,11 @@ def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
         for model in models)] for target in TARGETS]  # fmt: skip
     beside_stream = [_of_stream(groups[model, COUNTS[0]], chosen[model]) for model in models]
     beside_peers.insert(1, ["the same ÷ the stream just before", "", *beside_stream])
-    head_of_pairs = ["decode, prefill at 128; at 512", "target", *models]
+    settings = [(model, count) for model in models for count in COUNTS]
+    named = [f"{model}, {count} thread{'s' if count > 1 else ''}" for model, count in settings]
+    head_of_pairs = ["decode, prefill at 128; at 512", "target", *named]
     pairs = [[what, "" if least is None else f"≥ {least:.2f}", *(
-        _pair(groups[model, COUNTS[0]], ours, other, least) for model in models)]
+        _pair(pairs_of.get(setting, []), ours, other, least) for setting in settings)]
         for what, ours, other, least in PAIRS]  # fmt: skip
     return _markdown(head, beside_peers) + "\n" + _markdown(head_of_pairs, pairs)
 
@@ -67,7 +68,8 @@ def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
     allowed = kl.get(NO_WORSE_THAN, 0.0)
     names = dict.fromkeys(row.contestant for row in rows if row.contestant.startswith(OURS))
     eligible = [name for name in names if not about_adapters(name) and kl.get(name, 1e9) <= allowed]
-    return max(eligible, key=lambda name: _rate(rows, name, "decode", 128) or 0, default=OURS_INT4)
+    bytes_of = {row.contestant: row.weight_bytes or 0 for row in rows}
+    return min(eligible, key=bytes_of.__getitem__, default=OURS_INT4)
 
 
 def _rate(rows: Sequence[Row], name: str, what: str, prompt_tokens: int) -> float | None:
@@ -112,10 +114,13 @@ def _verdict(ratios: Iterator[float], least: float) -> str:
 def _pair(rows: Sequence[Row], ours: str, other: str, least: float | None) -> str:
     ratios = []
     for prompt in (128, 512):
+        mine, beside = ({r.round: r for r in of(rows, name, prompt)} for name in (ours, other))
         for what in ("decode", "prefill"):
-            mine, beside = (_rate(rows, name, what, prompt) for name in (ours, other))
-            if mine and beside:
-                ratios.append(mine / beside)
+            found = [
+                getattr(mine[number], what) / getattr(beside[number], what)
+                for number in mine.keys() & beside.keys()
+            ]
+            ratios += [statistics.median(found)] if found else []
     said = ", ".join(f"{ratio:.2f}" for ratio in ratios[:2])
     said += f"; {', '.join(f'{ratio:.2f}' for ratio in ratios[2:])}" if ratios[2:] else ""
     if least is None or not ratios:

@@ -1,0 +1,80 @@
+"""EdgeLoRA beside itself, in one process and in turn: the bandwidth of a shared machine swings by a
+factor of two within minutes, and so do ratios of what was measured minutes apart.
+"""
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.contestants import OURS, OURS_INT4, Load
+from benchmarks.figures import SPEED, Row
+from benchmarks.folder import RANKS, Peers
+from benchmarks.rounds import Setting
+from edgelora import load
+from edgelora.model import Model, Session
+
+CSV = SPEED.with_name("paired.csv")
+LOADED = f"{OURS_INT4}, adapters loaded"
+MERGED = f"{OURS_INT4}, rank 16 merged"
+
+
+def sides(folder: Path) -> dict[str, tuple[Path, str | None]]:
+    """Bundle and active adapter by name; those whose bundle is there."""
+    adapters = folder / "edgelora-adapters"  # its adapters are loaded as soon as one side has one
+    all_of_them: dict[str, tuple[Path, str | None]] = {
+        OURS_INT4: (folder / "edgelora-int4", None),
+        f"{OURS} nf4": (folder / "edgelora-nf4", None),
+        MERGED: (folder / "edgelora-merged", None),
+        LOADED: (adapters, None),
+    }
+    all_of_them |= {f"{OURS_INT4} + rank {rank}": (adapters, f"rank{rank}") for rank in RANKS}
+    return {name: side for name, side in all_of_them.items() if side[0].is_dir()}
+
+
+def measure(peers: Peers, model: str, each: Load, rounds: int, setting: Setting) -> Iterator[Row]:
+    """A row for each side in each round, in another order each time, after a round of warm-up."""
+    chosen = sides(peers.model(model))
+    with ExitStack() as stack:
+        sessions = _opened(stack, chosen, each.threads)
+        order, names = random.Random(0), list(sessions)
+        for number in range(-1, rounds):
+            order.shuffle(names)
+            for name in names:
+                prefill, decode = _rates(sessions[name], each)
+                row = Row(
+                    setting.run, number, model, name, version("edgelora"), each.threads,
+                    each.prompt_tokens, each.new_tokens, prefill, decode, None, None,
+                    setting.machine, setting.isa, setting.commit,
+                )  # fmt: skip
+                if number >= 0:
+                    yield row
+
+
+def _opened(
+    stack: ExitStack, chosen: dict[str, tuple[Path, str | None]], threads: int
+) -> dict[str, Session]:
+    models: dict[Path, Model] = {}
+    sessions = {}
+    for name, (bundle, adapter) in chosen.items():
+        if bundle not in models:
+            models[bundle] = stack.enter_context(load(bundle, threads=threads))
+        sessions[name] = stack.enter_context(models[bundle].session(adapter=adapter))
+    return sessions
+
+
+def _rates(session: Session, each: Load) -> tuple[float, float]:
+    """Tokens a second: prefill, decode."""
+    session.rewind(0)
+    moments = [time.perf_counter()]
+    session.prefill([7 * i % 1000 for i in range(each.prompt_tokens)])
+    moments.append(time.perf_counter())
+    session.decode(1, ignore_eos=True)
+    moments.append(time.perf_counter())
+    session.decode(each.new_tokens, ignore_eos=True)
+    moments.append(time.perf_counter())
+    prefill, _, decode = (end - begin for begin, end in itertools.pairwise(moments))
+    return each.prompt_tokens / prefill, each.new_tokens / decode
