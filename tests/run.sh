@@ -14,7 +14,7 @@ log=.venv/build-native.log
 ctest --test-dir .venv/native --output-on-failure
 bash tests/native/sanitized.sh thread crew_test linear_job_test attention_job_test
 bash tests/native/sanitized.sh address,undefined crew_test linear_job_test linear_formats_test attention_job_test \
-  adapter_store_test ops_test ort_error_test session_parts_test kernels_test
+  adapter_store_test ops_test ort_error_test protobuf_test session_parts_test kernels_test
 bash tests/native/arm.sh
 for tool in aarch64-linux-gnu-g++ qemu-aarch64-static clang++; do
   command -v "$tool" >/dev/null || echo "no $tool: tests/arm skips what needs it"

@@ -82,5 +82,6 @@ int main() {
   edgelora::test::test_a_message_in_a_message_and_negative_numbers();
   edgelora::test::test_every_truncation_is_refused();
   edgelora::test::test_lengths_and_numbers_out_of_bounds_are_refused();
+  std::printf("%d failures\n", edgelora::test::failures.load());
   return edgelora::test::failures == 0 ? 0 : 1;
 }
