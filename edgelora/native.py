@@ -163,9 +163,12 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # name → result type, 
 def library_path() -> Path:
     """The runtime inside this package; raises EdgeLoraError if it was installed without one."""
     path = Path(__file__).with_name("libedgelora.so")
-    if not path.is_file():
-        raise EdgeLoraError(f"{path}: missing: build and install the package with pip install .")
-    return path
+    if path.is_file():
+        return path
+    advice = "build and install the package with pip install ."
+    if (path.parents[1] / "pyproject.toml").is_file():
+        advice += " and start Python outside of its source folder, or with -P"
+    raise EdgeLoraError(f"{path}: missing: {advice}")
 
 
 def onnxruntime_path() -> Path:

@@ -350,3 +350,12 @@ def test_import_brings_in_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_package_without_its_library_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "edgelora" / "native.py"))
+    with pytest.raises(EdgeLoraError, match=r"libedgelora.so: missing: .*pip install \.$"):
+        native.library_path()
+    (tmp_path / "pyproject.toml").touch()
+    with pytest.raises(EdgeLoraError, match="outside of its source folder, or with -P$"):
+        native.library_path()
