@@ -357,5 +357,5 @@ def test_a_package_without_its_library_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(EdgeLoraError, match=r"libedgelora.so: missing: .*pip install \.$"):
         native.library_path()
     (tmp_path / "pyproject.toml").touch()
-    with pytest.raises(EdgeLoraError, match="outside of its source folder, or with -P$"):
+    with pytest.raises(EdgeLoraError, match=r"outside of its source folder, or with -P$"):
         native.library_path()
