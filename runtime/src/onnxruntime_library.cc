@@ -89,15 +89,26 @@ OrtHandle<OrtMemoryInfo> create_memory_info(const OrtApi& api) {
   return {memory, api.ReleaseMemoryInfo};
 }
 
+struct Dims {
+  const int64_t* first;
+  size_t count;
+};
+
 OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory, void* data,
-                                  size_t element_size, std::initializer_list<int64_t> dims,
-                                  ONNXTensorElementDataType type) {
-  size_t bytes = element_size;
-  for (const int64_t dim : dims) bytes *= static_cast<size_t>(dim);
+                                  size_t bytes, Dims dims, ONNXTensorElementDataType type) {
   OrtValue* value = nullptr;
-  check_status(api, api.CreateTensorWithDataAsOrtValue(memory, data, bytes, dims.begin(),
-                                                       dims.size(), type, &value));
+  check_status(api, api.CreateTensorWithDataAsOrtValue(memory, data, bytes, dims.first, dims.count,
+                                                       type, &value));
   return {value, api.ReleaseValue};
+}
+
+template <typename T>
+OrtHandle<OrtValue> create_tensor(const OrtApi& api, const OrtMemoryInfo* memory, T* data,
+                                  std::initializer_list<int64_t> dims,
+                                  ONNXTensorElementDataType type) {
+  size_t bytes = sizeof *data;
+  for (const int64_t dim : dims) bytes *= static_cast<size_t>(dim);
+  return create_tensor(api, memory, data, bytes, Dims{dims.begin(), dims.size()}, type);
 }
 
 }  // namespace
@@ -108,26 +119,24 @@ OnnxRuntime::OnnxRuntime(const std::string& path)
 void OnnxRuntime::check(OrtStatus* status) const { check_status(*api_, status); }
 
 OrtHandle<OrtValue> OnnxRuntime::tensor(int64_t* data, std::initializer_list<int64_t> dims) const {
-  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+  return create_tensor(*api_, memory_.get(), data, dims,
                        ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 }
 
 OrtHandle<OrtValue> OnnxRuntime::tensor(float* data, std::initializer_list<int64_t> dims) const {
-  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+  return create_tensor(*api_, memory_.get(), data, dims,
                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 }
 
 OrtHandle<OrtValue> OnnxRuntime::tensor(uint8_t* data, std::initializer_list<int64_t> dims) const {
-  return create_tensor(*api_, memory_.get(), data, sizeof *data, dims,
+  return create_tensor(*api_, memory_.get(), data, dims,
                        ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
 }
 
 OrtHandle<OrtValue> OnnxRuntime::tensor(void* data, int64_t bytes, const std::vector<int64_t>& dims,
                                         ONNXTensorElementDataType type) const {
-  OrtValue* value = nullptr;
-  check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), data, static_cast<size_t>(bytes),
-                                             dims.data(), dims.size(), type, &value));
-  return {value, api_->ReleaseValue};
+  return create_tensor(*api_, memory_.get(), data, static_cast<size_t>(bytes),
+                       Dims{dims.data(), dims.size()}, type);
 }
 
 }  // namespace edgelora

@@ -1,7 +1,7 @@
 """./dev bench: prepares the peers, measures them beside EdgeLoRA, draws the figures."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -54,6 +54,18 @@ class PromptAndNew(click.ParamType[tuple[int, int]]):
         return int(prompt), int(new)
 
 
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), multiple=True, default=(2, 1), show_default=True
+)
+
+
+def loads_option(*default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Prompts and new tokens to measure."""
+    return click.option(
+        "--load", "loads", type=PromptAndNew(), multiple=True, default=default, show_default=True
+    )
+
+
 @click.group(invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -80,8 +92,8 @@ def prepare(folder: Path, models: tuple[str, ...], peers: tuple[str, ...]) -> No
 @folder_option
 @model_option
 @csv_option
-@click.option("--threads", type=click.IntRange(1), multiple=True, default=(2, 1))
-@click.option("--load", "loads", type=PromptAndNew(), multiple=True, help="128:64 512:32 2000:32")
+@threads_option
+@loads_option("128:64", "512:32", "2000:32")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--only", multiple=True, help="A part of a contestant's name, * allowed; repeatable.")
 @click.option("--run", "run_name", help="Adds rows to this run instead of a new one.")
@@ -97,11 +109,7 @@ def run(
 ) -> None:
     """Measures who is prepared, in rounds; without any preparation, EdgeLoRA alone on SmolLM2."""
     peers = Peers(folder.absolute())
-    wanted = [
-        Load(count, *load)
-        for count in threads
-        for load in loads or ((128, 64), (512, 32), (2000, 32))
-    ]
+    wanted = [Load(count, *load) for count in threads for load in loads]
     round_of_turns = list(turns(peers, models or MODELS, wanted, only))
     if not round_of_turns:
         for step in steps(peers, [SMOLLM2], ["edgelora"]):
@@ -118,8 +126,8 @@ def run(
 @folder_option
 @model_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), default=paired.CSV)
-@click.option("--threads", type=click.IntRange(1), multiple=True, default=(2, 1))
-@click.option("--load", "loads", type=PromptAndNew(), multiple=True, help="128:32 512:16")
+@threads_option
+@loads_option("128:32", "512:16")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
 def measure_paired(
     folder: Path,
@@ -133,7 +141,7 @@ def measure_paired(
     peers, setting = Peers(folder.absolute()), Setting.here(None)
     for model in models or MODELS:
         for count in threads:
-            for each in loads or ((128, 32), (512, 16)):
+            for each in loads:
                 for row in paired.measure(peers, model, Load(count, *each), rounds, setting):
                     append(csv_path, row)
                 click.echo(f"{model}, {count} threads, {each[0]} tokens: {rounds} rounds", err=True)
