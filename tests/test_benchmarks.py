@@ -172,7 +172,7 @@ def test_ours_beside_ours_is_measured_in_turn(
 ) -> None:
     bundle = write_toy_bundle(tmp_path / "bundle")
     sides = {"a": (bundle, None), "b": (bundle, ADAPTERS[0])}
-    monkeypatch.setattr(paired, "sides", lambda folder: sides)
+    monkeypatch.setattr(paired, "sides", lambda peers, model: sides)
     setting = rounds.Setting("one", "CPU", "avx2", "abcdef0")
     rows = list(paired.measure(Peers(tmp_path), SMOLLM2, Load(1, 8, 3), 4, setting))
     assert sorted((row.round, row.contestant) for row in rows) == [
@@ -183,10 +183,11 @@ def test_ours_beside_ours_is_measured_in_turn(
 
 
 def test_sides_are_the_bundles_that_are_there(tmp_path: Path) -> None:
-    (tmp_path / "edgelora-adapters").mkdir()
-    named = paired.sides(tmp_path)
-    assert [*named] == [paired.LOADED, *(f"EdgeLoRA int4 + rank {rank}" for rank in RANKS)]
-    assert named["EdgeLoRA int4 + rank 16"] == (tmp_path / "edgelora-adapters", "rank16")
+    bundle = Peers(tmp_path).model(SMOLLM2) / "edgelora-adapters"
+    bundle.mkdir(parents=True)
+    named = paired.sides(Peers(tmp_path), SMOLLM2)
+    assert [*named] == [targets.LOADED, *(f"EdgeLoRA int4 + rank {rank}" for rank in RANKS)]
+    assert named["EdgeLoRA int4 + rank 16"] == (bundle, "rank16")
 
 
 # ---- losses ----

@@ -10,34 +10,33 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.contestants import OURS, OURS_INT4, Load
+from benchmarks.contestants import OURS, OURS_INT4, Load, about_adapters, contestants
 from benchmarks.figures import SPEED, Row
-from benchmarks.folder import RANKS, Peers
+from benchmarks.folder import Peers
 from benchmarks.rounds import Setting
 from edgelora import load
 from edgelora.model import Model, Session
 
 CSV = SPEED.with_name("paired.csv")
-LOADED = f"{OURS_INT4}, adapters loaded"
-MERGED = f"{OURS_INT4}, rank 16 merged"
+FORMATS = (OURS_INT4, f"{OURS} nf4")
+Side = tuple[Path, str | None]  # bundle, active adapter
 
 
-def sides(folder: Path) -> dict[str, tuple[Path, str | None]]:
-    """Bundle and active adapter by name; those whose bundle is there."""
-    adapters = folder / "edgelora-adapters"  # its adapters are loaded as soon as one side has one
-    all_of_them: dict[str, tuple[Path, str | None]] = {
-        OURS_INT4: (folder / "edgelora-int4", None),
-        f"{OURS} nf4": (folder / "edgelora-nf4", None),
-        MERGED: (folder / "edgelora-merged", None),
-        LOADED: (adapters, None),
-    }
-    all_of_them |= {f"{OURS_INT4} + rank {rank}": (adapters, f"rank{rank}") for rank in RANKS}
-    return {name: side for name, side in all_of_them.items() if side[0].is_dir()}
+def sides(peers: Peers, model: str) -> dict[str, Side]:
+    """By name, the contestants that are about adapters or nf4 and what they stand beside; those
+    whose bundle is there. Its adapters are loaded as soon as one side has one.
+    """
+    found = {}
+    for each in contestants(peers, model):
+        bundle, *adapter = (path.parent for path in each.weights)
+        if each.name in FORMATS or (each.name.startswith(OURS) and about_adapters(each.name)):
+            found[each.name] = bundle, adapter[0].name if adapter else None
+    return {name: side for name, side in found.items() if side[0].is_dir()}
 
 
 def measure(peers: Peers, model: str, each: Load, rounds: int, setting: Setting) -> Iterator[Row]:
     """A row for each side in each round, in another order each time, after a round of warm-up."""
-    chosen = sides(peers.model(model))
+    chosen = sides(peers, model)
     with ExitStack() as stack:
         sessions = _opened(stack, chosen, each.threads)
         order, names = random.Random(0), list(sessions)
@@ -54,9 +53,7 @@ def measure(peers: Peers, model: str, each: Load, rounds: int, setting: Setting)
                     yield row
 
 
-def _opened(
-    stack: ExitStack, chosen: dict[str, tuple[Path, str | None]], threads: int
-) -> dict[str, Session]:
+def _opened(stack: ExitStack, chosen: dict[str, Side], threads: int) -> dict[str, Session]:
     models: dict[Path, Model] = {}
     sessions = {}
     for name, (bundle, adapter) in chosen.items():

@@ -13,9 +13,10 @@ from benchmarks.contestants import OURS, OURS_INT4, about_adapters
 from benchmarks.figures import Row, latest, median, of
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
-from benchmarks.paired import LOADED, MERGED
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
+LOADED = f"{OURS_INT4}, adapters loaded"
+MERGED = f"{OURS_INT4}, rank 16 merged"
 COUNTS = (2, 1)  # threads
 
 
