@@ -28,6 +28,9 @@ struct RowTile {
   const float* shifts;    // [blocks, rows], scale · Σ codes; kInt4Offsets only
   const int16_t* starts;  // [blocks, rows, 2, 2], and
   const uint8_t* wide;    // [blocks], of avx2's nf4 and fp4
+  const float* group_scales;   // [groups of blocks, rows], and
+  const float* magics;         // [groups, rows, 4], and
+  const int32_t* magic_terms;  // [groups, rows, 4], of panel_pairs.h
 };
 
 // One panel of W.
@@ -46,17 +49,23 @@ inline char* at(void* scratch, int64_t offset) { return static_cast<char*>(scrat
 inline void pack_codes(const Activations& x, int64_t first_row, int64_t blocks, RowTile* tile,
                        void* scratch, const ScratchLayout& layout) {
   auto* codes = reinterpret_cast<int8_t*>(at(scratch, layout.codes));
-  auto* scales = reinterpret_cast<float*>(at(scratch, layout.scales));
   for (int64_t m = 0; m < tile->rows; ++m) {
-    const int64_t row = (first_row + m) * blocks;
+    const int8_t* from = x.codes + (first_row + m) * blocks * kActivationBlock;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t to = b * tile->rows + m;
-      std::memcpy(codes + to * kActivationBlock, x.codes + (row + b) * kActivationBlock,
+      std::memcpy(codes + (b * tile->rows + m) * kActivationBlock, from + b * kActivationBlock,
                   kActivationBlock);
-      scales[to] = x.scales[row + b];
     }
   }
   tile->codes = codes;
+}
+
+inline void pack_scales(const Activations& x, int64_t first_row, RowTile* tile, void* scratch,
+                        const ScratchLayout& layout) {
+  auto* scales = reinterpret_cast<float*>(at(scratch, layout.scales));
+  for (int64_t m = 0; m < tile->rows; ++m) {
+    const float* from = x.scales + (first_row + m) * tile->blocks;
+    for (int64_t b = 0; b < tile->blocks; ++b) scales[b * tile->rows + m] = from[b];
+  }
   tile->scales = scales;
 }
 
@@ -109,6 +118,7 @@ inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t f
     tile.scales = x.scales + first_row * blocks;
   } else {
     pack_codes(x, first_row, blocks, &tile, scratch, layout);
+    pack_scales(x, first_row, &tile, scratch, layout);
   }
   if (weights.format == Format::kInt4Offsets) {
     pack_shifts(x, first_row, &tile, scratch, layout);

@@ -26,6 +26,10 @@ inline int64_t activation_blocks(int64_t in_features) {
   return ceil_div(in_features, kActivationBlock);
 }
 
+inline int64_t activation_groups(int64_t in_features) {
+  return ceil_div(in_features, kGroupBlocks * kActivationBlock);
+}
+
 inline int64_t panel_rows(const Weights& weights, int64_t panel) {  // rows that exist, 1…16
   return min_of(kPanelRows, weights.out_features - panel * kPanelRows);
 }

@@ -125,25 +125,42 @@ bool pairs_panels(const Weights& weights, int64_t rows) {
          weights.block_size > kActivationBlock;
 }
 
-// One group; `slot` rows of the tile lie before it in the scratch.
-template <class Isa>
-RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_row, int64_t rows,
-                   int64_t slot, void* scratch) {
+// Where a group's part lies; `slot` rows of the tile are before it.
+inline ScratchLayout group_layout(const Weights& weights, int64_t slot) {
   ScratchLayout layout = scratch_layout(weights);
   const int64_t blocks = activation_blocks(weights.in_features);
+  const int64_t groups = activation_groups(weights.in_features);
   layout.codes += slot * blocks * kActivationBlock;
   layout.scales += slot * blocks * 4;
   layout.terms += slot * blocks * 4;
+  layout.group_scales += slot * groups * 4;
+  layout.magics += slot * groups * kGroupBlocks * 4;
+  layout.magic_terms += slot * groups * kGroupBlocks * 4;
   layout.starts += slot * blocks * 8;
   layout.wide += slot * blocks;
+  return layout;
+}
+
+// One group; `pairs`: as pairs_panels says of all rows.
+template <class Isa>
+RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_row, int64_t rows,
+                   bool pairs, void* scratch, const ScratchLayout& layout) {
   RowTile tile{};
   tile.rows = rows;
-  tile.blocks = blocks;
+  tile.blocks = activation_blocks(weights.in_features);
+  if constexpr (Isa::kPairRows > 0) {
+    if (pairs) {
+      pack_codes(x, first_row, tile.blocks, &tile, scratch, layout);
+      Isa::pack_pairs(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
+      return tile;
+    }
+  }
   if (rows == 1) {
-    tile.codes = x.codes + first_row * blocks * kActivationBlock;
-    tile.scales = x.scales + first_row * blocks;
+    tile.codes = x.codes + first_row * tile.blocks * kActivationBlock;
+    tile.scales = x.scales + first_row * tile.blocks;
   } else {
-    pack_codes(x, first_row, blocks, &tile, scratch, layout);
+    pack_codes(x, first_row, tile.blocks, &tile, scratch, layout);
+    pack_scales(x, first_row, &tile, scratch, layout);
   }
   if (has_extras(weights.format)) {
     pack_extra_factors(x, first_row, weights.format, &tile, scratch, layout);
@@ -163,7 +180,8 @@ void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, 
   int64_t slot = 0;
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
-    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, slot, scratch);
+    const ScratchLayout layout = group_layout(weights, slot);
+    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, pairs, scratch, layout);
     slot += rows;
   }
 }

@@ -1,6 +1,6 @@
 // Activations → int8 blocks, the exponentials of a softmax, SwiGLU.
 //
-//   code = round_half_even(x · (127 / amax)) of 32 values, two registers; activation_block.h
+//   code = round_half_even(x · inverse) of 32 values, two registers; activation_block.h
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
 //   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding (≤ 2 ulp).
 #include <immintrin.h>
@@ -50,17 +50,31 @@ struct FourScales {
   __m128 inverse;
 };
 
-// block_scale_of of four.
-FourScales four_scales_of(__m128i amax_bits) {
-  const __m128 amax = _mm_castsi128_ps(amax_bits), most = _mm_set1_ps(127.0f);
-  const __m128 finite = _mm_castsi128_ps(_mm_cmplt_epi32(amax_bits, _mm_set1_epi32(0x7f800000)));
-  const __m128 usual = _mm_and_ps(finite, _mm_cmpge_ps(amax, _mm_set1_ps(kSmallestAmax)));
-  const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());
-  return {_mm_or_ps(_mm_and_ps(usual, _mm_div_ps(amax, most)), _mm_andnot_ps(finite, nan)),
-          _mm_and_ps(usual, _mm_div_ps(most, amax))};
+__m128i multiplied(__m128 value, __m128i exponent) {  // by 2^exponent, which begins at bit 23
+  return _mm_add_epi32(_mm_castps_si128(value), exponent);
 }
 
-// Up to four blocks at a time: what goes across lanes costs most, and a division for each block.
+// group_scales_of. As integers, amax below most · 2^−e is below most by at least e exponents.
+FourScales four_scales_of(__m128i amax) {
+  const __m128i finite = _mm_cmplt_epi32(amax, _mm_set1_epi32(bits_of(HUGE_VALF)));
+  const __m128i tiny = _mm_cmplt_epi32(amax, _mm_set1_epi32(bits_of(kSmallestAmax)));
+  const __m128i usual = _mm_andnot_si128(tiny, finite);
+  __m128i most = _mm_and_si128(usual, amax);
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+  const __m128i e = _mm_min_epi32(_mm_srai_epi32(_mm_sub_epi32(most, amax), kMantissaBits),
+                                  _mm_set1_epi32(kMostHalvings));
+  const __m128i up = _mm_slli_epi32(e, kMantissaBits);
+  const __m128i down = _mm_sub_epi32(_mm_setzero_si128(), up);
+  const __m128 top = _mm_castsi128_ps(most), steps = _mm_set1_ps(127.0f);
+  const __m128i nan = _mm_set1_epi32(bits_of(std::numeric_limits<float>::quiet_NaN()));
+  const __m128i scale = _mm_and_si128(usual, multiplied(_mm_div_ps(top, steps), down));
+  const __m128i inverse = _mm_and_si128(usual, multiplied(_mm_div_ps(steps, top), up));
+  return {_mm_castsi128_ps(_mm_or_si128(scale, _mm_andnot_si128(finite, nan))),
+          _mm_castsi128_ps(inverse)};
+}
+
+// Up to four blocks at a time: what goes across lanes costs most.
 template <int kCount>
 void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums) {
   __m512i sizes[4] = {}, totals[4] = {};
@@ -89,6 +103,15 @@ void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums
   store_first<kCount>(_mm_and_si128(some, sum), sums);
 }
 
+void quantize_some(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums) {
+  switch (blocks) {
+    case 1: return quantize_blocks<1>(x, codes, scales, sums);
+    case 2: return quantize_blocks<2>(x, codes, scales, sums);
+    case 3: return quantize_blocks<3>(x, codes, scales, sums);
+    default: return quantize_blocks<4>(x, codes, scales, sums);
+  }
+}
+
 // NaN stays NaN: min and max return their second operand then. 0 below kLowest.
 __m512 exp16(__m512 x) {
   const __m512 bounded =
@@ -111,23 +134,7 @@ __mmask16 first_lanes(int64_t count) {
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  const int64_t full = in_features / kActivationBlock;
-  for (int64_t b = 0; b < full; b += 4) {
-    const int64_t k = b * kActivationBlock;
-    const auto quantize = [&](auto count) {
-      quantize_blocks<count>(x + k, codes + k, scales + b, sums + b);
-    };
-    switch (full - b) {
-      case 1: quantize(std::integral_constant<int, 1>()); break;
-      case 2: quantize(std::integral_constant<int, 2>()); break;
-      case 3: quantize(std::integral_constant<int, 3>()); break;
-      default: quantize(std::integral_constant<int, 4>());
-    }
-  }
-  const int64_t k = full * kActivationBlock;
-  if (k < in_features) {
-    sums[full] = quantize_block(x + k, in_features - k, codes + k, scales + full);
-  }
+  quantize_groups(x, in_features, codes, scales, sums, quantize_some);
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* out) {

@@ -2,8 +2,12 @@
 // broadcast of x serves both, and 6 rows' dots and sums with 32 rows of W fill 24 of the 32 registers.
 // A last panel alone is computed likewise: what y is must not depend on where a thread's panels end.
 //   dots [rows][panels]   int32, of one block: as many chains of vpdpbusd
-//   sums [rows][panels]   float, of the blocks that share a scale: one multiplication less for each
+//   sums [rows][panels]   float, of the blocks that share a scale of W and a group's of x
 //   acc                   float, in L1 from the first such blocks to the last, which write y
+//
+// Multiplications take vpdpbusd's place, additions do not; and scales of x in a group are powers of two
+// apart. So a block's dots start from 1.5·2^(23 − e) as an int32, whose lowest bit is worth 2^−e as a
+// float. Read as floats and with the start taken away, they are dot · 2^−e, exactly, since |dot| < 2^22.
 #pragma once
 
 #include "kernels/avx512_vnni/registers.h"
@@ -14,6 +18,35 @@ namespace {
 struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
   static constexpr int kPairRows = 6;
+
+  // starts = magic + factor · Σ codes
+  static void pack_pairs(const Activations& x, int64_t first_row, int32_t factor, RowTile* tile,
+                         void* scratch, const ScratchLayout& layout) {
+    const int64_t groups = ceil_div(tile->blocks, kGroupBlocks);
+    auto* group_scales = reinterpret_cast<float*>(at(scratch, layout.group_scales));
+    auto* magics = reinterpret_cast<__m128i*>(at(scratch, layout.magics));
+    auto* terms = reinterpret_cast<__m128i*>(at(scratch, layout.magic_terms));
+    for (int64_t m = 0; m < tile->rows; ++m) {
+      const int64_t row = (first_row + m) * tile->blocks;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t b = g * kGroupBlocks, to = g * tile->rows + m;
+        const __m128i there = first_lanes(tile->blocks - b);
+        const __m128i scale = _mm_castps_si128(_mm_maskload_ps(x.scales + row + b, there));
+        const __m128i sum = _mm_maskload_epi32(x.sums + row + b, there);
+        const __m128i most = largest_lane(scale);  // NaN above all
+        const __m128i zero = _mm_cmpeq_epi32(scale, _mm_setzero_si128());
+        const __m128i exponent = _mm_andnot_si128(zero, _mm_sub_epi32(scale, most));
+        const __m128i magic = _mm_add_epi32(_mm_set1_epi32(kMagicBits), exponent);
+        _mm_store_ss(group_scales + to, _mm_castsi128_ps(most));
+        _mm_store_si128(magics + to, magic);
+        _mm_store_si128(terms + to,
+                        _mm_add_epi32(magic, _mm_mullo_epi32(sum, _mm_set1_epi32(factor))));
+      }
+    }
+    tile->group_scales = group_scales;
+    tile->magics = reinterpret_cast<const float*>(magics);
+    tile->magic_terms = reinterpret_cast<const int32_t*>(terms);
+  }
 
   // out[p] [kRows, 16] = panel p · x
   template <Format kFormat, int kRows, int kPanels>
@@ -36,6 +69,24 @@ struct PanelPairs : VnniIsa<Registers> {
   }
 
  private:
+  static constexpr int32_t kMagicBits = 0x4b400000;  // of 1.5·2^23
+
+  static __m128i first_lanes(int64_t count) {
+    return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int32_t>(count)),
+                           _mm_setr_epi32(0, 1, 2, 3));
+  }
+
+  static __m128i largest_lane(__m128i v) {
+    v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+  }
+
+  // Where magics and magic_terms of a block lie.
+  template <int kRows>
+  static int64_t lane(int64_t b, int64_t row) {
+    return (b / kGroupBlocks * kRows + row) * kGroupBlocks + b % kGroupBlocks;
+  }
+
   struct Blocks {  // that share a scale
     int64_t begin, end;
   };
@@ -59,17 +110,19 @@ struct PanelPairs : VnniIsa<Registers> {
       block_dots<kFormat, kRows, kPanels>(panels, x, b, dots);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Floats scale = V::broadcast(x.scales[b * kRows + r]);
+        const Floats magic = V::broadcast(x.magics[lane<kRows>(b, r)]);
         for (int p = 0; p < kPanels; ++p) {
-          sums[r][p] = V::fmadd(V::to_float(dots[r][p]), scale, sums[r][p]);
+          sums[r][p] = V::add(sums[r][p], V::sub(V::as_floats(dots[r][p]), magic));
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      const Floats x_scale = V::broadcast(x.group_scales[blocks.begin / kGroupBlocks * kRows + r]);
       for (int p = 0; p < kPanels; ++p) {
-        Floats y = V::mul(sums[r][p], scales[p]);
-        if (!kFirst) y = V::fmadd(sums[r][p], scales[p], V::load(from[p].to + r * from[p].stride));
+        const Floats sum = V::mul(sums[r][p], x_scale);
+        Floats y = V::mul(sum, scales[p]);
+        if (!kFirst) y = V::fmadd(sum, scales[p], V::load(from[p].to + r * from[p].stride));
         V::store(to[p].to + r * to[p].stride, y);
       }
     }
@@ -81,7 +134,7 @@ struct PanelPairs : VnniIsa<Registers> {
     const int8_t* codes = x.codes + b * kRows * kActivationBlock;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) dots[r][p] = start<kFormat>(x, b * kRows + r);
+      for (int p = 0; p < kPanels; ++p) dots[r][p] = V::broadcast(x.magic_terms[lane<kRows>(b, r)]);
     }
 #pragma GCC unroll 4
     for (int line = 0; line < 4; ++line) {

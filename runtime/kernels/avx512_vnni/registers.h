@@ -45,6 +45,9 @@ struct Registers {
   static Ints dot(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
+  static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats fnmadd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
