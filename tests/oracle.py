@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from int8_attention import blocks_of, codes_and_scales, int8_kv_cache, round_int8
+from activation_groups import groups_scales, tops
+from int8_attention import blocks_of, codes_and_scales, int8_kv_cache
 
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
@@ -129,7 +130,9 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
         if isinstance(module, torch.nn.Linear)
     }
     hooks = [
-        module.register_forward_pre_hook(round_t if "lora_B" in name else round_x)
+        module.register_forward_pre_hook(
+            round_t if "lora_B" in name else round_twice if _is_refined(name) else round_x
+        )
         for name, module in linears.items()
     ]
     factors = [module for name, module in linears.items() if "lora_" in name]
@@ -147,8 +150,27 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def _is_refined(name: str) -> bool:
+    """lm_head itself, not an adapter's factors of it."""
+    return groups_scales() and name.split(".")[-1] in ("lm_head", "base_layer") and "lm_head" in name
+
+
+def round_twice(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """And what is missed once more."""
+    first = round_in_groups(inputs[0])
+    return (first + round_in_groups(inputs[0] - first),)
+
+
 def round_x(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (round_int8(inputs[0]),)
+    return (round_in_groups(inputs[0]),)
+
+
+def round_in_groups(x: torch.Tensor) -> torch.Tensor:
+    """x → scale·round(x / scale) in blocks of 32, as a linear reads it."""
+    blocks = blocks_of(x)
+    scales = torch.from_numpy(tops(blocks.abs().amax(-1).numpy()))[..., None] / 127
+    codes = torch.where(scales > 0, torch.round(blocks / scales), 0.0)
+    return (codes * scales).flatten(-2)[..., : x.shape[-1]]
 
 
 def round_t(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from activation_groups import tops
 from conftest import has_amx
 from operator_models import (
     Packed,
@@ -29,12 +30,12 @@ def random_x(batch: int, sequence: int, columns: int) -> NDArray[np.float32]:
 
 
 def activation_steps(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The step of the int8 grid (largest magnitude of a block of 32, over 127) at each value."""
+    """The step of the int8 grid of a block of 32 at each value."""
     columns = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-columns // 32) * 32))
     padded[..., :columns] = np.abs(x)
     largest = padded.reshape(*x.shape[:-1], -1, 32).max(-1)
-    return np.repeat(largest / 127, 32, axis=-1)[..., :columns]
+    return np.repeat(tops(largest) / 127, 32, axis=-1)[..., :columns]
 
 
 def tolerance(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -30,7 +30,7 @@ from test_float_oracle import ARCHITECTURES, TOKENS, make_adapter, with_adapter
 pytestmark = pytest.mark.usefixtures("integer_kernels")
 
 EXACT_SHARE = 1e-4
-SIMULATION_SHARE = 0.5  # of the largest error that int8 rounding makes in the simulation itself
+SIMULATION_SHARE = 0.6  # of the largest error that int8 rounding makes in the simulation itself
 FORMATS: dict[str, dict[str, Any]] = {
     "int4_32": {"format": "int4", "block_size": 32},
     "int4_64": {"format": "int4", "block_size": 64},

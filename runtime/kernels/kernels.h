@@ -10,7 +10,7 @@ namespace edgelora::kernels {
 
 inline constexpr int kPanelRows = 16;        // rows of N that a panel interleaves
 inline constexpr int kActivationBlock = 32;  // consecutive K values that share an activation scale
-inline constexpr int kGroupBlocks = 4;       // such blocks whose scales are powers of two apart
+inline constexpr int kGroupBlocks = 4;       // such blocks that are a group
 
 enum class Format : uint8_t { kFloat, kInt4, kInt4ZeroPoints, kInt4Offsets, kInt8, kNf4, kFp4 };
 
@@ -58,11 +58,12 @@ struct Weights {
 struct Activations {
   int64_t rows;         // M
   const int8_t* codes;  // [M, Kp], padding is zero
-  const float* scales;  // [M, Kp/32]; in groups of kGroupBlocks; 0 for an all-zero block
+  const float* scales;  // [M, Kp/32]; 0 for an all-zero block
   const int32_t* sums;  // [M, Kp/32], sum of the block's codes
   // The scratch is as the call before left it, for these rows and weights of the same format,
   // block_size and in_features: what it holds rearranged of the rows need not be made anew.
   bool kept = false;
+  bool grouped = false;  // by quantize_groups
 };
 
 // One side branch factor pair of one slice. Exactly one dtype for both.
@@ -97,9 +98,15 @@ struct KernelTable {
   const char* isa;     // "scalar", "avx2", "avx512_vnni"…
   int64_t strip_rows;  // of x: what linear rearranges of W it rearranges once for so many
 
-  // x [K] → codes [Kp], scales [Kp/32], sums [Kp/32], as activation_block.h says.
+
+  // x [K] → codes [Kp], scales [Kp/32], sums [Kp/32]. amax/127, round half to even.
   void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                                int32_t* sums);
+
+  // The same, of four blocks each with scales that are powers of two apart: up to twice the above. Null
+  // where `linear` is no faster with them.
+  void (*quantize_groups)(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                          int32_t* sums);
 
   // y[m, 16p … 16p+15] = W·x for panels [panel_begin, panel_end); overwrites; y has row stride
   // y_stride (floats); rows of N beyond out_features are not written. scratch:

@@ -97,11 +97,13 @@ void LinearJob::down_branch(const Prepared& x, const Branch& branch, int64_t row
 void LinearJob::down_packed(Worker& worker, const Branch& branch, int64_t row_begin,
                             int64_t row_end) const {
   const kernels::PackedFactors& factors = *branch.packed;
-  float* t = t_of(branch, row_begin) + 1;
-  call_.kernels->linear(factors.a, quantized(worker, {row_begin, true}, row_end), 0,
-                        ceil_div(factors.rank, kPanelRows), t, call_.adapters->t_size(),
-                        worker.linear);
+  const auto multiply = [&](int64_t row, const kernels::Activations& x) {
+    call_.kernels->linear(factors.a, x, 0, ceil_div(factors.rank, kPanelRows),
+                          t_of(branch, row) + 1, call_.adapters->t_size(), worker.linear);
+  };
+  if (!refined()) multiply(row_begin, quantized(worker, {row_begin, true}, row_end));
   for (int64_t m = row_begin; m < row_end; ++m) {
+    if (refined()) multiply(m, first_codes(worker, m));
     float* scale = t_of(branch, m);
     *scale = branch.packed_weight * quantize_t(scale + 1, factors.rank);
   }

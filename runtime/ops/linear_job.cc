@@ -20,6 +20,8 @@ constexpr int64_t kWorkPerThread = 32 * 1024;
 constexpr int64_t kGroupsPerThread = 4;
 // Values of y of a tile with SwiGLU: its gate and up are read from the cache.
 constexpr int64_t kTileValues = 64 * 1024;
+// The same where x is refined.
+constexpr int64_t kRefinedValues = 16 * 1024;
 // The smallest piece is this share of a thread's panels, of many rows.
 constexpr int64_t kSmallestShare = 32;
 // Panels of W that some kernels take together, of several rows.
@@ -48,7 +50,7 @@ void LinearJob::plan() {
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
   workers_ = std::min(workers_, target_panels_);
-  const int64_t most = call_.kernels->strip_rows, fewest = most * 3 / 4;  // so each thread has some
+  const int64_t most = call_.kernels->strip_rows / code_rows(), fewest = most * 3 / 4;  // so each thread has some
   strips_ = std::clamp<int64_t>(call_.rows / fewest, 1,
                                 ceil_div(ceil_div(call_.rows, most), workers_) * workers_);
   item_panels_ = call_.rows == 1 ? 1 : kPanelsTogether;
@@ -75,8 +77,10 @@ int64_t LinearJob::strip_begin(int64_t strip) const { return call_.rows * strip 
 
 // A multiple of item_panels_, if it is not all of them.
 int64_t LinearJob::tile_panels() const {
-  if (call_.node.activation != Activation::kSwiGlu) return target_panels_;
-  const int64_t most = kTileValues / (ceil_div(call_.rows, strips_) * kPanelRows);
+  const bool swiglu = call_.node.activation == Activation::kSwiGlu;
+  if (!swiglu && !refined()) return target_panels_;
+  const int64_t values = swiglu ? kTileValues : kRefinedValues;
+  const int64_t most = values / (ceil_div(call_.rows, strips_) * kPanelRows);
   return std::min(target_panels_, std::max<int64_t>(1, most / item_panels_) * item_panels_);
 }
 
@@ -96,6 +100,8 @@ bool LinearJob::take_worker(Worker* worker) const {
     worker->normed = pieces.take<float>(call_.node.norm != nullptr ? weights_.in_features : 0);
     worker->linear = pieces.take<char>(kernels::linear_scratch_bytes(weights_));
     worker->gate = pieces.take<float>(swiglu ? 2 * tile : 0);
+    worker->rest = pieces.take<float>(refined() ? weights_.in_features : 0);
+    worker->pairs = pieces.take<float>(refined() ? 2 * tile : 0);
   });
 }
 
@@ -104,9 +110,9 @@ LinearJob::Prepared LinearJob::place_prepared(Pieces& pieces) const {
   Prepared x{};
   if (normed_rows()) x.normed = pieces.take<float>(rows * weights_.in_features);
   if (call_.exact) return x;
-  x.codes = pieces.take<int8_t>(rows * blocks * kBlock);
-  x.scales = pieces.take<float>(rows * blocks);
-  x.sums = pieces.take<int32_t>(rows * blocks);
+  x.codes = pieces.take<int8_t>(rows * code_rows() * blocks * kBlock);
+  x.scales = pieces.take<float>(rows * code_rows() * blocks);
+  x.sums = pieces.take<int32_t>(rows * code_rows() * blocks);
   return x;
 }
 
@@ -149,7 +155,7 @@ const float* LinearJob::input_row(const Prepared& x, int64_t row) const {
 
 void LinearJob::prepare_rows(const Worker& worker, int64_t begin, int64_t end) const {
   const Prepared& x = worker.x;
-  const int64_t k = weights_.in_features, blocks = ceil_div(k, kBlock);
+  const int64_t k = weights_.in_features;
   for (int64_t m = begin; m < end; ++m) {
     const float* row = call_.x + m * k;
     if (call_.node.norm != nullptr) {
@@ -157,19 +163,45 @@ void LinearJob::prepare_rows(const Worker& worker, int64_t begin, int64_t end) c
       call_.kernels->rms_norm(row, call_.node.norm, k, call_.node.epsilon, normed);
       row = normed;
     }
-    if (call_.exact) continue;
-    call_.kernels->quantize_activations(row, k, x.codes + m * blocks * kBlock,
-                                        x.scales + m * blocks, x.sums + m * blocks);
+    if (!call_.exact) round_row(worker, row, m);
   }
+}
+
+void LinearJob::round_row(const Worker& worker, const float* row, int64_t m) const {
+  const int64_t k = weights_.in_features, blocks = ceil_div(k, kBlock);
+  const kernels::KernelTable& kernels = *call_.kernels;
+  const auto quantize = groups_scales() ? kernels.quantize_groups : kernels.quantize_activations;
+  const auto round = [&](const float* from, int64_t to) {
+    quantize(from, k, worker.x.codes + to * kBlock, worker.x.scales + to, worker.x.sums + to);
+  };
+  const int64_t first = m * code_rows() * blocks;
+  round(row, first);
+  if (!refined()) return;
+  const int8_t* codes = worker.x.codes + first * kBlock;
+  const float* scales = worker.x.scales + first;
+  for (int64_t i = 0; i < k; ++i) {
+    worker.rest[i] = row[i] - scales[i / kBlock] * static_cast<float>(codes[i]);
+  }
+  round(worker.rest, first + blocks);
 }
 
 // The rows from wanted.row on, about to be rearranged in the worker's scratch if it does not hold them so.
 kernels::Activations LinearJob::quantized(Worker& worker, Kept wanted, int64_t row_end) const {
   const Prepared& x = worker.x;
-  const int64_t block = wanted.row * ceil_div(weights_.in_features, kBlock);
+  const int64_t block = wanted.row * code_rows() * ceil_div(weights_.in_features, kBlock);
   const bool kept = worker.kept.row == wanted.row && worker.kept.for_a == wanted.for_a;
   worker.kept = wanted;
-  return {row_end - wanted.row, x.codes + block * kBlock, x.scales + block, x.sums + block, kept};
+  return {(row_end - wanted.row) * code_rows(), x.codes + block * kBlock, x.scales + block,
+          x.sums + block, kept, groups_scales()};
+}
+
+// Of one row, without those of what they miss.
+kernels::Activations LinearJob::first_codes(Worker& worker, int64_t row) const {
+  kernels::Activations x = quantized(worker, {row, true}, row + 1);
+  worker.kept = {};
+  x.rows = 1;
+  x.kept = false;
+  return x;
 }
 
 // Items are the panels of the first strip, of the second…, some of them each.
@@ -215,6 +247,8 @@ void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) 
     call_.kernels->linear_float(weights_, input_row(worker.x, tile.row_begin), rows,
                                 tile.panel_begin, tile.panel_end, target.y, target.stride,
                                 worker.linear);
+  } else if (refined()) {
+    refined_product(worker, tile, target);
   } else {
     call_.kernels->linear(weights_, quantized(worker, {tile.row_begin, false}, tile.row_end),
                           tile.panel_begin, tile.panel_end, target.y, target.stride,
@@ -225,6 +259,19 @@ void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) 
     up(tile, target);
   }
   if (call_.node.bias != nullptr) add_bias(tile, target);
+}
+
+void LinearJob::refined_product(Worker& worker, const Tile& tile, const Target& target) const {
+  const int64_t first = tile.panel_begin * kPanelRows;
+  const int64_t width = std::min(tile.panel_end * kPanelRows, weights_.out_features) - first;
+  call_.kernels->linear(weights_, quantized(worker, {tile.row_begin, false}, tile.row_end),
+                        tile.panel_begin, tile.panel_end, worker.pairs - first, width,
+                        worker.linear);
+  for (int64_t m = 0; m < tile.row_end - tile.row_begin; ++m) {
+    const float* pair = worker.pairs + 2 * m * width;
+    float* y = target.y + m * target.stride + first;
+    for (int64_t i = 0; i < width; ++i) y[i] = pair[i] + pair[width + i];
+  }
 }
 
 void LinearJob::add_bias(const Tile& tile, const Target& target) const {

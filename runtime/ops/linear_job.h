@@ -19,6 +19,9 @@ struct LinearNode {
   float epsilon = 0.0f;         // of the norm
   const float* bias = nullptr;  // [N] or null
   Activation activation = Activation::kNone;
+  // Where scales of x are grouped, it is rounded to codes and to codes of what those miss: makes up for
+  // what groups lose elsewhere.
+  bool refined = false;
 };
 
 // Everything a call reads and writes; nothing is owned.
@@ -58,9 +61,9 @@ class LinearJob {
   // x as the kernels read it.
   struct Prepared {
     float* normed;  // [M, K], where normed_rows()
-    int8_t* codes;  // [M, Kp]
-    float* scales;  // [M, Kp/32]
-    int32_t* sums;  // [M, Kp/32]
+    int8_t* codes;  // [M · code_rows(), Kp]
+    float* scales;  // [M · code_rows(), Kp/32]
+    int32_t* sums;  // [M · code_rows(), Kp/32]
   };
   // The rows that a scratch holds rearranged, by their first one, and for what.
   struct Kept {
@@ -74,6 +77,8 @@ class LinearJob {
     void* linear;  // scratch of the kernel
     Kept kept;     // there
     float* gate;   // kSwiGlu: gate and up of a tile
+    float* rest;   // refined(): [K] what a row's codes miss of it, and
+    float* pairs;  // [2 · rows, columns] the products of a tile, of the codes and of what they miss
   };
   // Rows of one strip, and panels of W that are computed together.
   struct Tile {
@@ -94,8 +99,12 @@ class LinearJob {
   bool normed_rows() const {
     return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
   }
+  bool groups_scales() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
+  bool refined() const { return call_.node.refined && groups_scales(); }
+  int64_t code_rows() const { return refined() ? 2 : 1; }  // of a row of x
   void prepare(int64_t ticket, const Worker& worker);
   void prepare_rows(const Worker& worker, int64_t begin, int64_t end) const;
+  void round_row(const Worker& worker, const float* row, int64_t m) const;
   template <typename Body>
   void for_each_adapter(int64_t row_begin, int64_t row_end, Body body) const;
   void down(Worker& worker, int64_t item) const;
@@ -113,6 +122,7 @@ class LinearJob {
   void plain_tile(Worker& worker, const Tile& tile) const;
   void swiglu_tile(Worker& worker, const Tile& tile) const;
   void product(Worker& worker, const Tile& tile, const Target& target) const;
+  void refined_product(Worker& worker, const Tile& tile, const Target& target) const;
   void up(const Tile& tile, const Target& target) const;
   void up_slice(int64_t slice, int64_t slice_row, const Tile& tile, const Target& target) const;
   void change_rows(const RowChange& rows, int64_t out_features, const Tile& tile,
@@ -122,6 +132,7 @@ class LinearJob {
   void add_bias(const Tile& tile, const Target& target) const;
   void add_residual(const Tile& tile) const;
   kernels::Activations quantized(Worker& worker, Kept wanted, int64_t row_end) const;
+  kernels::Activations first_codes(Worker& worker, int64_t row) const;
   int64_t strip_begin(int64_t strip) const;
   int64_t tile_panels() const;
   int64_t columns() const;  // of y

@@ -38,6 +38,7 @@ Activation read_activation(const NodeInfo& node, const kernels::Weights& weights
 
 LinearNode read_node(const NodeInfo& node, const kernels::Weights& weights) {
   LinearNode read;
+  read.refined = node.text("targets") == "lm_head";
   read.norm = node.floats(LinearPart::kNorm, "norm", weights.in_features);
   read.epsilon = node.real("epsilon");
   read.bias = node.floats(LinearPart::kBias, "bias", weights.out_features);

@@ -24,17 +24,25 @@ float activation(Random& random, int kind) {
       return static_cast<float>(random.between(-254, 254)) / 2.0f;  // ties, where amax is 127
     case 4:
       return random.symmetric() * 0x1p-140f;  // subnormal
+    case 5:
+      return std::ldexp(random.symmetric(), random.between(-40, 40));
     default:
       return random.symmetric();
   }
 }
 
-void check_block(const std::string& name, const float* x, int64_t count, const int8_t* codes,
-                 float scale, int32_t sum) {
+float largest_magnitude(const float* x, int64_t count) {
   float amax = 0.0f;
   for (int64_t i = 0; i < count; ++i) amax = std::max(amax, std::fabs(x[i]));
+  return amax;
+}
+
+// top: 127 steps of the block.
+void check_block(const std::string& name, const float* x, int64_t count, float top,
+                 const int8_t* codes, float scale, int32_t sum) {
+  const float amax = largest_magnitude(x, count);
   const bool zero = amax < 0x1p-119f;
-  const float inverse = zero ? 0.0f : 127.0f / amax;
+  const float inverse = zero ? 0.0f : 127.0f / top;
   bool equal = true;
   int32_t total = 0;
   for (int64_t i = 0; i < 32; ++i) {
@@ -43,8 +51,68 @@ void check_block(const std::string& name, const float* x, int64_t count, const i
     total += codes[i];
   }
   KERNELS_CHECK(equal, "%s: codes of a block of amax %g", name.c_str(), static_cast<double>(amax));
-  KERNELS_CHECK(scale == (zero ? 0.0f : amax / 127.0f), "%s: scale", name.c_str());
+  KERNELS_CHECK(scale == (zero ? 0.0f : top / 127.0f), "%s: scale", name.c_str());
   KERNELS_CHECK(sum == total, "%s: sum %d, not %d", name.c_str(), sum, total);
+}
+
+// The largest magnitude of a block; if grouped, that of its group halved while no value of the block is above.
+float top_of(bool grouped, const float* x, int64_t features, int64_t block) {
+  const auto largest_of = [&](int64_t begin, int64_t count) {
+    return largest_magnitude(x + begin, std::min(count, features - begin));
+  };
+  const float amax = largest_of(32 * block, 32);
+  if (!grouped) return amax;
+  float top = largest_of(block / 4 * 128, 128);
+  for (int i = 0; i < 24 && top / 2.0f >= amax; ++i) top /= 2.0f;
+  return top;
+}
+
+using Quantize = decltype(KernelTable::quantize_activations);
+
+void check_rows(const std::string& name, Quantize quantize, bool grouped) {
+  for (int64_t features : {1, 7, 31, 32, 33, 63, 64, 65, 128, 129, 225, 576, 1000}) {
+    for (int kind = 0; kind < 7; ++kind) {
+      Random random(static_cast<uint64_t>(features * 10 + kind));
+      const int64_t blocks = (features + 31) / 32;
+      GuardedBytes x(static_cast<size_t>(features * 4)), codes(static_cast<size_t>(blocks * 32)),
+          scales(static_cast<size_t>(blocks * 4)), sums(static_cast<size_t>(blocks * 4));
+      for (int64_t k = 0; k < features; ++k) x.as<float>()[k] = activation(random, kind);
+      if (kind == 3) x.as<float>()[features - 1] = 127.0f;
+      quantize(x.as<float>(), features, codes.as<int8_t>(), scales.as<float>(),
+               sums.as<int32_t>());
+      for (int64_t b = 0; b < blocks; ++b) {
+        check_block(name + " K=" + std::to_string(features), x.as<float>() + 32 * b,
+                    std::min<int64_t>(32, features - 32 * b),
+                    top_of(grouped, x.as<float>(), features, b), codes.as<int8_t>() + 32 * b,
+                    scales.as<float>()[b], sums.as<int32_t>()[b]);
+      }
+    }
+  }
+}
+
+// A block that holds no number has no part in what others become.
+void check_odd_blocks(const std::string& name, Quantize quantize) {
+  for (int64_t at : {3, 35}) {
+    for (float odd : {HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
+      float x[40] = {1.0f}, scales[2];
+      int8_t codes[64];
+      int32_t sums[2];
+      x[32] = 1.0f;
+      x[at] = odd;
+      quantize(x, 40, codes, scales, sums);
+      const int64_t b = at / 32;
+      bool zero = sums[b] == 0;
+      for (int64_t i = 0; i < 32; ++i) zero = zero && codes[32 * b + i] == 0;
+      KERNELS_CHECK(std::isnan(scales[b]) && zero, "%s: %g", name.c_str(),
+                    static_cast<double>(odd));
+      KERNELS_CHECK(scales[1 - b] == 1.0f / 127.0f, "%s: the other block", name.c_str());
+    }
+  }
+}
+
+void check_quantize(const std::string& name, Quantize quantize, bool grouped) {
+  check_rows(name, quantize, grouped);
+  check_odd_blocks(name, quantize);
 }
 
 void check_side_branch(const TestedIsa& isa, bool half, int64_t rank, int64_t in_features,
@@ -125,39 +193,9 @@ double silu_times(float gate, float up) {
 
 void test_quantize_activations(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    for (int64_t features : {1, 7, 31, 32, 33, 63, 64, 65, 576, 1000}) {
-      for (int kind = 0; kind < 6; ++kind) {
-        Random random(static_cast<uint64_t>(features * 10 + kind));
-        const int64_t blocks = (features + 31) / 32;
-        GuardedBytes x(static_cast<size_t>(features * 4)), codes(static_cast<size_t>(blocks * 32)),
-            scales(static_cast<size_t>(blocks * 4)), sums(static_cast<size_t>(blocks * 4));
-        for (int64_t k = 0; k < features; ++k) x.as<float>()[k] = activation(random, kind);
-        if (kind == 3) x.as<float>()[features - 1] = 127.0f;
-        isa.table->quantize_activations(x.as<float>(), features, codes.as<int8_t>(),
-                                        scales.as<float>(), sums.as<int32_t>());
-        for (int64_t b = 0; b < blocks; ++b) {
-          check_block(isa.name + " K=" + std::to_string(features), x.as<float>() + 32 * b,
-                      std::min<int64_t>(32, features - 32 * b), codes.as<int8_t>() + 32 * b,
-                      scales.as<float>()[b], sums.as<int32_t>()[b]);
-        }
-      }
-    }
-    for (int64_t at : {3, 35}) {
-      for (float odd : {HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
-        float x[40] = {1.0f}, scales[2];
-        int8_t codes[64];
-        int32_t sums[2];
-        x[32] = 1.0f;
-        x[at] = odd;
-        isa.table->quantize_activations(x, 40, codes, scales, sums);
-        const int64_t b = at / 32;
-        bool zero = sums[b] == 0;
-        for (int64_t i = 0; i < 32; ++i) zero = zero && codes[32 * b + i] == 0;
-        KERNELS_CHECK(std::isnan(scales[b]) && zero, "%s: %g", isa.name.c_str(),
-                      static_cast<double>(odd));
-        KERNELS_CHECK(scales[1 - b] == 1.0f / 127.0f, "%s: the other block", isa.name.c_str());
-      }
-    }
+    check_quantize(isa.name, isa.table->quantize_activations, false);
+    if (isa.table->quantize_groups == nullptr) continue;
+    check_quantize(isa.name + " in groups", isa.table->quantize_groups, true);
   }
 }
 

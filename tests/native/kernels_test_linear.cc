@@ -1,4 +1,5 @@
 // linear and linear_float against double sums over the same quantized bytes.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -165,11 +166,18 @@ void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_
   }
 }
 
+// What these read grouped scales of x for.
+bool wants_groups(const std::vector<TestedIsa>& isas, const Shape& shape) {
+  return shape.block_size > 32 && std::any_of(isas.begin(), isas.end(), [](const TestedIsa& isa) {
+    return isa.table->quantize_groups != nullptr;
+  });
+}
+
 void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
-                     Fill fill, Arithmetic arithmetic) {
+                     Fill fill, Arithmetic arithmetic, bool grouped) {
   const uint64_t seed = static_cast<uint64_t>(shape.in_features * 1000 + shape.out_features());
   Matrix w(shape, fill, seed);
-  Rows x(rows, shape.in_features, fill, seed + 1);
+  Rows x(rows, shape.in_features, fill, seed + 1, grouped);
   const std::vector<Expected> expected = expected_linear(w, x, rows, arithmetic);
   for (const TestedIsa& isa : isas) {
     const Weights packed = w.unpacked(*isa.table);
@@ -178,7 +186,7 @@ void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int
     isa.table->linear(packed, x.activations(), 0, (shape.out_features() + 15) / 16, out.y,
                       out.stride, scratch.memory.as<void>());
     compare(out, expected, fill != Fill::kRandom && arithmetic != Arithmetic::kBfloat16,
-            isa.name + " linear " + shape.name());
+            isa.name + (grouped ? " linear in groups " : " linear ") + shape.name());
   }
 }
 
@@ -186,7 +194,9 @@ void check_linear(const std::vector<TestedIsa>& isas, const Shape& shape, int64_
   for_each_arithmetic(isas, shape, rows,
                       [&](const std::vector<TestedIsa>& some, const Shape& same,
                           Arithmetic arithmetic) {
-                        check_linear_of(some, same, rows, fill, arithmetic);
+                        check_linear_of(some, same, rows, fill, arithmetic, false);
+                        if (!wants_groups(some, same)) return;
+                        check_linear_of(some, same, rows, fill, arithmetic, true);
                       });
 }
 
@@ -327,9 +337,9 @@ void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, in
 }
 
 // The same bits wherever a thread's panels begin and end, of values whose sums are rounded.
-void check_panels_alone(const TestedIsa& isa, const Shape& shape, int64_t rows) {
+void check_panels_alone(const TestedIsa& isa, const Shape& shape, int64_t rows, bool grouped) {
   Matrix w(shape, Fill::kRandom, 7);
-  Rows x(rows, shape.in_features, Fill::kRandom, 8);
+  Rows x(rows, shape.in_features, Fill::kRandom, 8, grouped);
   const Weights packed = w.unpacked(*isa.table);
   Output together(rows, 70), alone(rows, 70);
   Scratch scratch(packed);
@@ -353,7 +363,9 @@ void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
     for (Format format : kIntegerFormats) {
       for (int64_t rows : {1, 4, 7, 35, 70}) {
         const int64_t block_size = has_codebook(format) ? 64 : 128;
-        check_panels_alone(isa, {format, 2048, {70}, block_size}, rows);
+        const Shape shape{format, 2048, {70}, block_size};
+        check_panels_alone(isa, shape, rows, false);
+        if (wants_groups({isa}, shape)) check_panels_alone(isa, shape, rows, true);
       }
     }
   }
@@ -389,25 +401,36 @@ void test_linear_room(const std::vector<TestedIsa>& isas) {
   }
 }
 
+// A row of zeros beside one that holds `odd`.
+void check_not_a_number(const TestedIsa& isa, Format format, float odd, bool grouped) {
+  Matrix w({format, 192, {17}, 64}, Fill::kRandom, 9);
+  float x[2][192] = {}, scales[2][6], y[2][17];
+  int8_t codes[2][192];
+  int32_t sums[2][6];
+  x[0][40] = odd;
+  const auto quantize = grouped ? isa.table->quantize_groups : isa.table->quantize_activations;
+  for (int m = 0; m < 2; ++m) quantize(x[m], 192, codes[m], scales[m], sums[m]);
+  const Weights packed = w.unpacked(*isa.table);
+  for (int64_t rows : {1, 2}) {
+    Scratch scratch(packed);
+    isa.table->linear(packed, {rows, codes[0], scales[0], sums[0], false, grouped}, 0, 2, y[0], 17,
+                      scratch.memory.as<void>());
+    const auto odd_values = [&](int64_t m) {
+      return std::count_if(y[m], y[m] + 17, [](float value) { return std::isnan(value); });
+    };
+    KERNELS_CHECK(odd_values(0) == 17, "%s: %g in x is lost in y", isa.name.c_str(),
+                  static_cast<double>(odd));
+    KERNELS_CHECK(rows == 1 || odd_values(1) == 0, "%s: %g in x is in the next row",
+                  isa.name.c_str(), static_cast<double>(odd));
+  }
+}
+
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas) {
-  const float kInf = HUGE_VALF, kNan = std::nanf("");
   for (const TestedIsa& isa : isas) {
-    for (float odd : {kInf, -kInf, kNan}) {
+    for (float odd : {HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
       for (Format format : kIntegerFormats) {
-        Matrix w({format, 96, {17}, has_codebook(format) ? 64 : 32}, Fill::kRandom, 9);
-        float x[96] = {};
-        x[40] = odd;
-        int8_t codes[96];
-        float scales[3], y[17];
-        int32_t sums[3];
-        isa.table->quantize_activations(x, 96, codes, scales, sums);
-        const Weights packed = w.unpacked(*isa.table);
-        Scratch scratch(packed);
-        isa.table->linear(packed, {1, codes, scales, sums}, 0, 2, y, 17,
-                          scratch.memory.as<void>());
-        bool all = true;
-        for (float value : y) all = all && std::isnan(value);
-        KERNELS_CHECK(all, "%s: %g in x is lost in y", isa.name.c_str(), static_cast<double>(odd));
+        check_not_a_number(isa, format, odd, false);
+        if (isa.table->quantize_groups != nullptr) check_not_a_number(isa, format, odd, true);
       }
     }
   }

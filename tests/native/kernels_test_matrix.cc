@@ -324,19 +324,24 @@ Weights Matrix::unpacked(const KernelTable& isa) {
   return weights;
 }
 
-Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed)
+Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed, bool grouped)
     : blocks((in_features + 31) / 32),
       codes(static_cast<size_t>(rows * blocks * 32)),
       scales(static_cast<size_t>(rows * blocks * 4)),
       sums(static_cast<size_t>(rows * blocks * 4)),
-      rows_(rows) {
+      rows_(rows),
+      grouped_(grouped) {
   Random random(seed);
+  float group_scale = 0.0f;
   for (int64_t i = 0; i < rows * blocks; ++i) {
     const bool zero = fill != Fill::kSaturated && random.below(9) == 0;
     const float power = random.below(2) != 0 ? 1.0f : 0.5f;
     const float positive = fill == Fill::kRandom ? 0.001f + random.unit() : power;
     const float scale = fill == Fill::kSaturated ? 1.0f : positive;
-    scales.as<float>()[i] = zero ? 0.0f : scale;
+    if (i % blocks % kGroupBlocks == 0) group_scale = scale;
+    const float lowered = std::ldexp(group_scale, -random.between(0, 3));
+    const float some = grouped && fill == Fill::kRandom ? lowered : scale;
+    scales.as<float>()[i] = zero ? 0.0f : some;
     int32_t sum = 0;
     for (int64_t j = 0; j < 32; ++j) {
       const bool padding = i % blocks * 32 + j >= in_features;
@@ -350,7 +355,7 @@ Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed)
 }
 
 Activations Rows::activations() {
-  return {rows_, codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>()};
+  return {rows_, codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>(), false, grouped_};
 }
 
 }  // namespace edgelora::kernels::test

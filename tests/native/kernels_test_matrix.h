@@ -73,7 +73,7 @@ class Matrix {
 
 // Quantized activations in guarded memory.
 struct Rows {
-  Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed);
+  Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed, bool grouped = false);
 
   int64_t blocks;
   GuardedBytes codes, scales, sums;
@@ -85,6 +85,7 @@ struct Rows {
 
  private:
   int64_t rows_;
+  bool grouped_;
 };
 
 double codebook_value(Format format, int code);  // nf4 or fp4

@@ -8,7 +8,7 @@ namespace {
 // What a node has of all that it can have.
 struct Parts {
   const char* name;
-  bool norm, bias, swiglu, residual, adapters;
+  bool norm, bias, swiglu, residual, adapters, refined = false;
 };
 
 constexpr Parts kParts[] = {
@@ -19,6 +19,8 @@ constexpr Parts kParts[] = {
     {"swiglu", false, false, true, false, false},
     {"norm, swiglu, adapters", true, false, true, false, true},
     {"everything", true, true, true, true, true},
+    {"refined", true, false, false, false, false, true},
+    {"everything, refined", true, true, true, true, true, true},
 };
 
 struct Rows {
@@ -33,6 +35,7 @@ TestedLinear gate_up(const Parts& parts, bool exact) {
   TestedLinear linear({704, 704}, 100, exact);
   if (parts.norm) linear.norm = random_values(static_cast<size_t>(linear.k), 11);
   if (parts.bias) linear.bias = random_values(static_cast<size_t>(linear.n), 12);
+  linear.refined = parts.refined;
   if (parts.swiglu) linear.activation = ops::Activation::kSwiGlu;
   return linear;
 }

@@ -50,6 +50,7 @@ struct TestedLinear {
   std::vector<int64_t> slices;
   int64_t k;
   bool exact;  // else activations in int8, weights as int8 codes
+  bool refined = false;
   int64_t n = 0;
   std::vector<std::string> names;
   std::vector<double> w;         // [N, K]
@@ -121,6 +122,7 @@ struct TestedLinear {
     node.epsilon = epsilon;
     node.bias = bias.empty() ? nullptr : bias.data();
     node.activation = activation;
+    node.refined = refined;
     return node;
   }
 
@@ -178,20 +180,44 @@ struct Rounded {
   std::vector<double> steps;
 };
 
+inline double largest_magnitude(const std::vector<double>& row, size_t begin, size_t count) {
+  double most = 0;
+  for (size_t i = begin; i < std::min(row.size(), begin + count); ++i) {
+    most = std::max(most, std::abs(row[i]));
+  }
+  return most;
+}
+
+// Of the block of 32 that begins there, and whether a hair more would double it.
+struct Step {
+  double size;
+  bool doubtful;
+};
+
+inline Step step_of(const std::vector<double>& row, size_t block, double hair) {
+  const double most = largest_magnitude(row, block, 32);
+  if (integer_kernels().quantize_groups == nullptr || most == 0) return {most / 127, false};
+  double top = largest_magnitude(row, block / 128 * 128, 128);
+  while (top / 2 >= most) top /= 2;
+  return {top / 127, top < 2 * most && top / 2 >= most * (1 - hair) && top != most};
+}
+
 inline Rounded rounded_row(const TestedLinear& linear, const std::vector<double>& row) {
   Rounded rounded{row, std::vector<double>(row.size(), 0.0)};
   if (linear.exact) return rounded;
+  const double hair = 127 * static_cast<double>(linear.k + 16) * kEpsilon;
+  const bool refined = linear.refined && integer_kernels().quantize_groups != nullptr;
   for (size_t begin = 0; begin < row.size(); begin += 32) {
-    const size_t end = std::min(row.size(), begin + 32);
-    double most = 0;
-    for (size_t i = begin; i < end; ++i) most = std::max(most, std::abs(row[i]));
-    const double step = most / 127;
-    for (size_t i = begin; i < end && most > 0; ++i) {
-      const double code = row[i] / step;
-      rounded.values[i] = std::nearbyint(code) * step;
+    const Step step = step_of(row, begin, hair);
+    for (size_t i = begin; i < std::min(row.size(), begin + 32) && step.size > 0; ++i) {
+      if (refined) {  // what is left is half a step at most, rounded in steps of its own
+        rounded.steps[i] = step.size / 127;
+        continue;
+      }
+      const double code = row[i] / step.size;
+      rounded.values[i] = std::nearbyint(code) * step.size;
       const double to_tie = std::abs(std::abs(code - std::nearbyint(code)) - 0.5);
-      const double hair = 127 * static_cast<double>(linear.k + 16) * kEpsilon;
-      if (to_tie <= hair) rounded.steps[i] = step;
+      if (to_tie <= hair || step.doubtful) rounded.steps[i] = step.size;
     }
   }
   return rounded;

@@ -11,6 +11,7 @@ extern const KernelTable kTable = {
     "amx_bf16",
     kWideRows,
     avx512_vnni::quantize_activations,
+    avx512_vnni::quantize_groups,
     linear,
     avx512_vnni::unpack_absmax,
     avx2::linear_float,

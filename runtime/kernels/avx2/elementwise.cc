@@ -1,6 +1,6 @@
 // Activations → int8 blocks, embedding rows and SwiGLU.
 //
-//   code = round_half_even(x · inverse) of 32 values, four registers; activation_block.h
+//   code = round_half_even(x · (127 / amax)) of 32 values, four registers; activation_block.h
 //   w[k] of one row: 4 bytes of every 64 of its panel
 //   out = gate / (1 + e^−gate) · up
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
@@ -34,27 +34,26 @@ int32_t sum_lanes(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-float block_amax(const float* x) {
+int32_t quantize_full_block(const float* x, int8_t* codes, float* scale) {
+  __m256 v[4];
   __m256 amax = _mm256_setzero_ps(), odd = amax;
   for (int i = 0; i < 4; ++i) {
-    const __m256 size = magnitude(_mm256_loadu_ps(x + 8 * i));
+    v[i] = _mm256_loadu_ps(x + 8 * i);
+    const __m256 size = magnitude(v[i]);
     amax = _mm256_max_ps(amax, size);
     odd = _mm256_or_ps(odd, _mm256_cmp_ps(size, _mm256_set1_ps(kLargestFinite), _CMP_NLE_UQ));
   }
-  return _mm256_movemask_ps(odd) == 0 ? largest_lane(amax) : HUGE_VALF;
-}
-
-int32_t encode_block(const float* x, float inverse, int8_t* codes) {
+  const BlockScale block = block_scale_of(largest_lane(amax), _mm256_movemask_ps(odd) == 0);
+  *scale = block.scale;
   __m256i words[4];
   for (int i = 0; i < 4; ++i) {
-    const __m256 v = _mm256_loadu_ps(x + 8 * i);
-    words[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(inverse)));
+    words[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], _mm256_set1_ps(block.inverse)));
   }
   // Packing works within 128-bit halves; the permutation undoes their interleaving.
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(words[0], words[1]),
                                            _mm256_packs_epi32(words[2], words[3]));
   __m256i bytes = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  if (inverse == 0.0f) bytes = _mm256_setzero_si256();  // Inf · 0 is no code
+  if (block.inverse == 0.0f) bytes = _mm256_setzero_si256();  // Inf · 0 is no code
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
   return sum_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -155,7 +154,15 @@ void dequantize_block(const RowBlock& codes, const RowScale& s, Format format, f
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  quantize_groups(x, in_features, codes, scales, sums, quantize_group<block_amax, encode_block>);
+  const int64_t full = in_features / kActivationBlock;
+  for (int64_t b = 0; b < full; ++b) {
+    const int64_t k = b * kActivationBlock;
+    sums[b] = quantize_full_block(x + k, codes + k, scales + b);
+  }
+  const int64_t k = full * kActivationBlock;
+  if (k < in_features) {
+    sums[full] = quantize_block(x + k, in_features - k, codes + k, scales + full);
+  }
 }
 
 void dequantize_row(const Weights& weights, int64_t row, float* out) {

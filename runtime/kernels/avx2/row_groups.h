@@ -101,6 +101,7 @@ Chunk unpack_chunk(const PanelView& panel, int64_t first, int64_t blocks, ChunkM
 struct RowGroups {
   int64_t rows;
   int64_t count;
+  bool paired;  // meet two panels at a time
   RowTile of[kRowTile];
 };
 
@@ -120,8 +121,8 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
 
 // Whether several rows of x meet two panels at a time, in groups of at most Isa::kPairRows.
 template <class Isa>
-bool pairs_panels(const Weights& weights, int64_t rows) {
-  return Isa::kPairRows > 0 && rows > 1 && !has_extras(weights.format) &&
+bool pairs_panels(const Weights& weights, const Activations& x, int64_t rows) {
+  return Isa::kPairRows > 0 && x.grouped && rows > 1 && !has_extras(weights.format) &&
          weights.block_size > kActivationBlock;
 }
 
@@ -141,15 +142,15 @@ inline ScratchLayout group_layout(const Weights& weights, int64_t slot) {
   return layout;
 }
 
-// One group; `pairs`: as pairs_panels says of all rows.
+// One group, `paired` as all of them.
 template <class Isa>
 RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_row, int64_t rows,
-                   bool pairs, void* scratch, const ScratchLayout& layout) {
+                   bool paired, void* scratch, const ScratchLayout& layout) {
   RowTile tile{};
   tile.rows = rows;
   tile.blocks = activation_blocks(weights.in_features);
   if constexpr (Isa::kPairRows > 0) {
-    if (pairs) {
+    if (paired) {
       pack_codes(x, first_row, tile.blocks, &tile, scratch, layout);
       Isa::pack_pairs(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
       return tile;
@@ -175,13 +176,13 @@ template <class Isa>
 void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, RowGroups* groups,
                void* scratch) {
   groups->rows = min_of(kRowTile, x.rows - first_row);
-  const bool pairs = pairs_panels<Isa>(weights, groups->rows);
-  groups->count = ceil_div(groups->rows, pairs ? Isa::kPairRows : Isa::kGroupRows);
+  groups->paired = pairs_panels<Isa>(weights, x, groups->rows);
+  groups->count = ceil_div(groups->rows, groups->paired ? Isa::kPairRows : Isa::kGroupRows);
   int64_t slot = 0;
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
     const ScratchLayout layout = group_layout(weights, slot);
-    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, pairs, scratch, layout);
+    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, groups->paired, scratch, layout);
     slot += rows;
   }
 }
@@ -298,7 +299,7 @@ template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                      int64_t panel_end, float* y, int64_t y_stride) {
   if constexpr (Isa::kPairRows > 0 && !has_extras(kFormat)) {
-    if (pairs_panels<Isa>(weights, groups.rows)) {
+    if (groups.paired) {
       int64_t p = panel_begin;
       for (; p + 1 < panel_end; p += 2) {
         multiply_pair<Isa, kFormat, 2>(weights, groups, p, y, y_stride);

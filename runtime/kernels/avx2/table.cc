@@ -9,6 +9,7 @@ const KernelTable kTable = {
     "avx2",
     kStripRows,
     quantize_activations,
+    nullptr,  // quantize_groups
     linear,
     unpack_absmax,
     linear_float,

@@ -1,25 +1,31 @@
 // Activations → int8 blocks, the exponentials of a softmax, SwiGLU.
 //
 //   code = round_half_even(x · inverse) of 32 values, two registers; activation_block.h
+//   The same in groups of up to four blocks, whose scales are powers of two apart (panel_pairs.h tells
+//   what for): scale = most / 127 · 2^−e, most the group's largest amax, of numbers, and e = 0…24 as
+//   large as it may be while amax ≤ most · 2^−e.
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
 //   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding (≤ 2 ulp).
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 
-#include "kernels/activation_block.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
+#include "kernels/panels.h"
 
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
+constexpr int32_t kMostHalvings = 24;  // of a group's scale
+constexpr int32_t kMantissaBits = 23;
 constexpr float kLowest = -87.0f;  // e^x < 2e-38 below, nothing beside 1
 constexpr float kHighest = 89.0f;  // e^x is Inf here already
 constexpr float kInverseFactorials[] = {1.0f,      1.0f,       0.5f,       1.0f / 6,
                                         1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
+
+constexpr int32_t kInf = 0xff << kMantissaBits, kNan = kInf | 1 << 22;
+constexpr int32_t kSmallestAmaxBits = (127 - 119) << kMantissaBits;
 
 // As integers, magnitudes are in order, Inf and NaN above all numbers.
 __m512i magnitude_bits(__m512 v) {
@@ -50,32 +56,50 @@ struct FourScales {
   __m128 inverse;
 };
 
-__m128i multiplied(__m128 value, __m128i exponent) {  // by 2^exponent, which begins at bit 23
-  return _mm_add_epi32(_mm_castps_si128(value), exponent);
+// Which of four blocks have a scale that is neither 0 nor NaN, and the NaN of those that have it.
+struct FourKinds {
+  __m128i usual, nan;
+};
+
+FourKinds four_kinds_of(__m128i amax) {
+  const __m128i finite = _mm_cmplt_epi32(amax, _mm_set1_epi32(kInf));
+  const __m128i tiny = _mm_cmplt_epi32(amax, _mm_set1_epi32(kSmallestAmaxBits));
+  return {_mm_andnot_si128(tiny, finite), _mm_andnot_si128(finite, _mm_set1_epi32(kNan))};
 }
 
-// group_scales_of. As integers, amax below most · 2^−e is below most by at least e exponents.
-FourScales four_scales_of(__m128i amax) {
-  const __m128i finite = _mm_cmplt_epi32(amax, _mm_set1_epi32(bits_of(HUGE_VALF)));
-  const __m128i tiny = _mm_cmplt_epi32(amax, _mm_set1_epi32(bits_of(kSmallestAmax)));
-  const __m128i usual = _mm_andnot_si128(tiny, finite);
-  __m128i most = _mm_and_si128(usual, amax);
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
-  const __m128i e = _mm_min_epi32(_mm_srai_epi32(_mm_sub_epi32(most, amax), kMantissaBits),
-                                  _mm_set1_epi32(kMostHalvings));
-  const __m128i up = _mm_slli_epi32(e, kMantissaBits);
-  const __m128i down = _mm_sub_epi32(_mm_setzero_si128(), up);
-  const __m128 top = _mm_castsi128_ps(most), steps = _mm_set1_ps(127.0f);
-  const __m128i nan = _mm_set1_epi32(bits_of(std::numeric_limits<float>::quiet_NaN()));
-  const __m128i scale = _mm_and_si128(usual, multiplied(_mm_div_ps(top, steps), down));
-  const __m128i inverse = _mm_and_si128(usual, multiplied(_mm_div_ps(steps, top), up));
-  return {_mm_castsi128_ps(_mm_or_si128(scale, _mm_andnot_si128(finite, nan))),
-          _mm_castsi128_ps(inverse)};
+FourScales masked(const FourKinds& kinds, __m128i scale, __m128i inverse) {
+  return {_mm_castsi128_ps(_mm_or_si128(_mm_and_si128(kinds.usual, scale), kinds.nan)),
+          _mm_castsi128_ps(_mm_and_si128(kinds.usual, inverse))};
 }
+
+// block_scale_of of four.
+struct Alone {
+  static FourScales scales_of(__m128i amax_bits) {
+    const __m128 amax = _mm_castsi128_ps(amax_bits), steps = _mm_set1_ps(127.0f);
+    return masked(four_kinds_of(amax_bits), _mm_castps_si128(_mm_div_ps(amax, steps)),
+                  _mm_castps_si128(_mm_div_ps(steps, amax)));
+  }
+};
+
+// As integers, an amax of at most `most` · 2^−e lies e exponents or more below `most`.
+struct Grouped {
+  static FourScales scales_of(__m128i amax) {
+    const FourKinds kinds = four_kinds_of(amax);
+    __m128i most = _mm_and_si128(kinds.usual, amax);
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+    const __m128i e = _mm_min_epi32(_mm_srai_epi32(_mm_sub_epi32(most, amax), kMantissaBits),
+                                    _mm_set1_epi32(kMostHalvings));
+    const __m128i exponents = _mm_slli_epi32(e, kMantissaBits);
+    const __m128 top = _mm_castsi128_ps(most), steps = _mm_set1_ps(127.0f);
+    return masked(kinds,
+                  _mm_sub_epi32(_mm_castps_si128(_mm_div_ps(top, steps)), exponents),
+                  _mm_add_epi32(_mm_castps_si128(_mm_div_ps(steps, top)), exponents));
+  }
+};
 
 // Up to four blocks at a time: what goes across lanes costs most.
-template <int kCount>
+template <class Scales, int kCount>
 void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums) {
   __m512i sizes[4] = {}, totals[4] = {};
   for (int b = 0; b < kCount; ++b) {
@@ -83,7 +107,7 @@ void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums
     sizes[b] = _mm512_max_epi32(magnitude_bits(_mm512_loadu_ps(from)),
                                 magnitude_bits(_mm512_loadu_ps(from + 16)));
   }
-  const FourScales s = four_scales_of(
+  const FourScales s = Scales::scales_of(
       reduce_four(sizes, [](__m512i v, __m512i w) { return _mm512_max_epi32(v, w); }));
   store_first<kCount>(_mm_castps_si128(s.scale), scales);
   const __m512 inverses = _mm512_castps128_ps512(s.inverse);
@@ -103,12 +127,30 @@ void quantize_blocks(const float* x, int8_t* codes, float* scales, int32_t* sums
   store_first<kCount>(_mm_and_si128(some, sum), sums);
 }
 
-void quantize_some(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums) {
+template <class Scales>
+void quantize_four(const float* x, int64_t blocks, int8_t* codes, float* scales, int32_t* sums) {
   switch (blocks) {
-    case 1: return quantize_blocks<1>(x, codes, scales, sums);
-    case 2: return quantize_blocks<2>(x, codes, scales, sums);
-    case 3: return quantize_blocks<3>(x, codes, scales, sums);
-    default: return quantize_blocks<4>(x, codes, scales, sums);
+    case 1: return quantize_blocks<Scales, 1>(x, codes, scales, sums);
+    case 2: return quantize_blocks<Scales, 2>(x, codes, scales, sums);
+    case 3: return quantize_blocks<Scales, 3>(x, codes, scales, sums);
+    default: return quantize_blocks<Scales, 4>(x, codes, scales, sums);
+  }
+}
+
+template <class Scales>
+void quantize_row(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                  int32_t* sums) {
+  constexpr int64_t kGroup = kGroupBlocks * kActivationBlock;
+  for (int64_t k = 0, b = 0; k < in_features; k += kGroup, b += kGroupBlocks) {
+    const int64_t count = min_of(kGroup, in_features - k);
+    const int64_t blocks = ceil_div(count, kActivationBlock);
+    if (count % kActivationBlock == 0) {
+      quantize_four<Scales>(x + k, blocks, codes + k, scales + b, sums + b);
+      continue;
+    }
+    float padded[kGroup] = {};
+    std::memcpy(padded, x + k, static_cast<size_t>(count) * sizeof(float));
+    quantize_four<Scales>(padded, blocks, codes + k, scales + b, sums + b);
   }
 }
 
@@ -134,7 +176,12 @@ __mmask16 first_lanes(int64_t count) {
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  quantize_groups(x, in_features, codes, scales, sums, quantize_some);
+  quantize_row<Alone>(x, in_features, codes, scales, sums);
+}
+
+void quantize_groups(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                     int32_t* sums) {
+  quantize_row<Grouped>(x, in_features, codes, scales, sums);
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* out) {

@@ -11,6 +11,7 @@ extern const KernelTable kTable = {
     "avx512_vnni",
     kStripRows,
     quantize_activations,
+    quantize_groups,
     linear,
     unpack_absmax,
     avx2::linear_float,

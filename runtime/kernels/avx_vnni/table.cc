@@ -11,6 +11,7 @@ extern const KernelTable kTable = {
     "avx_vnni",
     kStripRows,
     avx2::quantize_activations,
+    nullptr,  // quantize_groups
     linear,
     unpack_absmax,
     avx2::linear_float,

@@ -1,6 +1,6 @@
 // Activations → int8 blocks, embedding rows and SwiGLU.
 //
-//   code = round_half_even(x · inverse) of 32 values, eight registers; activation_block.h
+//   code = round_half_even(x · (127 / amax)) of 32 values, eight registers; activation_block.h
 //   w[k] of one row: 4 bytes of every 64 of its panel
 //   out = gate / (1 + e^−gate) · up
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
@@ -21,25 +21,26 @@ constexpr float kExpLowest = -87.0f;    // e^x < 2e-38 below, nothing beside 1
 constexpr float kInverseFactorials[] = {1.0f,      1.0f,       0.5f,       1.0f / 6,
                                         1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
 
-int8x16_t round_16(const float* x, float inverse) {
+int8x16_t round_16(const float32x4_t* v, float inverse) {
   int32x4_t words[4];
-  for (int i = 0; i < 4; ++i) {
-    words[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
-  }
+  for (int i = 0; i < 4; ++i) words[i] = vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse));
   const int16x8_t low = vqmovn_high_s32(vqmovn_s32(words[0]), words[1]);
   const int16x8_t high = vqmovn_high_s32(vqmovn_s32(words[2]), words[3]);
   return vqmovn_high_s16(vqmovn_s16(low), high);
 }
 
-float block_amax(const float* x) {  // a NaN passes through vmaxq
+// A NaN passes through vmaxq; Inf · 0 becomes NaN, and a NaN's integer is 0.
+int32_t quantize_full_block(const float* x, int8_t* codes, float* scale) {
+  float32x4_t v[8];
   float32x4_t amax = vdupq_n_f32(0.0f);
-  for (int i = 0; i < 8; ++i) amax = vmaxq_f32(amax, vabsq_f32(vld1q_f32(x + 4 * i)));
-  return vmaxvq_f32(amax);
-}
-
-// Inf · 0 becomes NaN, and a NaN's integer is 0.
-int32_t encode_block(const float* x, float inverse, int8_t* codes) {
-  const int8x16_t low = round_16(x, inverse), high = round_16(x + 16, inverse);
+  for (int i = 0; i < 8; ++i) {
+    v[i] = vld1q_f32(x + 4 * i);
+    amax = vmaxq_f32(amax, vabsq_f32(v[i]));
+  }
+  const float largest = vmaxvq_f32(amax);
+  const BlockScale block = block_scale_of(largest, largest <= kLargestFinite);
+  *scale = block.scale;
+  const int8x16_t low = round_16(v, block.inverse), high = round_16(v + 4, block.inverse);
   vst1q_s8(codes, low);
   vst1q_s8(codes + 16, high);
   return vaddlvq_s16(vpadalq_s8(vpaddlq_s8(low), high));
@@ -136,7 +137,15 @@ void dequantize_block(const RowBlock& codes, const RowScale& s, Format format, f
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  quantize_groups(x, in_features, codes, scales, sums, quantize_group<block_amax, encode_block>);
+  const int64_t full = in_features / kActivationBlock;
+  for (int64_t b = 0; b < full; ++b) {
+    const int64_t k = b * kActivationBlock;
+    sums[b] = quantize_full_block(x + k, codes + k, scales + b);
+  }
+  const int64_t k = full * kActivationBlock;
+  if (k < in_features) {
+    sums[full] = quantize_block(x + k, in_features - k, codes + k, scales + full);
+  }
 }
 
 void dequantize_row(const Weights& weights, int64_t row, float* out) {

@@ -11,6 +11,7 @@ extern const KernelTable kTable = {
     "neon_dotprod",
     kStripRows,
     neon::quantize_activations,
+    nullptr,  // quantize_groups
     linear,
     neon::unpack_absmax,
     neon::linear_float,

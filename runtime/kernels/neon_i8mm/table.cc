@@ -12,6 +12,7 @@ extern const KernelTable kTable = {
     "neon_i8mm",
     kStripRows,
     neon::quantize_activations,
+    nullptr,  // quantize_groups
     linear,
     neon::unpack_absmax,
     neon::linear_float,

@@ -18,29 +18,14 @@ float load_factor(const Factors& factors, const void* base, int64_t index) {
   return factors.half ? half_to_float(load_u16(base, index)) : load_f32(base, index);
 }
 
-float block_amax(const float* x) {
-  float amax = 0.0f;
-  for (int64_t i = 0; i < kActivationBlock; ++i) {
-    if (std::isnan(x[i])) return x[i];
-    amax = std::fmax(amax, std::fabs(x[i]));
-  }
-  return amax;
-}
-
-int32_t encode_block(const float* x, float inverse, int8_t* codes) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < kActivationBlock; ++i) {
-    codes[i] = inverse == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
-    sum += codes[i];
-  }
-  return sum;
-}
-
 }  // namespace
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  quantize_groups(x, in_features, codes, scales, sums, quantize_group<block_amax, encode_block>);
+  for (int64_t k = 0, b = 0; k < in_features; k += kActivationBlock, ++b) {
+    const int64_t count = min_of(kActivationBlock, in_features - k);
+    sums[b] = quantize_block(x + k, count, codes + k, scales + b);
+  }
 }
 
 void side_branch_down(const Factors& factors, int64_t in_features, float weight, const float* x,

@@ -1,0 +1,35 @@
+"""What int8 steps a row of activations has on this CPU (ARCHITECTURE.md, "Weights: layouts")."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 4  # blocks of 32
+MOST_HALVINGS = 24
+
+
+def groups_scales() -> bool:
+    """Whether the kernels want scales of a group that are powers of two apart."""
+    forced = os.environ.get("EDGELORA_FORCE_ISA")
+    if forced:
+        return forced in ("avx512_vnni", "amx_bf16")
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text()
+
+
+def tops(largest: NDArray[np.floating]) -> NDArray[np.floating]:
+    """127 steps of each block, from the largest magnitudes [..., blocks]: these, or their group's
+    halved while it is not below.
+    """
+    if not groups_scales():
+        return largest
+    blocks = largest.shape[-1]
+    room = [(0, 0)] * (largest.ndim - 1) + [(0, -blocks % GROUP)]
+    groups = np.pad(largest, room).reshape(*largest.shape[:-1], -1, GROUP)
+    top = np.broadcast_to(groups.max(-1, keepdims=True), groups.shape)
+    for _ in range(MOST_HALVINGS):
+        top = np.where((groups > 0) & (top / 2 >= groups), top / 2, top)
+    flat = np.where(groups > 0, top, 0).reshape(*largest.shape[:-1], -1)
+    return flat[..., :blocks].astype(largest.dtype)
