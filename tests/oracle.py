@@ -152,7 +152,8 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
 
 def _is_refined(name: str) -> bool:
     """lm_head itself, not an adapter's factors of it."""
-    return groups_scales() and name.split(".")[-1] in ("lm_head", "base_layer") and "lm_head" in name
+    head = name.removesuffix(".base_layer").split(".")[-1] == "lm_head"
+    return groups_scales() and head
 
 
 def round_twice(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
