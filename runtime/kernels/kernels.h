@@ -154,8 +154,8 @@ struct KernelTable {
   // x[i] = e^(x[i] − most), most ≥ every x; returns their sum.
   float (*exp_minus)(float* x, int64_t n, float most);
 
-  // Rotary embedding of one head in place: x [2·half], cos and sin [half] of its position.
-  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+  // Rotary embedding of one head: x and out [2·half], cos and sin [half] of its position; out may be x.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
 };
 
 // Bytes of scratch that `linear` and `linear_float` want for these weights.

@@ -113,11 +113,18 @@ inline float exp_row(float* x, int64_t n, float most) {
   return sum_of(sums + last);
 }
 
-inline void rotate_row(float* x, const float* cos, const float* sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
+inline void rotate_row(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Floats a = load_floats(x + i), b = load_floats(x + half + i);
+    const Floats c = load_floats(cos + i), s = load_floats(sin + i);
+    store_floats(out + i, a * c - b * s);
+    store_floats(out + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[half + i];
-    x[i] = a * cos[i] - b * sin[i];
-    x[half + i] = b * cos[i] + a * sin[i];
+    out[i] = a * cos[i] - b * sin[i];
+    out[half + i] = b * cos[i] + a * sin[i];
   }
 }
 

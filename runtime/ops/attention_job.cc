@@ -49,7 +49,7 @@ struct AttentionJob::Buffers {
         std::max(kernels::linear_scratch_bytes(k), kernels::linear_scratch_bytes(v)));
   }
 
-  float* queries;       // [rows, D], scaled by 1/√D
+  float* queries;       // [rows, D]; scaled by 1/√D, if exact, else its codes' scales are
   float* scores;        // [rows, chunk], then the softmax
   float* products;      // [rows, D] of one chunk
   float *most, *sum, *out;
@@ -140,10 +140,9 @@ void AttentionJob::prepare_head(const float* from, const float* norm, int64_t po
   const int64_t d = node_.head_dim;
   if (norm != nullptr) {
     call_.kernels->rms_norm(from, norm, d, node_.epsilon, to);
-  } else {
-    std::memcpy(to, from, static_cast<size_t>(d) * sizeof(float));
+    from = to;
   }
-  call_.kernels->rotate(to, node_.cos + position * d / 2, node_.sin + position * d / 2, d / 2);
+  call_.kernels->rotate(from, node_.cos + position * d / 2, node_.sin + position * d / 2, d / 2, to);
 }
 
 AttentionJob::Part AttentionJob::part_of(int64_t ticket) const {
@@ -181,7 +180,7 @@ void AttentionJob::attend(int64_t ticket) {
       splits_ > 1 ? partial(ticket) : Softmax{buffers.most, buffers.sum, buffers.out};
   std::fill_n(softmax.most, rows, kNothing);
   std::fill_n(softmax.sum, rows, 0.0f);
-  std::fill_n(softmax.out, rows * node_.head_dim, 0.0f);
+  if (part.begin >= part.end) std::fill_n(softmax.out, rows * node_.head_dim, 0.0f);
   load_queries(part, buffers);
   if (call_.sequence > 1) {
     appended_.wait();
@@ -207,11 +206,14 @@ void AttentionJob::load_queries(const Part& part, const Buffers& buffers) const 
     float* query = buffers.queries + r * d;
     prepare_head(call_.q.data + m * call_.q.stride + head * d, node_.q_norm, position_of(part, r),
                  query);
-    for (int64_t i = 0; i < d; ++i) query[i] *= scale;
-    if (call_.layout.exact()) continue;
-    call_.kernels->quantize_activations(query, d, buffers.query_codes + r * width,
-                                        buffers.query_scales + r * blocks,
+    if (call_.layout.exact()) {
+      for (int64_t i = 0; i < d; ++i) query[i] *= scale;
+      continue;
+    }
+    float* scales = buffers.query_scales + r * blocks;
+    call_.kernels->quantize_activations(query, d, buffers.query_codes + r * width, scales,
                                         buffers.query_sums + r * blocks);
+    for (int64_t b = 0; b < blocks; ++b) scales[b] *= scale;
   }
 }
 
@@ -269,16 +271,18 @@ void AttentionJob::soften_row(float* scores, int64_t first, int64_t last, int64_
   for (int64_t i = 0; i < node_.head_dim; ++i) out[i] *= factor;
 }
 
-// out += softmax · values of the chunk
+// out += softmax · values of the chunk; of the first one out is new
 void AttentionJob::add_values(const Part& part, int64_t begin, int64_t end, const Buffers& buffers,
                               const Softmax& softmax) const {
   const ValueRows all = values(part.sequence, part.kv_head);
   const int64_t d = node_.head_dim, panels = ceil_div(d, kPanel), rows = rows_of(part);
+  const bool first = begin == part.begin;
+  float* products = first ? softmax.out : buffers.products;
   if (call_.layout.exact()) {
     for (int64_t r = 0; r < rows; ++r) {
       // No position behind the row: 0 times what is no number would be none.
       const int64_t seen = std::clamp(position_of(part, r) + 1, begin, end);
-      float* product = buffers.products + r * d;
+      float* product = products + r * d;
       std::fill_n(product, d, 0.0f);
       if (seen == begin) continue;
       call_.kernels->linear_float(all.weights(begin, seen), buffers.scores + r * kAttentionChunk, 1,
@@ -286,10 +290,9 @@ void AttentionJob::add_values(const Part& part, int64_t begin, int64_t end, cons
     }
   } else {
     const kernels::Activations x{rows, buffers.codes, buffers.scales, buffers.sums};
-    call_.kernels->linear(all.weights(begin, end), x, 0, panels, buffers.products, d,
-                          buffers.linear);
+    call_.kernels->linear(all.weights(begin, end), x, 0, panels, products, d, buffers.linear);
   }
-  for (int64_t i = 0; i < rows * d; ++i) softmax.out[i] += buffers.products[i];
+  for (int64_t i = 0; i < rows * d && !first; ++i) softmax.out[i] += products[i];
 }
 
 void AttentionJob::finish(const Part& part, const Softmax& softmax) const {

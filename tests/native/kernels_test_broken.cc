@@ -120,10 +120,11 @@ float sum_of_all_but_last(float* x, int64_t n, float most) {
   return good().exp_minus(x, n, most) - x[n - 1];
 }
 
-void rotate_backwards(float* x, const float* cos, const float* sin, int64_t half) {
+void rotate_backwards(const float* x, const float* cos, const float* sin, int64_t half,
+                      float* out) {
   std::vector<float> negative(sin, sin + half);
   for (float& value : negative) value = -value;
-  good().rotate(x, cos, negative.data(), half);
+  good().rotate(x, cos, negative.data(), half, out);
 }
 
 constexpr Mutant kMutants[] = {

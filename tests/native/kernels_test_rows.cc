@@ -154,14 +154,16 @@ void check_exponentials_of_odd_values(const TestedIsa& isa) {
 }
 
 // Two products and their sum: each product rounds once, then the sum.
-void check_rotation(const TestedIsa& isa, int64_t half) {
+void check_rotation(const TestedIsa& isa, int64_t half, bool in_place) {
   Random random(static_cast<uint64_t>(half));
   GuardedBytes x = floats(2 * half), cos = floats(half), sin = floats(half);
   fill(x, &random, 8.0f);
   fill(cos, &random, 1.0f);
   fill(sin, &random, 1.0f);
   const std::vector<float> before(x.as<float>(), x.as<float>() + 2 * half);
-  isa.table->rotate(x.as<float>(), cos.as<float>(), sin.as<float>(), half);
+  GuardedBytes apart = floats(2 * half);
+  float* out = in_place ? x.as<float>() : apart.as<float>();
+  isa.table->rotate(x.as<float>(), cos.as<float>(), sin.as<float>(), half, out);
   for (int64_t i = 0; i < 2 * half; ++i) {
     const int64_t at = i % half;
     const auto a = static_cast<double>(before[static_cast<size_t>(at)]);
@@ -169,7 +171,7 @@ void check_rotation(const TestedIsa& isa, int64_t half) {
     const auto c = static_cast<double>(cos.as<float>()[at]);
     const auto s = static_cast<double>(sin.as<float>()[at]);
     const double first = i < half ? a * c : b * c, second = i < half ? -b * s : a * s;
-    const double error = std::fabs(static_cast<double>(x.as<float>()[i]) - (first + second));
+    const double error = std::fabs(static_cast<double>(out[i]) - (first + second));
     KERNELS_CHECK(error <= 2 * kEpsilon * (std::fabs(first) + std::fabs(second)),
                   "%s rotate half %lld at %lld", isa.name.c_str(), static_cast<long long>(half),
                   static_cast<long long>(i));
@@ -183,7 +185,7 @@ void check_rotation_of_nan(const TestedIsa& isa) {
   for (size_t at = 0; at < 2 * half; ++at) {
     std::vector<float> x(2 * half, 1.0f);
     x[at] = at % 2 == 0 ? kNan : HUGE_VALF;
-    isa.table->rotate(x.data(), cos.data(), sin.data(), half);
+    isa.table->rotate(x.data(), cos.data(), sin.data(), half, x.data());
     for (size_t i = 0; i < 2 * half; ++i) {
       KERNELS_CHECK(std::isfinite(x[i]) == (i % half != at % half), "%s rotate: %zu of %zu",
                     isa.name.c_str(), i, at);
@@ -227,7 +229,10 @@ void test_exp_minus(const std::vector<TestedIsa>& isas) {
 
 void test_rotate(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
-    for (const int64_t n : kLengths) check_rotation(isa, n);
+    for (const int64_t n : kLengths) {
+      check_rotation(isa, n, true);
+      check_rotation(isa, n, false);
+    }
     check_rotation_of_nan(isa);
   }
 }

@@ -12,8 +12,8 @@ float largest(const float* x, int64_t n) { return largest_of(x, n); }
 
 float exp_minus(float* x, int64_t n, float most) { return exp_row(x, n, most); }
 
-void rotate(float* x, const float* cos, const float* sin, int64_t half) {
-  rotate_row(x, cos, sin, half);
+void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+  rotate_row(x, cos, sin, half, out);
 }
 
 }  // namespace edgelora::kernels::avx2

@@ -32,11 +32,11 @@ float exp_minus(float* x, int64_t n, float most) {
   return static_cast<float>(sum);
 }
 
-void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[i], b = x[half + i];
-    x[i] = a * cos[i] - b * sin[i];
-    x[half + i] = b * cos[i] + a * sin[i];
+    out[i] = a * cos[i] - b * sin[i];
+    out[half + i] = b * cos[i] + a * sin[i];
   }
 }
 

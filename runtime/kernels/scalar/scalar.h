@@ -23,6 +23,6 @@ void swiglu(const float* gate, const float* up, int64_t n, float* out);
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);
 float largest(const float* x, int64_t n);
 float exp_minus(float* x, int64_t n, float most);
-void rotate(float* x, const float* cos, const float* sin, int64_t half);
+void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out);
 
 }  // namespace edgelora::kernels::scalar
