@@ -103,8 +103,8 @@ struct KernelTable {
   void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                                int32_t* sums);
 
-  // The same, of four blocks each with scales that are powers of two apart: up to twice the above. Null
-  // where `linear` is no faster with them.
+  // The same, of four blocks each with scales that are powers of two apart: up to twice the above.
+  // Null where `linear` is no faster with them.
   void (*quantize_groups)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums);
 
@@ -154,7 +154,8 @@ struct KernelTable {
   // x[i] = e^(x[i] − most), most ≥ every x; returns their sum.
   float (*exp_minus)(float* x, int64_t n, float most);
 
-  // Rotary embedding of one head: x and out [2·half], cos and sin [half] of its position; out may be x.
+  // Rotary embedding of one head: x and out [2·half], which may be one; cos and sin [half] of its
+  // position.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
 };
 
