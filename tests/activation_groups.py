@@ -1,4 +1,4 @@
-"""What int8 steps a row of activations has on this CPU (ARCHITECTURE.md, "Weights: layouts")."""
+"""What int8 steps a row of activations has on this CPU (ARCHITECTURE.md, "AVX-512 groups them")."""
 
 import os
 from pathlib import Path

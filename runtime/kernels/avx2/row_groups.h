@@ -182,7 +182,8 @@ void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, 
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
     const ScratchLayout layout = group_layout(weights, slot);
-    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, groups->paired, scratch, layout);
+    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, groups->paired, scratch,
+                                    layout);
     slot += rows;
   }
 }

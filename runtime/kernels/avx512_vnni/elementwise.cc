@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/activation_block.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
 #include "kernels/panels.h"
 
@@ -25,7 +26,6 @@ constexpr float kInverseFactorials[] = {1.0f,      1.0f,       0.5f,       1.0f 
                                         1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
 
 constexpr int32_t kInf = 0xff << kMantissaBits, kNan = kInf | 1 << 22;
-constexpr int32_t kSmallestAmaxBits = (127 - 119) << kMantissaBits;
 
 // As integers, magnitudes are in order, Inf and NaN above all numbers.
 __m512i magnitude_bits(__m512 v) {
@@ -63,7 +63,7 @@ struct FourKinds {
 
 FourKinds four_kinds_of(__m128i amax) {
   const __m128i finite = _mm_cmplt_epi32(amax, _mm_set1_epi32(kInf));
-  const __m128i tiny = _mm_cmplt_epi32(amax, _mm_set1_epi32(kSmallestAmaxBits));
+  const __m128i tiny = _mm_cmplt_epi32(amax, _mm_castps_si128(_mm_set1_ps(kSmallestAmax)));
   return {_mm_andnot_si128(tiny, finite), _mm_andnot_si128(finite, _mm_set1_epi32(kNan))};
 }
 
