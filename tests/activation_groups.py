@@ -1,4 +1,7 @@
-"""What int8 steps a row of activations has on this CPU (ARCHITECTURE.md, "AVX-512 groups them")."""
+"""What int8 steps a row of activations has on this CPU (ARCHITECTURE.md, "AVX-512 groups them").
+
+`format`: of the weights that it meets; nf4 and fp4 have the steps of blocks alone everywhere.
+"""
 
 import os
 from pathlib import Path
@@ -10,8 +13,8 @@ GROUP = 4  # blocks of 32
 MOST_HALVINGS = 24
 
 
-def groups_scales() -> bool:
-    """Whether the kernels want scales of a group that are powers of two apart."""
+def can_group() -> bool:
+    """Whether the CPU's kernels multiply scales of a group that are powers of two apart."""
     forced = os.environ.get("EDGELORA_FORCE_ISA")
     if forced:
         return forced in ("avx512_vnni", "amx_bf16")
@@ -19,11 +22,16 @@ def groups_scales() -> bool:
     return cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text()
 
 
-def tops(largest: NDArray[np.floating]) -> NDArray[np.floating]:
+def groups_scales(format: str) -> bool:
+    """Whether activations are rounded so."""
+    return can_group() and not format.startswith(("nf4", "fp4"))
+
+
+def tops(largest: NDArray[np.floating], format: str) -> NDArray[np.floating]:
     """127 steps of each block, from the largest magnitudes [..., blocks]: these, or their group's
     halved while it is not below.
     """
-    if not groups_scales():
+    if not groups_scales(format):
         return largest
     blocks = largest.shape[-1]
     room = [(0, 0)] * (largest.ndim - 1) + [(0, -blocks % GROUP)]

@@ -24,10 +24,14 @@ def blocks_of(x: torch.Tensor) -> torch.Tensor:
     return padded.unflatten(-1, (-1, BLOCK))
 
 
+def codes_of(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales > 0, torch.round(x / scales), 0.0)
+
+
 def codes_and_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers, and the scale of the last dimension."""
     scales = blocks.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scales > 0, torch.round(blocks / scales), 0.0), scales
+    return codes_of(blocks, scales), scales
 
 
 def round_int8(x: torch.Tensor) -> torch.Tensor:

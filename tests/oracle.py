@@ -4,7 +4,7 @@ weights read back from a bundle.
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from activation_groups import groups_scales, tops
-from int8_attention import blocks_of, codes_and_scales, int8_kv_cache
+from activation_groups import can_group, tops
+from int8_attention import blocks_of, codes_and_scales, codes_of, int8_kv_cache
 
 PANEL_ROWS = 16
 LAYER_PARTS = {"qkv_": 9, "o_": 16, "gate_up_": 23, "down_": 30}  # where their inputs begin
@@ -30,7 +30,10 @@ ONES: dict[str, dict[Look, float]] = {
     "nf4": {"bytes": 124.125, "levels": 250},
     "fp4": {"bytes": 120, "levels": 240},
 }
-ZERO_LEVEL = {"nf4": 63.75, "fp4": 64}
+ZEROS: dict[str, dict[Look, float]] = {  # … and of 0
+    "nf4": {"bytes": 5 / 32, "levels": 63.75},
+    "fp4": {"bytes": 0, "levels": 64},
+}
 
 
 def codebook(kind: str, look: Look) -> NDArray[np.float32]:
@@ -38,10 +41,9 @@ def codebook(kind: str, look: Look) -> NDArray[np.float32]:
     values = bitsandbytes.functional.get_4bit_type(kind, device="cpu").numpy()
     if look == "values":
         return values
-    one = np.float32(ONES[kind][look])
+    one, zero = np.float32(ONES[kind][look]), np.float32(ZEROS[kind][look])
     if look == "bytes":
-        return np.round(values * one).astype(np.float32) / one
-    zero = ZERO_LEVEL[kind]
+        return (np.round(values * one) - zero) / one
     return (4 * (np.round(values * one / 4 + zero) - zero)).astype(np.float32) / one
 
 
@@ -130,10 +132,7 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
         if isinstance(module, torch.nn.Linear)
     }
     hooks = [
-        module.register_forward_pre_hook(
-            round_t if "lora_B" in name else round_twice if _is_refined(name) else round_x
-        )
-        for name, module in linears.items()
+        module.register_forward_pre_hook(_rounding(model, name)) for name, module in linears.items()
     ]
     factors = [module for name, module in linears.items() if "lora_" in name]
     before = [module.weight.data for module in factors]
@@ -150,28 +149,33 @@ def int8_activations(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _is_refined(name: str) -> bool:
-    """lm_head itself, not an adapter's factors of it."""
-    head = name.removesuffix(".base_layer").split(".")[-1] == "lm_head"
-    return groups_scales() and head
+def _rounding(model: torch.nn.Module, name: str) -> Callable[..., Any]:
+    """Of lm_head's own factors as of every lora_a."""
+    if "lora_B" in name:
+        return round_t
+    path, _, factor = name.partition(".lora_A")
+    path = path.removesuffix(".base_layer")
+    target: Any = model.get_submodule(path)
+    kind = getattr(target, "base_layer", target).stored_as
+    head = can_group() and not factor and path.split(".")[-1] == "lm_head"
+    return partial(round_twice if head else round_x, kind)
 
 
-def round_twice(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def round_twice(kind: str, _: torch.nn.Module, x: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """And what is missed once more."""
-    first = round_in_groups(inputs[0])
-    return (first + round_in_groups(inputs[0] - first),)
+    first = round_blocks(x[0], kind)
+    return (first + round_blocks(x[0] - first, kind),)
 
 
-def round_x(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (round_in_groups(inputs[0]),)
+def round_x(kind: str, _: torch.nn.Module, x: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (round_blocks(x[0], kind),)
 
 
-def round_in_groups(x: torch.Tensor) -> torch.Tensor:
-    """x → scale·round(x / scale) in blocks of 32, as a linear reads it."""
+def round_blocks(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """x → scale·round(x / scale) in blocks of 32, as a linear of the format reads it."""
     blocks = blocks_of(x)
-    scales = torch.from_numpy(tops(blocks.abs().amax(-1).numpy()))[..., None] / 127
-    codes = torch.where(scales > 0, torch.round(blocks / scales), 0.0)
-    return (codes * scales).flatten(-2)[..., : x.shape[-1]]
+    scales = torch.from_numpy(tops(blocks.abs().amax(-1).numpy(), kind))[..., None] / 127
+    return (codes_of(blocks, scales) * scales).flatten(-2)[..., : x.shape[-1]]
 
 
 def round_t(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -187,8 +191,12 @@ def round_factor(factor: torch.Tensor, *, in_blocks: bool) -> torch.Tensor:
     values = blocks_of(factor) if in_blocks else factor
     mantissas, exponents = torch.frexp(values.abs().amax(-1, keepdim=True) / 127)
     scales = torch.ldexp(torch.round(mantissas * 2048) / 2048, exponents)
-    codes = torch.where(scales > 0, torch.round(values / scales).clamp(-127, 127), 0.0)
+    codes = codes_of(values, scales).clamp(-127, 127)
     return (codes * scales).reshape(len(factor), -1)[:, : factor.shape[1]]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 class BundleWeights:
@@ -213,12 +221,23 @@ class BundleWeights:
     def matrices(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """(module path, float32 [out_features, in_features]) of every linear and the embedding."""
         for node in self.graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            inputs = [*node.input, *[""] * 40]
             if node.op_type == "Embedding":
-                yield node.name, self._dequantized(attributes, inputs[1:7])
-            elif node.op_type == "Linear":
-                yield from self._slices(attributes, inputs[2:8])
+                yield node.name, self._dequantized(_attributes(node), [*node.input[1:], *[""] * 5])
+        for attributes, inputs in self._linears():
+            yield from self._slices(attributes, inputs)
+
+    def formats(self) -> Iterator[tuple[str, str]]:
+        """(module path, format) of every linear."""
+        for attributes, _ in self._linears():
+            for target in attributes["targets"].decode().split(","):
+                yield target, attributes["format"].decode()
+
+    def _linears(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Attributes and weight inputs of every packed linear."""
+        for node in self.graph.node:
+            attributes, inputs = _attributes(node), [*node.input, *[""] * 40]
+            if node.op_type == "Linear":
+                yield attributes, inputs[2:8]
             elif node.op_type == "Layer":
                 for prefix, first in LAYER_PARTS.items():
                     part = {
@@ -226,7 +245,7 @@ class BundleWeights:
                         for name, value in attributes.items()
                         if name.startswith(prefix)
                     }
-                    yield from self._slices(part, inputs[first : first + 6])
+                    yield part, inputs[first : first + 6]
 
     def _slices(
         self, attributes: dict[str, Any], inputs: list[str]
@@ -325,4 +344,7 @@ def bundle_model(bundle: Path, like: PreTrainedModel, look: Look = "values") -> 
     state |= {f"{name}.weight": torch.tensor(values) for name, values in weights.matrices()}
     state |= {name: torch.tensor(values) for name, values in weights.vectors()}
     model.load_state_dict(state)
+    for name, kind in weights.formats():
+        module: Any = model.get_submodule(name)
+        module.stored_as = kind
     return model.to(torch.float32).eval()

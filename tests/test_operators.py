@@ -29,13 +29,13 @@ def random_x(batch: int, sequence: int, columns: int) -> NDArray[np.float32]:
     return rng.standard_normal((batch, sequence, columns), np.float32)
 
 
-def activation_steps(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The step of the int8 grid of a block of 32 at each value."""
+def activation_steps(x: NDArray[np.float32], format: str) -> NDArray[np.float64]:
+    """The step of the int8 grid of a block of 32 at each value, beside weights of a format."""
     columns = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-columns // 32) * 32))
     padded[..., :columns] = np.abs(x)
     largest = padded.reshape(*x.shape[:-1], -1, 32).max(-1)
-    return np.repeat(tops(largest) / 127, 32, axis=-1)[..., :columns]
+    return np.repeat(tops(largest, format) / 127, 32, axis=-1)[..., :columns]
 
 
 def tolerance(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -49,11 +49,12 @@ def tolerance(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float64]:
         return bound
     if has_amx() and x.size // x.shape[-1] > 16:
         bound += BFLOAT16 * products
-    bound += activation_steps(x) @ (0.501 * magnitude.T)
+    steps = activation_steps(x, packed.format)
+    bound += steps @ (0.501 * magnitude.T)
     if packed.format == "int4":  # offsets in float32 are read in float16
         bound += 2.0**-11 * np.abs(x).sum(axis=-1, keepdims=True)
     if packed.format in ("nf4", "fp4"):
-        bound += (np.abs(x) + activation_steps(x)) @ packed.rounding.T
+        bound += (np.abs(x) + steps) @ packed.rounding.T
     return bound
 
 

@@ -10,12 +10,13 @@ namespace edgelora::kernels {
 namespace {
 
 // `linear` multiplies bytes or levels instead of the values, which `linear_float` and
-// `dequantize_row` use themselves. The scales are those at which the rounding of the values,
+// `dequantize_row` use themselves. Scales and zeros are those at which the rounding of the values,
 // weighted by how often each code occurs, is least.
 struct Codebook {
   float values[16];
-  // value ≈ byte / byte_scale, for products of signed or 8-bit unsigned bytes.
+  // value ≈ (byte − byte_zero / 32) / byte_scale, for products of signed or 8-bit unsigned bytes.
   float byte_scale;
+  int byte_zero;
   int8_t bytes[16];
   // value ≈ (4·level − level_offset) / level_scale, for products whose pairs must fit into 16 bits:
   // levels need seven.
@@ -30,6 +31,7 @@ constexpr Codebook kNf4Codebook = {
      0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
      0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
     124.125f,
+    5,
     {-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124},
     250.0f,
     255,
@@ -41,6 +43,7 @@ constexpr Codebook kFp4Codebook = {
     {0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 0.5f, 2.0f / 12, 0.25f, -0.0f, -0.0625f / 12,
      -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f},
     120.0f,
+    0,
     {0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30},
     240.0f,
     256,

@@ -24,7 +24,7 @@ struct RowTile {
   int64_t blocks;         // Kp / 32
   const int8_t* codes;    // [blocks, rows, 32]
   const float* scales;    // [blocks, rows]
-  const int32_t* terms;   // [blocks, rows], factor · Σ codes; null if the ISA wants none
+  const int32_t* terms;   // [blocks, rows], zero_term; null if the ISA wants none
   const float* shifts;    // [blocks, rows], scale · Σ codes; kInt4Offsets only
   const int16_t* starts;  // [blocks, rows, 2, 2], and
   const uint8_t* wide;    // [blocks], of avx2's nf4 and fp4
@@ -69,16 +69,19 @@ inline void pack_scales(const Activations& x, int64_t first_row, RowTile* tile, 
   tile->scales = scales;
 }
 
-inline void pack_terms(const Activations& x, int64_t first_row, int32_t factor, RowTile* tile,
+// zero · Σ codes of a block, a row's sum; zero in 32nds, to the nearest integer.
+inline int32_t zero_term(int32_t zero, int32_t sum) { return (zero * sum + 16) >> 5; }
+
+inline void pack_terms(const Activations& x, int64_t first_row, int32_t zero, RowTile* tile,
                        void* scratch, const ScratchLayout& layout) {
   auto* terms = reinterpret_cast<int32_t*>(at(scratch, layout.terms));
   const int64_t rows = tile->rows;
   for (int64_t m = 0; m < rows; ++m) {
     const int32_t* sums = x.sums + (first_row + m) * tile->blocks;
     if (rows == 1) {  // of which registers hold many
-      for (int64_t b = 0; b < tile->blocks; ++b) terms[b] = factor * sums[b];
+      for (int64_t b = 0; b < tile->blocks; ++b) terms[b] = zero_term(zero, sums[b]);
     } else {
-      for (int64_t b = 0; b < tile->blocks; ++b) terms[b * rows + m] = factor * sums[b];
+      for (int64_t b = 0; b < tile->blocks; ++b) terms[b * rows + m] = zero_term(zero, sums[b]);
     }
   }
   tile->terms = terms;
@@ -105,9 +108,9 @@ const Tile& packed_tile(const Weights& weights, const Activations& x, void* scra
   return *tile;
 }
 
-// factor: what the ISA multiplies Σ codes by, 0 for nothing.
+// zero: what the ISA multiplies Σ codes by, in 32nds.
 inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t first_row,
-                         int32_t factor, void* scratch) {
+                         int32_t zero, void* scratch) {
   const ScratchLayout layout = scratch_layout(weights);
   const int64_t blocks = activation_blocks(weights.in_features);
   RowTile tile{};
@@ -122,8 +125,8 @@ inline RowTile pack_rows(const Weights& weights, const Activations& x, int64_t f
   }
   if (weights.format == Format::kInt4Offsets) {
     pack_shifts(x, first_row, &tile, scratch, layout);
-  } else if (factor != 0) {
-    pack_terms(x, first_row, factor, &tile, scratch, layout);
+  } else if (zero != 0 || has_codebook(weights.format)) {
+    pack_terms(x, first_row, zero, &tile, scratch, layout);
   }
   return tile;
 }
@@ -201,9 +204,9 @@ template <class Isa>
 void drive_linear(const Weights& weights, const Activations& x, int64_t panel_begin,
                   int64_t panel_end, float* y, int64_t y_stride, void* scratch) {
   assert(weights.format != Format::kFloat);
-  const int32_t factor = Isa::term_factor(weights.format);
+  const int32_t zero = Isa::term_zero(weights.format);
   for (int64_t m = 0; m < x.rows; m += kRowTile) {
-    const auto pack = [&](RowTile* tile) { *tile = pack_rows(weights, x, m, factor, scratch); };
+    const auto pack = [&](RowTile* tile) { *tile = pack_rows(weights, x, m, zero, scratch); };
     run_panels<Isa>(weights, packed_tile<RowTile>(weights, x, scratch, pack), panel_begin,
                     panel_end, y + m * y_stride, y_stride);
   }

@@ -99,8 +99,10 @@ class LinearJob {
   bool normed_rows() const {
     return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
   }
-  bool groups_scales() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
-  bool refined() const { return call_.node.refined && groups_scales(); }
+  // Not beside nf4 and fp4, whose bytes are rounded already.
+  bool can_group() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
+  bool groups_scales() const { return can_group() && !kernels::has_codebook(weights_.format); }
+  bool refined() const { return call_.node.refined && can_group(); }
   int64_t code_rows() const { return refined() ? 2 : 1; }  // of a row of x
   void prepare(int64_t ticket, const Worker& worker);
   void prepare_rows(const Worker& worker, int64_t begin, int64_t end) const;

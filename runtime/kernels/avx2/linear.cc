@@ -123,8 +123,8 @@ struct Isa {
   static constexpr int kPairRows = 0;
   static constexpr int64_t kPrefetchBytes = 2048;
 
-  static int32_t term_factor(Format format) {
-    return format == Format::kInt4 ? 8 : has_codebook(format) ? 1 : 0;
+  static int32_t term_zero(Format format) {
+    return format == Format::kInt4 ? 8 * 32 : has_codebook(format) ? 32 : 0;
   }
 
   static constexpr bool unpacks(Format format) { return format != Format::kInt8; }

@@ -1,4 +1,4 @@
-// Loads, broadcasts and sums that the avx2 files share.
+// Loads, broadcasts, sums and maxima that the files of avx2 and wider ISAs share.
 #pragma once
 
 #include <immintrin.h>
@@ -35,6 +35,11 @@ inline __m256i broadcast4(const void* from) {  // the same 4 bytes in every 32-b
 }
 
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline __m128i largest_lane(__m128i v) {  // in all four
+  v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+  return _mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+}
 
 inline float sum_lanes(__m256 v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

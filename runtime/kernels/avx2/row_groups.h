@@ -119,10 +119,12 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
   tile->shifts = sums;
 }
 
+constexpr bool can_pair(Format format) { return !has_extras(format) && !has_codebook(format); }
+
 // Whether several rows of x meet two panels at a time, in groups of at most Isa::kPairRows.
 template <class Isa>
 bool pairs_panels(const Weights& weights, const Activations& x, int64_t rows) {
-  return Isa::kPairRows > 0 && x.grouped && rows > 1 && !has_extras(weights.format) &&
+  return Isa::kPairRows > 0 && x.grouped && rows > 1 && can_pair(weights.format) &&
          weights.block_size > kActivationBlock;
 }
 
@@ -152,7 +154,7 @@ RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_r
   if constexpr (Isa::kPairRows > 0) {
     if (paired) {
       pack_codes(x, first_row, tile.blocks, &tile, scratch, layout);
-      Isa::pack_pairs(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
+      Isa::pack_pairs(x, first_row, Isa::term_zero(weights.format), &tile, scratch, layout);
       return tile;
     }
   }
@@ -165,8 +167,8 @@ RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_r
   }
   if (has_extras(weights.format)) {
     pack_extra_factors(x, first_row, weights.format, &tile, scratch, layout);
-  } else if (Isa::term_factor(weights.format) != 0) {
-    pack_terms(x, first_row, Isa::term_factor(weights.format), &tile, scratch, layout);
+  } else if (Isa::term_zero(weights.format) != 0) {
+    pack_terms(x, first_row, Isa::term_zero(weights.format), &tile, scratch, layout);
   }
   if (has_codebook(weights.format)) Isa::pack_starts(&tile, scratch, layout);
   return tile;
@@ -308,7 +310,7 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
 template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                      int64_t panel_end, float* y, int64_t y_stride) {
-  if constexpr (Isa::kPairRows > 0 && !has_extras(kFormat)) {
+  if constexpr (Isa::kPairRows > 0 && can_pair(kFormat)) {
     if (groups.paired) {
       int64_t p = panel_begin;
       const bool streams = streams_panels<Isa>(weights, groups);

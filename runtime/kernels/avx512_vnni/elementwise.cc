@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "kernels/activation_block.h"
+#include "kernels/avx2/registers.h"
 #include "kernels/avx512_vnni/avx512_vnni.h"
 #include "kernels/panels.h"
 
@@ -85,9 +86,7 @@ struct Alone {
 struct Grouped {
   static FourScales scales_of(__m128i amax) {
     const FourKinds kinds = four_kinds_of(amax);
-    __m128i most = _mm_and_si128(kinds.usual, amax);
-    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
-    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+    const __m128i most = largest_lane(_mm_and_si128(kinds.usual, amax));
     const __m128i e = _mm_min_epi32(_mm_srai_epi32(_mm_sub_epi32(most, amax), kMantissaBits),
                                     _mm_set1_epi32(kMostHalvings));
     const __m128i exponents = _mm_slli_epi32(e, kMantissaBits);

@@ -19,8 +19,8 @@ struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
   static constexpr int kPairRows = 6;
 
-  // starts = magic + factor · Σ codes
-  static void pack_pairs(const Activations& x, int64_t first_row, int32_t factor, RowTile* tile,
+  // starts = magic + zero_term
+  static void pack_pairs(const Activations& x, int64_t first_row, int32_t zero, RowTile* tile,
                          void* scratch, const ScratchLayout& layout) {
     const int64_t groups = ceil_div(tile->blocks, kGroupBlocks);
     auto* group_scales = reinterpret_cast<float*>(at(scratch, layout.group_scales));
@@ -34,13 +34,12 @@ struct PanelPairs : VnniIsa<Registers> {
         const __m128i scale = _mm_castps_si128(_mm_maskload_ps(x.scales + row + b, there));
         const __m128i sum = _mm_maskload_epi32(x.sums + row + b, there);
         const __m128i most = largest_lane(scale);  // NaN above all
-        const __m128i zero = _mm_cmpeq_epi32(scale, _mm_setzero_si128());
-        const __m128i exponent = _mm_andnot_si128(zero, _mm_sub_epi32(scale, most));
+        const __m128i none = _mm_cmpeq_epi32(scale, _mm_setzero_si128());
+        const __m128i exponent = _mm_andnot_si128(none, _mm_sub_epi32(scale, most));
         const __m128i magic = _mm_add_epi32(_mm_set1_epi32(kMagicBits), exponent);
         _mm_store_ss(group_scales + to, _mm_castsi128_ps(most));
         _mm_store_si128(magics + to, magic);
-        _mm_store_si128(terms + to,
-                        _mm_add_epi32(magic, _mm_mullo_epi32(sum, _mm_set1_epi32(factor))));
+        _mm_store_si128(terms + to, _mm_add_epi32(magic, zero_terms(zero, sum)));
       }
     }
     tile->group_scales = group_scales;
@@ -76,9 +75,9 @@ struct PanelPairs : VnniIsa<Registers> {
                            _mm_setr_epi32(0, 1, 2, 3));
   }
 
-  static __m128i largest_lane(__m128i v) {
-    v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
-    return _mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+  static __m128i zero_terms(int32_t zero, __m128i sums) {
+    const __m128i products = _mm_mullo_epi32(sums, _mm_set1_epi32(zero));
+    return _mm_srai_epi32(_mm_add_epi32(products, _mm_set1_epi32(16)), 5);
   }
 
   // Where magics and magic_terms of a block lie.
@@ -98,7 +97,6 @@ struct PanelPairs : VnniIsa<Registers> {
     Floats scales[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       scales[p] = V::scales<kFormat>(panels[p], blocks.begin, 0).scale;
-      if (has_codebook(kFormat)) scales[p] = V::mul(scales[p], V::broadcast(panels[p].unit));
     }
     Floats sums[kRows][kPanels];
     for (auto& row : sums) {
@@ -162,9 +160,6 @@ struct PanelPairs : VnniIsa<Registers> {
     const Ints codes = V::load(panel_codes + b * kBlockBytes / 2 + 64 * line);
     bytes[0] = V::low_nibbles(codes);
     bytes[1] = V::high_nibbles(codes);
-    if constexpr (has_codebook(kFormat)) {
-      for (int i = 0; i < 2; ++i) bytes[i] = V::template look_up<kFormat>(bytes[i]);
-    }
   }
 };
 

@@ -10,8 +10,8 @@
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx. Zero points: codes less theirs.
 // int8: bytes as they are.
-// nf4, fp4: a byte table, tbl, gives w = round(124.125·value). The rounding costs at most 0.0037 of
-//   absmax a weight.
+// nf4, fp4: a byte table, tbl, gives w = round(124.125·value); the sum starts at −5/32·Σx, which the
+//   bytes are too large by on average. The rounding costs at most 0.0024 of absmax a weight.
 //
 // The 32 registers: acc 16, bytes of W 8, sums 4; the rest x, the scales of W and what
 // float_of_biased takes away.
@@ -66,7 +66,7 @@ EDGELORA_INLINE void multiply_groups(const int8x16_t w[8], const int8_t* codes, 
                                      const float* scales, typename Isa::Scale scale,
                                      typename Isa::Bias bias, float32x4_t acc[kGroups][4]) {
   if constexpr (kGroup < kGroups) {
-    constexpr int kStart = kFormat == Format::kInt4 ? kGroup : 0;
+    constexpr int kStart = has_starts(kFormat) ? kGroup : 0;
     Isa::template multiply<kGroup, kStart>(w, codes, starts, scales, scale, bias, acc[kGroup]);
     multiply_groups<Isa, kFormat, kGroup + 1, kGroups>(w, codes, starts, scales, scale, bias, acc);
   }
@@ -95,7 +95,7 @@ void add_blocks(PanelView w, int g, GroupedRows x, int64_t group, int64_t begin,
     Isa::arrange(bytes);
     const auto scale = Isa::widen(load_half4(w.scales + scale_block * 16 + g * 4));
     multiply_groups<Isa, kFormat, 0, kGroups>(
-        bytes, x.codes, kFormat == Format::kInt4 ? x.terms : kNoTerms, x.scales, scale, bias, sums);
+        bytes, x.codes, has_starts(kFormat) ? x.terms : kNoTerms, x.scales, scale, bias, sums);
     if constexpr (kFormat == Format::kInt4Offsets) {
       const auto offset = Isa::widen(load_half4(w.offsets + scale_block * 16 + g * 4));
 #pragma GCC unroll 4
@@ -154,7 +154,7 @@ inline SeparateRows separate_rows(const Weights& weights, Activations x, int64_t
   for (int64_t r = 0; r < tile.rows; ++r) {
     x.rows = first_row + r + 1;
     void* own = at(scratch, r * activation_blocks(weights.in_features) * 4);  // for its terms
-    tile.of[r] = pack_rows(weights, x, first_row + r, neon_term_factor(weights.format), own);
+    tile.of[r] = pack_rows(weights, x, first_row + r, neon_term_zero(weights.format), own);
   }
   return tile;
 }

@@ -17,16 +17,20 @@ struct GroupedRows {
   int64_t groups;       // ⌈rows / 4⌉
   const int8_t* codes;  // [blocks, groups, 128] in Isa's order
   const float* scales;  // [blocks, groups, kValues]
-  const float* terms;   // [blocks, groups, kValues]; kInt4: where the sums start, as bits
-                        // kFloatBits − 8·Σ codes; kInt4Offsets: scale · Σ codes
+  const float* terms;   // [blocks, groups, kValues]; has_starts: where the sums start, as bits
+                        // kFloatBits + zero_term; kInt4Offsets: scale · Σ codes
 };
 
 // Where the sums of the other formats start.
 constexpr float kBias = 0x1.8p23f;  // kFloatBits
 alignas(16) constexpr float kNoTerms[8] = {kBias, kBias, kBias, kBias, kBias, kBias, kBias, kBias};
 
+constexpr bool has_starts(Format format) {
+  return format == Format::kInt4 || has_codebook(format);
+}
+
 constexpr bool has_terms(Format format) {
-  return format == Format::kInt4 || format == Format::kInt4Offsets;
+  return has_starts(format) || format == Format::kInt4Offsets;
 }
 
 // Four rows of [M, row_values] from `row` on; the last row again for those beyond it, whose results
@@ -97,13 +101,14 @@ void pack_group(const Weights& weights, const Activations& x, int64_t row, int64
     return load_some(sums.of[r] + b, count);
   };
   const auto start = [&](int r, int64_t b, int64_t count) {
-    return vreinterpretq_f32_s32(vmlaq_n_s32(vdupq_n_s32(kFloatBits), sum(r, b, count), -8));
+    const int32x4_t products = vmulq_n_s32(sum(r, b, count), neon_term_zero(weights.format));
+    return vreinterpretq_f32_s32(vrsraq_n_s32(vdupq_n_s32(kFloatBits), products, 5));
   };
   const auto shift = [&](int r, int64_t b, int64_t count) {
     return vmulq_f32(scale(r, b, count), vcvtq_f32_s32(sum(r, b, count)));
   };
   pack_values<Isa>(scale, blocks, scales, stride * Isa::kValues);
-  if (weights.format == Format::kInt4) {
+  if (has_starts(weights.format)) {
     pack_values<Isa>(start, blocks, terms, stride * Isa::kValues);
   } else if (weights.format == Format::kInt4Offsets) {
     pack_values<Isa>(shift, blocks, terms, stride * Isa::kValues);

@@ -39,8 +39,9 @@ EDGELORA_INLINE Scales load_scales(const PanelView& panel, int64_t b) {
   return s;
 }
 
-inline int32_t neon_term_factor(Format format) {
-  return format == Format::kInt4 ? -8 : format == Format::kInt4ZeroPoints ? -1 : 0;
+inline int32_t neon_term_zero(Format format) {
+  if (has_codebook(format)) return -codebook(format).byte_zero;
+  return format == Format::kInt4 ? -8 * 32 : format == Format::kInt4ZeroPoints ? -32 : 0;
 }
 
 // A sum that starts at these bits is, read as a float, 1.5·2^23 + sum for every |sum| < 2^22: one
@@ -53,10 +54,12 @@ EDGELORA_INLINE float32x4_t float_of_biased(int32x4_t sum) {
 
 // Where the sums of rows 4g … 4g+3 start, above `bias`; i is [block, row] in the tile's small
 // arrays. kSource: what the products are made of, a format's codes or, kInt8, bytes.
-template <Format kSource>
+template <Format kFormat, Format kSource>
 EDGELORA_INLINE int32x4_t first_sum(const Scales& s, int g, const RowTile& x, int64_t i,
                                     int32_t bias) {
-  if constexpr (kSource == Format::kInt4) return vdupq_n_s32(x.terms[i] + bias);
+  if constexpr (kSource == Format::kInt4 || has_codebook(kFormat)) {
+    return vdupq_n_s32(x.terms[i] + bias);
+  }
   if constexpr (kSource == Format::kInt4ZeroPoints) {
     return vmlaq_n_s32(vdupq_n_s32(bias), s.zero_points[g], x.terms[i]);
   }

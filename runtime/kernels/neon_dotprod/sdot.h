@@ -7,7 +7,7 @@
 //     dot[r] += Σ_j w[r, j]·x[j]
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx (zero points: −zp·Σx).
-// int8: bytes as they are; nf4, fp4: a byte table, tbl (neon/four_rows.h).
+// int8: bytes as they are; nf4, fp4: a byte table, tbl, and where nf4 starts (neon/four_rows.h).
 #pragma once
 
 #include "kernels/neon/scales.h"
@@ -23,7 +23,7 @@ struct Sdot {
     static_assert(kRows == 1);
     int32x4_t sums[4];
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) sums[g] = first_sum<kSource>(s, g, x, i, kFloatBits);
+    for (int g = 0; g < 4; ++g) sums[g] = first_sum<kFormat, kSource>(s, g, x, i, kFloatBits);
     add_half<kSource, 0>(block, x.codes + i * kActivationBlock, sums);
     add_half<kSource, 1>(block, x.codes + i * kActivationBlock, sums);
 #pragma GCC unroll 4

@@ -4,7 +4,7 @@
 //   zero points   dot_b = Σ code·x − zp·Σ x
 //   offsets       dot_b = Σ code·x, and the offset term
 //   int8          dot_b = Σ code·x
-//   nf4, fp4      dot_b = Σ byte[code]·x, scale ≈ absmax / 124.125, / 120
+//   nf4, fp4      dot_b = Σ byte[code]·x − ⌊zero·Σ x⌉, scale ≈ absmax / 124.125, / 120
 //
 // Codes of a panel, int4, nf4 and fp4:  [q][r][j]  64 bytes hold K = 8q … 8q+7 of 16 rows:
 //     byte 4r+j:  high nibble K = 8q+4+j │ low nibble K = 8q+j
@@ -13,6 +13,7 @@
 // One row of x and one row of W at a time; dot is an exact int32, the accumulator a float.
 #include "kernels/half.h"
 #include "kernels/kernels.h"
+#include "kernels/linear_driver.h"
 #include "kernels/absmax_scales.h"
 #include "kernels/panels.h"
 #include "kernels/row_values.h"
@@ -74,6 +75,7 @@ float block_product(const Weights& weights, int64_t panel, int64_t r, int64_t in
   }
   const int64_t block = index * kActivationBlock / scale_block_size(weights);
   dot -= zero_point(weights, panel, block, r) * x.sum;
+  if (has_codebook(weights.format)) dot += zero_term(-codebook(weights.format).byte_zero, x.sum);
   const float scale = block_scale(weights, panel, block, r, nullptr);
   return scale * x.scale * static_cast<float>(dot) +
          block_offset(weights, panel, block, r) * (x.scale * static_cast<float>(x.sum));
