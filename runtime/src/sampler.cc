@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -18,6 +19,24 @@ void require(bool condition, const char* name, float value, const char* range) {
   throw Error(EDGELORA_INVALID_ARGUMENT, std::string(name) + " is " + shown + ", not " + range);
 }
 
+// The largest, NaN if there is one. In integers that are ordered as floats, which the compiler
+// vectorizes: magnitudes above Inf's are NaN.
+float largest_of(const float* values, size_t count) {
+  constexpr int32_t kMagnitude = 0x7fffffff, kInf = 0x7f800000;
+  int32_t most = std::numeric_limits<int32_t>::min(), nan = 0;
+  for (size_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    nan |= kInf - (bits & kMagnitude);  // < 0
+    most = std::max(most, bits ^ (bits >> 31 & kMagnitude));
+  }
+  if (nan < 0) return std::numeric_limits<float>::quiet_NaN();
+  most ^= most >> 31 & kMagnitude;
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  return largest;
+}
+
 }  // namespace
 
 void Sampling::check() const {
@@ -31,31 +50,22 @@ void Sampling::check() const {
           repetition_penalty, "in [1e-6, 1e6]");
 }
 
-// Lanes without a branch, so that the compiler vectorizes: x > best is false for NaN, x != x is
-// true for it alone.
+// Strip by strip, so that the place is looked for in one strip alone.
 size_t argmax(const float* values, size_t count) {
-  constexpr size_t kLanes = 16;
-  float best[kLanes];
-  int32_t nan[kLanes] = {};
-  std::fill_n(best, kLanes, -std::numeric_limits<float>::infinity());
-  const size_t whole = count - count % kLanes;
-  for (size_t i = 0; i < whole; i += kLanes) {
-    for (size_t j = 0; j < kLanes; ++j) {
-      const float x = values[i + j];
-      best[j] = x > best[j] ? x : best[j];
-      nan[j] |= x != x;
-    }
+  constexpr size_t kStrip = 1024;
+  size_t best = 0;
+  float largest = -std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < count && !std::isnan(largest); i += kStrip) {
+    const float found = largest_of(values + i, std::min(kStrip, count - i));
+    if (found <= largest) continue;  // not where it is NaN
+    best = i;
+    largest = found;
   }
-  for (size_t i = whole; i < count; ++i) {
-    best[0] = std::max(best[0], values[i]);
-    nan[0] |= values[i] != values[i];
-  }
-  const float largest = *std::max_element(best, best + kLanes);
-  if (std::count(nan, nan + kLanes, 0) != kLanes || !std::isfinite(largest)) {
+  if (!std::isfinite(largest)) {
     throw Error(EDGELORA_RUNTIME,
                 "the model's logits are not numbers: damaged weights or a broken adapter");
   }
-  return static_cast<size_t>(std::find(values, values + count, largest) - values);
+  return static_cast<size_t>(std::find(values + best, values + count, largest) - values);
 }
 
 Sampler::Sampler(const Sampling& sampling, size_t vocab_size, const std::vector<int32_t>& history)

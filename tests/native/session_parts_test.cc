@@ -1,4 +1,8 @@
 // What a session is made of, without a model: the positions that are cached, the token that is drawn.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "src/cached_positions.h"
 #include "src/error.h"
 #include "src/sampler.h"
@@ -60,6 +64,33 @@ void test_a_token_of_probability_zero_is_never_picked() {
   CHECK(pick(1.5) == 13);
 }
 
+bool is_refused(const std::vector<float>& logits) {
+  try {
+    argmax(logits.data(), logits.size());
+  } catch (const Error&) {
+    return true;
+  }
+  return false;
+}
+
+// argmax goes strip by strip, 16 lanes at a time.
+void test_the_first_of_the_largest_logits_is_found_wherever_it_is() {
+  for (const size_t count : {1, 15, 16, 17, 1023, 1024, 1025, 1040, 3000}) {
+    std::vector<float> logits(count, -7.0F);
+    for (const size_t at : {size_t{0}, count / 2, count - 1}) {
+      std::fill(logits.begin() + static_cast<std::ptrdiff_t>(at), logits.end(), -3.0F);
+      CHECK(argmax(logits.data(), count) == at);
+      for (const float odd : {std::nanf(""), HUGE_VALF}) {
+        std::vector<float> damaged = logits;
+        damaged[at] = odd;
+        CHECK(is_refused(damaged));
+      }
+      std::fill(logits.begin(), logits.end(), -7.0F);
+    }
+    CHECK(is_refused(std::vector<float>(count, -HUGE_VALF)));
+  }
+}
+
 std::string refusal(const Sampling& sampling) {
   try {
     sampling.check();
@@ -86,6 +117,7 @@ void test_a_penalty_that_would_overflow_is_refused_with_its_value() {
 
 int main() {
   using namespace edgelora::test;
+  test_the_first_of_the_largest_logits_is_found_wherever_it_is();
   test_cached_positions_know_who_computed_the_last_one();
   test_positions_agree_up_to_the_first_of_another_adapter();
   test_shortening_to_more_changes_nothing();
