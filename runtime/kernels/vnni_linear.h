@@ -52,9 +52,10 @@ struct VnniIsa {
 
   static void pack_starts(RowTile*, void*, const ScratchLayout&) {}
 
-  // Unsigned bytes of a part (64 / kParts bytes of each line) of one block: 8 × 4 K.
+  // Unsigned bytes of a part (64 / kParts bytes of each line) of one block: 8 × 4 K. As a call it would hand
+  // them over in memory: nf4, one row, 23 instead of 43 GB/s; int4, two rows, 20 instead of 37 (Zen 4).
   template <Format kFormat>
-  static void unpack_part(const uint8_t* panel_codes, int64_t b, int part, Ints bytes[8]) {
+  __attribute__((always_inline)) static void unpack_part(const uint8_t* panel_codes, int64_t b, int part, Ints bytes[8]) {
     if constexpr (kFormat == Format::kInt8) {
       const uint8_t* codes = panel_codes + b * kBlockBytes + part * V::kBytes;
       for (int q = 0; q < 8; ++q) bytes[q] = V::flip(V::load(codes + 64 * q));
