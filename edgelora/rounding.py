@@ -42,8 +42,28 @@ class Inputs:
         """
         if self.drift is None:
             return values
-        missing = self.drift.missing(values if whole is None else whole, self.product)
-        return values + self.curvature.solve(missing, self.product).T
+        weight = values if whole is None else whole
+        missing = self.drift.cross.outputs(weight, self.product)
+        solved = self.curvature.solve(missing, self.product)
+        explained = (missing * solved).sum(0)
+        total = np.square(self.drift.sample.outputs(weight, self.product)).mean(0)
+        return values + (solved * true_share(explained, total, len(solved), self.drift.tokens)).T
+
+
+def true_share(explained: Float32, total: Float32, features: int, tokens: int) -> Float32:
+    """How much of a least-squares solution to keep, 0…1, so that it misses least on other tokens.
+
+    explained, total: of each output, the mean square of what it explains and of all that there is.
+    Noise adds variance · features / tokens to what it explains of these tokens, and costs
+    variance · features / (tokens − features) on others.
+    """
+    free = tokens - features
+    if free <= 0:
+        return np.zeros_like(explained)
+    variance = np.maximum(total - explained, 0) * (tokens / free)
+    signal = np.maximum(explained - variance * (features / tokens), 0)
+    whole = signal + variance * (features / free)
+    return np.divide(signal, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 @dataclass

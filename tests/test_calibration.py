@@ -86,16 +86,20 @@ def test_drift_is_what_inputs_and_residual_miss(projection: int, tmp_path: Path)
         exact.advance(weights, biases)
     drift = own.drift(exact)
     x = own.inputs.astype(np.float64)
-    for found, theirs, ours in (
-        (drift.inputs, exact.inputs, own.inputs),
-        (drift.residual, exact.residual, own.residual),
+    assert drift.tokens == len(x)
+    for found, some, theirs, ours in (
+        (drift.cross.inputs, drift.sample.inputs, exact.inputs, own.inputs),
+        (drift.cross.residual, drift.sample.residual, exact.residual, own.residual),
     ):
         if found is None:
+            assert some is None
             assert projection in (0, 2)  # their outputs are not added to the residual
             continue
         wanted = x.T @ (theirs.astype(np.float64) - ours) / len(x)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
-    assert (drift.residual is None) == (projection in (0, 2))
+        every_fourth = (theirs - ours).reshape(60, 40, -1)[::4]
+        assert np.array_equal(some, every_fourth.reshape(15 * 40, -1))
+    assert (drift.cross.residual is None) == (projection in (0, 2))
 
 
 def test_products_equal_float64(tmp_path: Path) -> None:

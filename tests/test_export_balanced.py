@@ -21,7 +21,7 @@ from edgelora.layout import projections
 from edgelora.manifest import read_manifest
 from edgelora.plan import ExportOptions, make_plan
 from edgelora.quantize import dequantize, quantize_int4
-from edgelora.rounding import Rounding
+from edgelora.rounding import Rounding, true_share
 from test_float_oracle import make_adapter
 from test_quantized_oracle import check
 
@@ -103,6 +103,32 @@ def test_corrected_weights_bring_outputs_nearest_to_the_float_ones(base: Path, s
     solved, *_ = np.linalg.lstsq(own.inputs, wanted - own.residual, rcond=None)
     assert missed(solved.T) <= missed(corrected) < 1.1 * missed(solved.T)
     assert missed(corrected) < 0.9 * missed(weight)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.5, 3.0])
+def test_what_least_squares_explains_of_noise_is_not_believed(signal: float) -> None:
+    """With the true share, no factor does better on other inputs, but for what that is off by."""
+    generator = np.random.default_rng(3)
+    tokens, features, outputs = 600, 200, 40
+    x, other = (generator.standard_normal((tokens, features)) for _ in range(2))
+    truth = signal / np.sqrt(features) * generator.standard_normal((features, outputs))
+    y = x @ truth + generator.standard_normal((tokens, outputs))
+    solved, *_ = np.linalg.lstsq(x, y, rcond=None)
+    explained = np.square(x @ solved).mean(0).astype(np.float32)
+    total = np.square(y).mean(0).astype(np.float32)
+    share = true_share(explained, total, features, tokens)
+
+    def missed(factor: Any) -> Any:
+        return np.square(other @ (truth - solved * factor)).sum()
+
+    best = min(missed(factor) for factor in np.linspace(0, 1, 101))
+    assert missed(share) <= best + 0.02 * missed(1)
+
+
+def test_fewer_tokens_than_features_say_nothing() -> None:
+    ones = np.ones(3, np.float32)
+    assert not true_share(ones, 2 * ones, features=40, tokens=30).any()
+    assert true_share(0 * ones, 0 * ones, features=40, tokens=300).tolist() == [0, 0, 0]
 
 
 def test_tied_head_serves_the_embedding_too(base: Path, text: Path, tmp_path: Path) -> None:

@@ -18,25 +18,34 @@ from edgelora.quantize.curvature import Product
 
 QKV_PROJ, O_PROJ, GATE_UP_PROJ, DOWN_PROJ = range(4)  # the order of a layer's projections
 _ROWS = 2048  # tokens at a time
+_SAMPLED = 4  # one window in so many says how large a drift is
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Drift:
-    """XᵀΔ divided by the number of tokens, X the inputs of a projection: Δ how much is missing from
-    X itself, float32 [in_features, in_features], and from the residual that its output is added to,
-    float32 [in_features, hidden_size], or None.
+class Missing:
+    """How much is missing of X, a projection's inputs, [n, in_features], and of the residual that
+    its output is added to, [n, hidden_size], or None. float32; n tokens, or features of X.
     """
 
     inputs: Float32
     residual: Float32 | None
 
-    def missing(self, weight: Float32, product: Product) -> Float32:
-        """Xᵀ times what a linear's output should have more of, [in_features, out_features]."""
+    def outputs(self, weight: Float32, product: Product) -> Float32:
+        """What a linear's output should have more of, [n, out_features]."""
         of_inputs = product(self.inputs, np.ascontiguousarray(weight.T))
         return of_inputs if self.residual is None else of_inputs + self.residual
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Δ, what is missing at each of some tokens: XᵀΔ divided by their number, and Δ of a sample."""
+
+    cross: Missing  # [in_features, …]
+    sample: Missing  # [tokens, …]
+    tokens: int
 
 
 class Stream:
@@ -71,9 +80,19 @@ class Stream:
 
     def drift(self, exact: "Stream") -> Drift:
         """How far this stream has come from `exact`, as the next projection's inputs show it."""
-        adds = self.done % 4 in (O_PROJ, DOWN_PROJ)
-        inputs = self._cross(exact.inputs, self.inputs)
-        return Drift(inputs, self._cross(exact.residual, self.residual) if adds else None)
+        pairs = [(exact.inputs, self.inputs)]
+        if self.done % 4 in (O_PROJ, DOWN_PROJ):
+            pairs.append((exact.residual, self.residual))
+        cross, sample = (
+            Missing(*[step(*pair) for pair in pairs], *[None] * (2 - len(pairs)))
+            for step in (self._cross, self._sample)
+        )
+        return Drift(cross, sample, len(self.inputs))
+
+    def _sample(self, exact: Float32, own: Float32) -> Float32:
+        """exact − own, of some windows."""
+        chosen = np.arange(len(own)) // self.shape[1] % _SAMPLED == 0
+        return exact[chosen] - own[chosen]
 
     def _cross(self, exact: Float32, own: Float32) -> Float32:
         """Xᵀ(exact − own), divided by the number of tokens."""
