@@ -63,7 +63,8 @@ def true_share(explained: Float32, total: Float32, features: int, tokens: int) -
     variance = np.maximum(total - explained, 0) * (tokens / free)
     signal = np.maximum(explained - variance * (features / tokens), 0)
     whole = signal + variance * (features / free)
-    return np.divide(signal, whole, out=np.zeros_like(whole), where=whole > 0)
+    share = np.divide(signal, whole, out=np.zeros_like(whole), where=whole > 0)
+    return np.asarray(share, np.float32)
 
 
 @dataclass

@@ -92,7 +92,7 @@ class Stream:
     def _sample(self, exact: Float32, own: Float32) -> Float32:
         """exact − own, of some windows."""
         chosen = np.arange(len(own)) // self.shape[1] % _SAMPLED == 0
-        return exact[chosen] - own[chosen]
+        return np.asarray(exact[chosen] - own[chosen], np.float32)
 
     def _cross(self, exact: Float32, own: Float32) -> Float32:
         """Xᵀ(exact − own), divided by the number of tokens."""
