@@ -451,4 +451,4 @@ def test_without_a_command_all_is_done_in_order(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(main_module, "turns", lambda *_: done.append("turns") or ["a turn"])
     found = CliRunner().invoke(main_module.main, [])
     assert found.exit_code == 0, found.output
-    assert done == ["steps", "turns", "measure", "read", "plots.draw", "generated"]
+    assert done == ["steps", "turns", "measure", "read", "read", "plots.draw", "generated"]

@@ -185,7 +185,7 @@ def measure_limits(folder: Path, models: tuple[str, ...], csv_path: Path, thread
 @click.option("--to", type=click.Path(path_type=Path), default=SPEED.parent)
 def plot(csv_path: Path, to: Path) -> None:
     """Draws the figures of the CSV as SVG."""
-    for path in plots.draw(read(csv_path), to):
+    for path in plots.draw(read(csv_path), to, read(paired.CSV)):
         click.echo(path)
 
 

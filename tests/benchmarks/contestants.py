@@ -17,6 +17,7 @@ from benchmarks.folder import GGUF_RANKS, OURSELVES, RANKS, Peers, offline
 PROGRAMS = Path(__file__).parent
 OURS = "EdgeLoRA"
 OURS_INT4 = f"{OURS} int4"
+MERGED = f"{OURS_INT4}, rank 16 merged"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
     yield edgelora(f"{OURS_INT4}, block 128", folder / "edgelora-int4-128")
     yield edgelora(f"{OURS_INT4}, balanced", folder / "edgelora-balanced")
     yield edgelora(f"{OURS_INT4}, balanced, block 128", folder / "edgelora-balanced-128")
-    yield edgelora(f"{OURS_INT4}, rank 16 merged", folder / "edgelora-merged")
+    yield edgelora(MERGED, folder / "edgelora-merged")
     yield edgelora(f"{OURS_INT4}, adapters loaded", folder / "edgelora-adapters", load=True)
     for rank in RANKS:
         yield edgelora(f"{OURS_INT4} + rank {rank}", folder / "edgelora-adapters", rank=rank)

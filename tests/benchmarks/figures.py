@@ -77,6 +77,17 @@ def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
     }
 
 
+def ratio_in_turn(
+    rows: Sequence[Row], ours: str, other: str, prompt_tokens: int, what: str
+) -> float | None:
+    """ours ÷ other, of "decode" or "prefill": the median of each round's."""
+    mine, beside = ({r.round: r for r in of(rows, name, prompt_tokens)} for name in (ours, other))
+    return median(
+        getattr(mine[number], what) / getattr(beside[number], what)
+        for number in mine.keys() & beside.keys()
+    )
+
+
 def median(values: Iterable[float | None]) -> float | None:
     """Of those that were measured."""
     known = [value for value in values if value is not None]

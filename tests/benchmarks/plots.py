@@ -11,10 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contestants import OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, latest, limit, median, of
+from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
+from benchmarks.figures import Row, latest, limit, median, of, ratio_in_turn
 
-MERGED = f"{OURS_INT4}, rank 16 merged"
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#9aa5b1"
 STYLES = ("-", "--", ":", "-.")
 
@@ -23,16 +22,19 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "edgelora", "svg.fonttype": "none", "font.size": 9})
 
 
-def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
-    """Writes every figure that the rows suffice for."""
-    groups = latest(rows)
+def draw(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row] = ()) -> Iterator[Path]:
+    """Writes every figure that the rows suffice for. in_turn: ours beside ours (`paired`), for what
+    a side branch costs.
+    """
+    groups, pairs = latest(rows), latest(in_turn)
     for (model, threads), group in groups.items():
         name = f"{model}-{threads}t"
         yield _save(_bars(group), folder / f"bars-{name}.svg")
         if len({row.prompt_tokens for row in group}) > 1:
             yield _save(_over_context(group), folder / f"context-{name}.svg")
         if any(rank_of(row.contestant) for row in group):
-            yield _save(_over_rank(group), folder / f"rank-{name}.svg")
+            ours = pairs.get((model, threads), group)
+            yield _save(_over_rank(group, ours), folder / f"rank-{name}.svg")
 
 
 def rank_of(contestant: str) -> int | None:
@@ -89,7 +91,7 @@ def _over_context(rows: Sequence[Row]) -> Figure:
     return _titled(figure, rows)
 
 
-def _over_rank(rows: Sequence[Row]) -> Figure:
+def _over_rank(rows: Sequence[Row], ours: Sequence[Row]) -> Figure:
     """Per cent slower than ours with merged weights, or than a peer's base by the same tool."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     prompt = min(row.prompt_tokens for row in rows)
@@ -97,7 +99,8 @@ def _over_rank(rows: Sequence[Row]) -> Figure:
         for base in dict.fromkeys(
             row.contestant.partition(" + ")[0] for row in rows if rank_of(row.contestant)
         ):
-            points = sorted(_costs(rows, base, prompt, what))
+            group = ours if base == OURS_INT4 else rows
+            points = sorted(_costs(group, base, prompt, what))
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=base)
         axis.set_title(f"side branch: {what}, {prompt} tokens of prompt")
@@ -109,14 +112,14 @@ def _over_rank(rows: Sequence[Row]) -> Figure:
 
 
 def _costs(rows: Sequence[Row], base: str, prompt: int, what: str) -> Iterator[tuple[int, float]]:
-    plain = of(rows, MERGED if base == OURS_INT4 else f"{base} + rank 0", prompt)
-    whole = median(getattr(row, what) for row in plain or of(rows, base, prompt))
+    wanted = MERGED if base == OURS_INT4 else f"{base} + rank 0"
+    plain = wanted if of(rows, wanted, prompt) else base
     for name in dict.fromkeys(row.contestant for row in rows):
         rank = rank_of(name)
-        if rank and name.startswith(base) and whole:
-            rate = median(getattr(row, what) for row in of(rows, name, prompt))
-            if rate:
-                yield rank, 100 * (whole / rate - 1)
+        if rank and name.startswith(base):
+            ratio = ratio_in_turn(rows, plain, name, prompt, what)
+            if ratio:
+                yield rank, 100 * (ratio - 1)
 
 
 def _titled(figure: Figure, rows: Sequence[Row]) -> Figure:

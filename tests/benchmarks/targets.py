@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contestants import OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, latest, median, of
+from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
+from benchmarks.figures import Row, latest, median, of, ratio_in_turn
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 LOADED = f"{OURS_INT4}, adapters loaded"
-MERGED = f"{OURS_INT4}, rank 16 merged"
 COUNTS = (2, 1)  # threads
 
 
@@ -113,15 +112,12 @@ def _verdict(ratios: Iterator[float], least: float) -> str:
 
 
 def _pair(rows: Sequence[Row], ours: str, other: str, least: float | None) -> str:
-    ratios = []
-    for prompt in (128, 512):
-        mine, beside = ({r.round: r for r in of(rows, name, prompt)} for name in (ours, other))
-        for what in ("decode", "prefill"):
-            found = [
-                getattr(mine[number], what) / getattr(beside[number], what)
-                for number in mine.keys() & beside.keys()
-            ]
-            ratios += [statistics.median(found)] if found else []
+    found = [
+        ratio_in_turn(rows, ours, other, prompt, what)
+        for prompt in (128, 512)
+        for what in ("decode", "prefill")
+    ]
+    ratios = [ratio for ratio in found if ratio]
     said = ", ".join(f"{ratio:.2f}" for ratio in ratios[:2])
     said += f"; {', '.join(f'{ratio:.2f}' for ratio in ratios[2:])}" if ratios[2:] else ""
     if least is None or not ratios:
