@@ -80,14 +80,14 @@ class Stream:
 
     def drift(self, exact: "Stream") -> Drift:
         """How far this stream has come from `exact`, as the next projection's inputs show it."""
-        pairs = [(exact.inputs, self.inputs)]
-        if self.done % 4 in (O_PROJ, DOWN_PROJ):
-            pairs.append((exact.residual, self.residual))
-        cross, sample = (
-            Missing(*[step(*pair) for pair in pairs], *[None] * (2 - len(pairs)))
-            for step in (self._cross, self._sample)
+        cross, sample = (step(exact.inputs, self.inputs) for step in (self._cross, self._sample))
+        if self.done % 4 not in (O_PROJ, DOWN_PROJ):
+            return Drift(Missing(cross, None), Missing(sample, None), len(self.inputs))
+        of_residual = self._cross(exact.residual, self.residual)
+        sample_of_residual = self._sample(exact.residual, self.residual)
+        return Drift(
+            Missing(cross, of_residual), Missing(sample, sample_of_residual), len(self.inputs)
         )
-        return Drift(cross, sample, len(self.inputs))
 
     def _sample(self, exact: Float32, own: Float32) -> Float32:
         """exact − own, of some windows."""
