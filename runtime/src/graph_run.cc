@@ -42,9 +42,9 @@ void GraphRun::set_output(const std::string& name, OrtHandle<OrtValue> value) {
 void GraphRun::renew_options() { options_ = create_options(ort_); }
 
 void GraphRun::run(OrtSession* session) {
-  std::vector<OrtValue*> outputs(outputs_.pointers(), outputs_.pointers() + outputs_.size());
   ort_.check(ort_.api().Run(session, options_.get(), inputs_.names(), inputs_.pointers(),
-                            inputs_.size(), outputs_.names(), outputs.size(), outputs.data()));
+                            inputs_.size(), outputs_.names(), outputs_.size(),
+                            outputs_.pointers()));
 }
 
 void GraphRun::terminate() {

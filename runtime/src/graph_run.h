@@ -33,7 +33,7 @@ class GraphRun {
     void set(const std::string& name, OrtHandle<OrtValue> value);
     size_t size() const { return values_.size(); }
     const char* const* names() const { return name_pointers_.data(); }
-    OrtValue* const* pointers() const { return pointers_.data(); }
+    OrtValue** pointers() { return pointers_.data(); }  // none is null: a run replaces none
 
    private:
     std::vector<std::string> names_;
