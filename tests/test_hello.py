@@ -82,11 +82,6 @@ def test_hello_tells_its_usage_when_the_prompt_has_no_room(hello, bundle, tokens
     assert done.stderr.startswith("usage: hello BUNDLE")
 
 
-def test_headers_keep_within_100_columns():
-    for header in (RUNTIME / "include" / "edgelora.h", RUNTIME / "kernels" / "kernels.h"):
-        assert max(map(len, header.read_text().splitlines())) <= 100, header
-
-
 def test_library_never_prints_or_exits(bundle):
     """No undefined symbol of the library writes to a stream or ends the process."""
     tool = shutil.which("nm")

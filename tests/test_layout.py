@@ -34,6 +34,7 @@ ARRAY_CODE = {
 }
 MAX_LINES = 400
 MAX_TEST_LINES = 700
+MAX_COLUMNS = 100  # ruff sees to Python's
 WRITING = {
     "export_adapter", "makedirs", "mkdir", "remove", "rename", "rmdir", "rmtree", "save",
     "symlink_to", "tofile", "touch", "unlink", "write_bytes", "write_text",
@@ -160,6 +161,16 @@ def test_includes_follow_the_law(path: Path) -> None:
     else:
         isa_folders = [p.name for p in (ROOT / "runtime/kernels").iterdir() if p.is_dir()]
         assert not [n for n in ours if any(n.startswith(f"kernels/{i}/") for i in isa_folders)]
+
+
+def test_lines_of_c_are_short() -> None:
+    native = [path for path in TESTS if path.suffix in (".c", ".cc", ".h")]
+    benchmarks = (ROOT / "tests" / "benchmarks").glob("*.c*")
+    for path in [*CPP, *native, *benchmarks]:
+        if path.suffix == ".inc":
+            continue  # a line for each ISA
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= MAX_COLUMNS, f"{path}:{number}"
 
 
 def test_top_level_stays_small() -> None:

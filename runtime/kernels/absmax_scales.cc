@@ -14,7 +14,8 @@ float most(const float* values, int64_t count) {
 int64_t groups_of(const Weights& weights) {
   int64_t groups = 0;
   for (int64_t i = 0; i < weights.slice_count; ++i) {
-    groups += ceil_div(ceil_div(weights.slices[i] * weights.in_features, kAbsmaxBlock), kAbsmaxGroup);
+    groups +=
+        ceil_div(ceil_div(weights.slices[i] * weights.in_features, kAbsmaxBlock), kAbsmaxGroup);
   }
   return groups;
 }

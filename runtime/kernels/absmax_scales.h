@@ -1,4 +1,5 @@
-// absmax of nf4 and fp4 as float16 scales, of the ISA's table of bytes: once, when weights are loaded.
+// absmax of nf4 and fp4 as float16 scales, of the ISA's table of bytes: once, when weights are
+// loaded.
 #pragma once
 
 #include "kernels/codebooks.h"

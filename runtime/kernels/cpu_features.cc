@@ -71,7 +71,8 @@ Features detect_features() {
              bit_if(seven.ebx, 30, kAvx512bw) | bit_if(seven.ebx, 31, kAvx512vl) |
              bit_if(seven.ecx, 11, kAvx512vnni);
   }
-  const bool has_amx = (seven.edx >> 22 & seven.edx >> 24 & seven_one.eax >> 5 & 1u) != 0;  // bf16, tile
+  const bool has_amx =
+      (seven.edx >> 22 & seven.edx >> 24 & seven_one.eax >> 5 & 1u) != 0;  // bf16, tile
   if (has_amx && (saved & kOsSavesTiles) == kOsSavesTiles && may_use_tiles()) found |= kAmxBf16;
   return found;
 }

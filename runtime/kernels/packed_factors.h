@@ -26,7 +26,8 @@ inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
 }
 
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
-//   Isa::add_rows<kRows>(panel, quads, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 += b·t
+//   Isa::add_rows<kRows>(panel, quads, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 +=
+//                                                                    b·t
 // T: PackedT, or with it what the ISA knows of each row.
 template <class Isa, class T>
 void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const T& t,

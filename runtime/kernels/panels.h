@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kAbsmaxBlock = 64;     // flattened weights that share an absmax
 constexpr int64_t kAbsmaxGroup = 256;    // absmax codes that share a nested absmax
 constexpr int64_t kStripRows = 32;    // rows of activations that a thread takes through its panels
-constexpr int64_t kRowTile = 48;      // that are rearranged together: a strip may have half as many more
+// Rows rearranged together: a strip may have half as many more.
+constexpr int64_t kRowTile = 48;
 constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
 
@@ -57,9 +58,11 @@ inline const uint8_t* panel_codes(const Weights& weights, int64_t panel) {
          panel * (weights.panel_stride != 0 ? weights.panel_stride : panel_code_bytes(weights));
 }
 
-// nf4, fp4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only when
-// 64 divides K; else a row may start in the middle of one, and 32 is what divides both.
-inline int64_t absmax_step(int64_t in_features) { return in_features % kAbsmaxBlock == 0 ? 64 : 32; }
+// nf4, fp4: K values that share one decoded absmax row. Blocks of 64 start anew in each row only
+// when 64 divides K; else a row may start in the middle of one, and 32 is what divides both.
+inline int64_t absmax_step(int64_t in_features) {
+  return in_features % kAbsmaxBlock == 0 ? 64 : 32;
+}
 
 inline int64_t scale_block_size(const Weights& weights) {
   return has_codebook(weights.format) ? absmax_step(weights.in_features) : weights.block_size;

@@ -1,13 +1,14 @@
-// RMS norm, the exponentials of a softmax and rotary embedding, for every ISA with float vectors: written
-// with the compiler's vectors as wide as the flags of the including folder allow.
+// RMS norm, the exponentials of a softmax and rotary embedding, for every ISA with float vectors:
+// written with the compiler's vectors as wide as the flags of the including folder allow.
 //
 //   rms_norm   out = x · weight / √(Σ x² / n + epsilon)
 //   largest    the greatest x
 //   exp_row    x = e^(x − most), returns Σ x
 //   rotate     (a, b) = (a·cos − b·sin, b·cos + a·sin), a the first half of a head, b the second
 //
-//   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at |r| ≤ 0.347
-//   truncated by 5e-9 of the value: the error is float32's own rounding. Below −87 it is 0: x ≤ 0 here.
+//   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
+//   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding. Below −87 it
+//   is 0: x ≤ 0 here.
 #pragma once
 
 #include <cmath>
@@ -113,7 +114,8 @@ inline float exp_row(float* x, int64_t n, float most) {
   return sum_of(sums + last);
 }
 
-inline void rotate_row(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+inline void rotate_row(const float* x, const float* cos, const float* sin, int64_t half,
+                       float* out) {
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const Floats a = load_floats(x + i), b = load_floats(x + half + i);

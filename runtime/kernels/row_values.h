@@ -1,5 +1,5 @@
-// dequantize_row where speed does not matter: nf4, fp4 and float32 weights (an embedding is neither,
-// nor float32 outside tests).
+// dequantize_row where speed does not matter: nf4, fp4 and float32 weights (an embedding is
+// neither, nor float32 outside tests).
 #pragma once
 
 #include "kernels/half.h"

@@ -11,11 +11,12 @@
 // int4: codes as they are, the sum starts at −8·Σx (zero points: zp·Σx is subtracted at the end, in
 //   float, where both are exact integers).
 // int8: code xor 0x80 = code + 128 is unsigned, the sum starts at −128·Σx.
-// nf4, fp4: a byte table, vpshufb, of round(124.125·value) + 128 (fp4: 120·value), the sum starts at
-//   −128·Σx, of nf4 at −(128 + 5/32)·Σx: its bytes are 5/32 too large on average. The rounding costs
-//   at most 0.0024 (0.0031) of absmax a weight.
+// nf4, fp4: a byte table, vpshufb, of round(124.125·value) + 128 (fp4: 120·value), the sum starts
+//   at −128·Σx, of nf4 at −(128 + 5/32)·Σx: its bytes are 5/32 too large on average. The rounding
+//   costs at most 0.0024 (0.0031) of absmax a weight.
 //
-// Few rows of x (decode): a block's codes, 16 rows × 32 K, are unpacked to 8 registers (kParts times).
+// Few rows of x (decode): a block's codes, 16 rows × 32 K, are unpacked to 8 registers (kParts
+// times).
 //   even, odd   int32, a row's dots of the block: two chains, to hide vpdpbusd's latency
 //   sums        float, the rows' running y
 // More rows: bytes of a chunk are unpacked once for all rows of the tile, then up to
@@ -24,7 +25,8 @@
 //   acc  [rows][V::kParts]   float, in registers where 32 of them exist, else in L1
 //
 // V: registers that hold 16 / kParts rows of W. load, low_nibbles, high_nibbles, flip (xor 0x80),
-// look_up (a codebook's bytes), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in scale.
+// look_up (a codebook's bytes), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in
+// scale.
 #pragma once
 
 #include "kernels/avx2/row_groups.h"
@@ -52,10 +54,12 @@ struct VnniIsa {
 
   static void pack_starts(RowTile*, void*, const ScratchLayout&) {}
 
-  // Unsigned bytes of a part (64 / kParts bytes of each line) of one block: 8 × 4 K. As a call it would hand
-  // them over in memory: nf4, one row, 23 instead of 43 GB/s; int4, two rows, 20 instead of 37 (Zen 4).
+  // Unsigned bytes of a part (64 / kParts bytes of each line) of one block: 8 × 4 K. As a call it
+  // would hand them over in memory: nf4, one row, 23 instead of 43 GB/s; int4, two rows, 20 instead
+  // of 37 (Zen 4).
   template <Format kFormat>
-  __attribute__((always_inline)) static void unpack_part(const uint8_t* panel_codes, int64_t b, int part, Ints bytes[8]) {
+  __attribute__((always_inline)) static void unpack_part(const uint8_t* panel_codes, int64_t b,
+                                                         int part, Ints bytes[8]) {
     if constexpr (kFormat == Format::kInt8) {
       const uint8_t* codes = panel_codes + b * kBlockBytes + part * V::kBytes;
       for (int q = 0; q < 8; ++q) bytes[q] = V::flip(V::load(codes + 64 * q));

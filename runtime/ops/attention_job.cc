@@ -15,7 +15,7 @@ using kernels::ceil_div;
 
 constexpr int64_t kBlock = kernels::kActivationBlock;
 constexpr int64_t kPanel = kernels::kPanelRows;
-constexpr int64_t kTileRows = 48;              // query rows of a ticket: the kernels' tiles are full
+constexpr int64_t kTileRows = 48;  // query rows of a ticket: the kernels' tiles are full
 constexpr int64_t kWorkPerThread = 32 * 1024;  // as Linear's
 constexpr int64_t kTicketsPerThread = 4;
 constexpr int64_t kAppendRows = 32;  // positions of an append ticket
@@ -142,7 +142,8 @@ void AttentionJob::prepare_head(const float* from, const float* norm, int64_t po
     call_.kernels->rms_norm(from, norm, d, node_.epsilon, to);
     from = to;
   }
-  call_.kernels->rotate(from, node_.cos + position * d / 2, node_.sin + position * d / 2, d / 2, to);
+  call_.kernels->rotate(from, node_.cos + position * d / 2, node_.sin + position * d / 2, d / 2,
+                        to);
 }
 
 AttentionJob::Part AttentionJob::part_of(int64_t ticket) const {
@@ -233,7 +234,8 @@ void AttentionJob::score(const Part& part, int64_t begin, int64_t end,
   call_.kernels->linear(weights, queries, first, last, y, kAttentionChunk, buffers.linear);
 }
 
-// Scores → e^(score − largest so far), times the values' scales, quantized; 0 where a row sees nothing.
+// Scores → e^(score − largest so far), times the values' scales, quantized; 0 where a row sees
+// nothing.
 void AttentionJob::soften(const Part& part, int64_t begin, int64_t end, const Buffers& buffers,
                           const Softmax& softmax) const {
   const float* scales = values(part.sequence, part.kv_head).scales();

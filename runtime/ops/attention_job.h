@@ -1,11 +1,13 @@
 // One call of Attention, cut into tickets for the crew.
 //
-//   append   rotated keys and the values of the new positions enter the kv_cache; of a decoded token, who attends
-//            to it appends it
-//   attend   a tile of query rows of one group of heads against a range of positions: scores a chunk at a
-//            time, a running softmax (flash attention, Dao et al. 2022), so memory does not grow with the
-//            context. The query heads that share a key head are rows of one product: it is read once.
-//   combine  where a range was split among threads (decode of a long context), its parts are added up
+//   append   rotated keys and the values of the new positions enter the kv_cache; of a decoded
+//            token, who attends to it appends it
+//   attend   a tile of query rows of one group of heads against a range of positions: scores a
+//            chunk at a time, a running softmax (flash attention, Dao et al. 2022), so memory does
+//            not grow with the context. The query heads that share a key head are rows of one
+//            product: it is read once.
+//   combine  where a range was split among threads (decode of a long context), its parts are added
+//            up
 #pragma once
 
 #include <atomic>

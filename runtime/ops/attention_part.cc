@@ -118,8 +118,8 @@ void AttentionPart::run(const Caches& caches, const AttentionRun& run) const {
   AttentionJob(call).run(shared_.crews);
 }
 
-// Positions before the call, of each sequence. A first prefill that is padded on the right has fewer
-// positions than rows: its surplus rows lie behind them and are overwritten by what follows.
+// Positions before the call, of each sequence. A first prefill that is padded on the right has
+// fewer positions than rows: its surplus rows lie behind them and are overwritten by what follows.
 const std::vector<int64_t>& AttentionPart::read_past(const OrtKernelContext* context,
                                                      int64_t batch, int64_t sequence) const {
   const Tensor last = input(*shared_.api, context, first_ + kLastPosition);

@@ -11,8 +11,8 @@ namespace edgelora::ops {
 namespace {
 
 constexpr int kPausesBeforeYield = 2000;
-// About a tenth of a millisecond to a millisecond, by the length of a pause: longer than what lies between
-// two tokens.
+// About a tenth of a millisecond to a millisecond, by the length of a pause: longer than what lies
+// between two tokens.
 constexpr int kPausesBeforeSleep = 20000;
 
 void pause() {

@@ -1,8 +1,9 @@
-// Threads that share one call's work with the caller: numbered tickets, handed out in order, each run once.
+// Threads that share one call's work with the caller: numbered tickets, handed out in order, each
+// run once.
 //
 // Why not ORT's own pool: a hand-over there costs a decode step several microseconds and allocates;
-// a step makes 150 of them. Here it is one atomic store, seen by helpers that still spin from the call
-// before.
+// a step makes 150 of them. Here it is one atomic store, seen by helpers that still spin from the
+// call before.
 #pragma once
 
 #include <atomic>
@@ -22,8 +23,8 @@ struct Work {
   int64_t tickets;
 };
 
-// The helpers of one caller at a time. Nobody waits for a helper that has not taken part: one that is
-// late, asleep or gone (after fork) costs nothing but its help.
+// The helpers of one caller at a time. Nobody waits for a helper that has not taken part: one that
+// is late, asleep or gone (after fork) costs nothing but its help.
 class Crew {
  public:
   // spinning: helpers wait awhile for the next call before they sleep.
@@ -68,12 +69,14 @@ class Crews {
 
   int64_t threads() const { return threads_; }
 
-  // Runs body(0) … body(count − 1) on up to `threads` threads and returns when all are done. A ticket is
-  // handed out only after all smaller ones: body(i) may wait for smaller ones, and no deadlock can follow.
+  // Runs body(0) … body(count − 1) on up to `threads` threads and returns when all are done. A
+  // ticket is handed out only after all smaller ones: body(i) may wait for smaller ones, and no
+  // deadlock can follow.
   template <typename Body>
   void run(int64_t threads, int64_t count, Body& body) {
-    run_work({[](void* object, int64_t ticket) { (*static_cast<Body*>(object))(ticket); }, &body, count},
-             threads);
+    run_work(
+        {[](void* object, int64_t ticket) { (*static_cast<Body*>(object))(ticket); }, &body, count},
+        threads);
   }
 
  private:

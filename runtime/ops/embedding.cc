@@ -77,7 +77,7 @@ std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo& node) {
 
 }  // namespace
 
-const Schema kEmbeddingSchema{"Embedding", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput),
-                       create};
+const Schema kEmbeddingSchema{
+    "Embedding", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput), create};
 
 }  // namespace edgelora::ops

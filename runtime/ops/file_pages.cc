@@ -13,14 +13,16 @@ namespace edgelora::ops {
 #ifdef __linux__
 namespace {
 
-// /proc/self/pagemap: a word for each page (Linux, Documentation/admin-guide/mm/pagemap.rst). Bit 61 is clear
-// for anonymous memory, among it the copies of private mappings that were written to.
+// /proc/self/pagemap: a word for each page (Linux, Documentation/admin-guide/mm/pagemap.rst). Bit
+// 61 is clear for anonymous memory, among it the copies of private mappings that were written to.
 constexpr uint64_t kPresent = uint64_t{1} << 63;
 constexpr uint64_t kSwapped = uint64_t{1} << 62;
 constexpr uint64_t kOfFile = uint64_t{1} << 61;  // or shared: the contents outlive the mapping
 constexpr int64_t kWordsAtOnce = 256;
 
-bool is_of_file(uint64_t word) { return (word & (kPresent | kSwapped | kOfFile)) == (kPresent | kOfFile); }
+bool is_of_file(uint64_t word) {
+  return (word & (kPresent | kSwapped | kOfFile)) == (kPresent | kOfFile);
+}
 
 // Runs of the file's pages among those from `page` on that the words are of.
 void give_back_runs(const uint64_t* words, int64_t count, int64_t page, int64_t page_bytes) {

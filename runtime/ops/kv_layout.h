@@ -1,13 +1,17 @@
-// How a kv_cache lies in memory: each head's keys are an int8 matrix that gains a row with every position,
-// its values one that gains a column. So the kernels of Linear compute attention, on every ISA.
+// How a kv_cache lies in memory: each head's keys are an int8 matrix that gains a row with every
+// position, its values one that gains a column. So the kernels of Linear compute attention, on
+// every ISA.
 //
-// One head, `capacity` positions (a multiple of 32), D = head_dim, Dk = D up to 32, Dv = D up to 16:
-//   keys    codes int8 [capacity/16, Dk/4, 64]   panels of 16 positions, as int8 weights [capacity, D]
-//           scales float16 [capacity/16, Dk/32, 16]
-//   values  codes int8 [Dv/16, capacity/4, 64]   panels of 16 features, as int8 weights [D, capacity]
+// One head, `capacity` positions (a multiple of 32), D = head_dim, Dk = D up to 32, Dv = D up to
+// 16:
+//   keys    codes int8 [capacity/16, Dk/4, 64]   panels of 16 positions, as int8 weights [capacity,
+//           D] scales float16 [capacity/16, Dk/32, 16]
+//   values  codes int8 [Dv/16, capacity/4, 64]   panels of 16 features, as int8 weights [D,
+//           capacity]
 //           scales float32 [capacity]            one a position, multiplied into the softmax
-// Of a session with accuracy "float", both float32: keys [capacity/16, D, 16], values [Dv/16, capacity, 16].
-// A cache tensor is bytes [batch, num_key_value_heads, capacity, row_bytes]; row_bytes tells the format.
+// Of a session with accuracy "float", both float32: keys [capacity/16, D, 16], values [Dv/16,
+// capacity, 16]. A cache tensor is bytes [batch, num_key_value_heads, capacity, row_bytes];
+// row_bytes tells the format.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 //   y = a + down_proj(swiglu(gate_up_proj(norm(a))))
 // of all rows, or of those that are kept: others only enter the kv_cache.
 //
-// A node costs a decode step microseconds in the graph engine: five nodes a layer took a tenth of a token
-// of SmolLM2-135M.
+// A node costs a decode step microseconds in the graph engine: five nodes a layer took a tenth of a
+// token of SmolLM2-135M.
 #include <algorithm>
 #include <new>
 

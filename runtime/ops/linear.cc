@@ -1,11 +1,16 @@
-// edgelora::Linear: y = activation(dequantize(W)·n + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·n) + bias) + residual,
-// where n is x, or its RMS norm.
+// edgelora::Linear: y = activation(dequantize(W)·n + Σᵢ weightᵢ·scalingᵢ·Bᵢ·(Aᵢ·n) + bias) +
+// residual, where n is x, or its RMS norm.
 #include "ops/linear_part.h"
 
 namespace edgelora::ops {
 namespace {
 
-enum InputIndex : size_t { kX = 0, kAdapterIds, kPart, kResidual = kPart + LinearPart::kInputCount };
+enum InputIndex : size_t {
+  kX = 0,
+  kAdapterIds,
+  kPart,
+  kResidual = kPart + LinearPart::kInputCount
+};
 
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kAnyType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;

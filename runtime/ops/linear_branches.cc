@@ -14,7 +14,8 @@ using kernels::ceil_div;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
 
-// The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every number's.
+// The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every
+// number's.
 float most_of(const float* t, int64_t rank) {
   int32_t most = 0;
   for (int64_t r = 0; r < rank; ++r) {

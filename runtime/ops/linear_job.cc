@@ -16,7 +16,8 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 32 * 1024;
-// Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or slow.
+// Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or
+// slow.
 constexpr int64_t kGroupsPerThread = 4;
 // Values of y of a tile with SwiGLU: its gate and up are read from the cache.
 constexpr int64_t kTileValues = 64 * 1024;
@@ -50,7 +51,8 @@ void LinearJob::plan() {
                  ? call_.threads
                  : std::max<int64_t>(1, static_cast<int64_t>(shares));
   workers_ = std::min(workers_, target_panels_);
-  const int64_t most = call_.kernels->strip_rows / code_rows(), fewest = most * 3 / 4;  // so each thread has some
+  const int64_t most = call_.kernels->strip_rows / code_rows();
+  const int64_t fewest = most * 3 / 4;  // so each thread has some
   strips_ = std::clamp<int64_t>(call_.rows / fewest, 1,
                                 ceil_div(ceil_div(call_.rows, most), workers_) * workers_);
   item_panels_ = call_.rows == 1 ? 1 : kPanelsTogether;
@@ -185,7 +187,8 @@ void LinearJob::round_row(const Worker& worker, const float* row, int64_t m) con
   round(worker.rest, first + blocks);
 }
 
-// The rows from wanted.row on, about to be rearranged in the worker's scratch if it does not hold them so.
+// The rows from wanted.row on, about to be rearranged in the worker's scratch if it does not hold
+// them so.
 kernels::Activations LinearJob::quantized(Worker& worker, Kept wanted, int64_t row_end) const {
   const Prepared& x = worker.x;
   const int64_t block = wanted.row * code_rows() * ceil_div(weights_.in_features, kBlock);

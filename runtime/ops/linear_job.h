@@ -19,8 +19,8 @@ struct LinearNode {
   float epsilon = 0.0f;         // of the norm
   const float* bias = nullptr;  // [N] or null
   Activation activation = Activation::kNone;
-  // Where scales of x are grouped, it is rounded to codes and to codes of what those miss: makes up for
-  // what groups lose elsewhere.
+  // Where scales of x are grouped, it is rounded to codes and to codes of what those miss: makes up
+  // for what groups lose elsewhere.
   bool refined = false;
 };
 
@@ -41,12 +41,13 @@ struct LinearCall {
 };
 
 // A ticket is a worker, who takes what is left of each step:
-//   prepare   a group of rows of x → normed float32, int8 codes. A row alone is prepared by each worker for
-//             itself: to hand it over would take longer
+//   prepare   a group of rows of x → normed float32, int8 codes. A row alone is prepared by each
+//             worker for itself: to hand it over would take longer
 //   down      t = weight · A·x for a group of rows, all slices; of a row alone for one slice
-//   panels    pieces of the panels of y, of a strip of the rows and then of the next: W·x; += B·t; += bias; SwiGLU; += residual
-// and waits between them for those who still work on theirs. All in one parallel section: a second one would
-// cost a decode step more than the side branch itself.
+//   panels    pieces of the panels of y, of a strip of the rows and then of the next: W·x; += B·t;
+//             += bias; SwiGLU; += residual
+// and waits between them for those who still work on theirs. All in one parallel section: a second
+// one would cost a decode step more than the side branch itself.
 class LinearJob {
  public:
   // Takes this thread's call scratch; throws std::bad_alloc.

@@ -171,7 +171,8 @@ std::optional<Tensor> NodeInfo::constant(size_t index, const char* what) const {
   if (!has_input(index)) return std::nullopt;
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  check_ort(api_, api_.KernelInfoGetConstantInput_tensor(info_, first_ + index, &is_constant, &value));
+  check_ort(api_,
+            api_.KernelInfoGetConstantInput_tensor(info_, first_ + index, &is_constant, &value));
   if (is_constant == 0 || value == nullptr) {
     throw Error(EDGELORA_BAD_FILE, std::string(what) + " must be a constant initializer");
   }

@@ -203,7 +203,8 @@ void PackedWeights::read_absmax(const NodeInfo& node, size_t index) {
   if (weights_.in_features % kernels::kActivationBlock != 0) {
     refuse("nf4 and fp4 need in_features to be a multiple of 32");
   }
-  int64_t& groups = absmax_groups_;  // out_features and in_features are below 2^31: no product overflows
+  // out_features and in_features are below 2^31: no product overflows.
+  int64_t& groups = absmax_groups_;
   for (const int64_t slice : slices_) {
     groups += ceil_div(ceil_div(slice * weights_.in_features, kAbsmaxBlock), kAbsmaxGroup);
   }

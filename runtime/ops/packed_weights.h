@@ -19,8 +19,9 @@ class PackedWeights {
   PackedWeights(const PackedWeights&) = delete;
   PackedWeights& operator=(const PackedWeights&) = delete;
 
-  // What `linear` of these kernels wants of nf4 and fp4, a quarter of a bit for each weight; of other
-  // formats nothing. Gives the file's pages back: the exact path reads them again. Throws std::bad_alloc.
+  // What `linear` of these kernels wants of nf4 and fp4, a quarter of a bit for each weight; of
+  // other formats nothing. Gives the file's pages back: the exact path reads them again. Throws
+  // std::bad_alloc.
   void unpack_absmax(const kernels::KernelTable& kernels);
 
   const kernels::Weights& weights() const { return weights_; }

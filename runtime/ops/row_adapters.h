@@ -11,8 +11,8 @@
 
 namespace edgelora::ops {
 
-// One term on one slice; its t lies at `offset` (floats) of the row's t: float32 [rank], or where int8 factors
-// are used a float32 scale and int8 [4·⌈rank/4⌉] behind it.
+// One term on one slice; its t lies at `offset` (floats) of the row's t: float32 [rank], or where
+// int8 factors are used a float32 scale and int8 [4·⌈rank/4⌉] behind it.
 struct Branch {
   kernels::Factors factors;
   const kernels::PackedFactors* packed;  // or null; the adapter holds it

@@ -5,15 +5,16 @@
 
 namespace edgelora::ops {
 
-// What the calling thread holds at once, for it also works as one of the crew: what passes between the steps
-// of a layer, what a step shares among its tickets, what a ticket has for itself.
+// What the calling thread holds at once, for it also works as one of the crew: what passes between
+// the steps of a layer, what a step shares among its tickets, what a ticket has for itself.
 enum class ScratchUse { kLayer, kCall, kWorker };
 
 // At least `bytes`, 64-byte aligned, contents undefined; valid until the thread asks again for the
 // same use. Null when out of memory.
 void* scratch(ScratchUse use, int64_t bytes) noexcept;
 
-// Hands out consecutive pieces of one allocation, each on a multiple of 64 bytes; counts only while it has none.
+// Hands out consecutive pieces of one allocation, each on a multiple of 64 bytes; counts only while
+// it has none.
 class Pieces {
  public:
   explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -31,7 +32,8 @@ class Pieces {
   int64_t bytes_ = 0;
 };
 
-// Scratch for what layout(Pieces&) takes; it is called to count and then to place. False when out of memory.
+// Scratch for what layout(Pieces&) takes; it is called to count and then to place. False when out
+// of memory.
 template <typename Layout>
 bool take_pieces(ScratchUse use, Layout&& layout) {
   Pieces counted(nullptr);

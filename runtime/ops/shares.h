@@ -1,7 +1,7 @@
-// Consecutive items that several workers share: each has a run of its own and takes pieces from its front,
-// so that what it reads is one stream; who has finished his own takes from the ends of the others'.
-// A piece is half of what is left of the run: few are taken, for a taking waits until all that was stored is
-// seen by everybody, and the last are small enough for all to end at once.
+// Consecutive items that several workers share: each has a run of its own and takes pieces from its
+// front, so that what it reads is one stream; who has finished his own takes from the ends of the
+// others'. A piece is half of what is left of the run: few are taken, for a taking waits until all
+// that was stored is seen by everybody, and the last are small enough for all to end at once.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,8 @@ class Shares {
       const uint64_t begin = seen >> 32, end = seen & 0xffffffffu;
       if (begin == end) return false;
       const uint64_t half = (end - begin + 1) / 2;
-      const uint64_t count = std::min(std::clamp(half, least_, std::max(least_, most_)), end - begin);
+      const uint64_t count =
+          std::min(std::clamp(half, least_, std::max(least_, most_)), end - begin);
       const uint64_t left = front ? (begin + count) << 32 | end : begin << 32 | (end - count);
       if (!range.compare_exchange_weak(seen, left, std::memory_order_relaxed)) continue;
       const uint64_t first = front ? begin : end - count;

@@ -47,7 +47,7 @@ std::unique_ptr<NodeKernel> create(const Shared& shared, const NodeInfo&) {
 
 }  // namespace
 
-const Schema kSwiGluSchema{"SwiGlu", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput),
-                       create};
+const Schema kSwiGluSchema{
+    "SwiGlu", kInputs, std::size(kInputs), kFloatOutput, std::size(kFloatOutput), create};
 
 }  // namespace edgelora::ops

@@ -32,11 +32,12 @@ void add_term(const ActiveAdapter::Term& term, float weight, ActiveAdapter* sum)
 // ONNX Runtime adds no deltas, and prefixes have no sum: the only one is the adapter itself.
 Adapter sole(const Adapter& part, float weight, int64_t count) {
   if (count == 1 && weight == 1.0F) return std::make_shared<const ActiveAdapter>(*part);
-  throw Error(EDGELORA_INVALID_ARGUMENT,
-              part->onnx_adapter
-                  ? "flavor ort takes one adapter at a time with weight 1"
-                  : "an adapter that is a prefix of the text cannot be weighted or added to others: "
-                    "name it alone with weight 1");
+  throw Error(
+      EDGELORA_INVALID_ARGUMENT,
+      part->onnx_adapter
+          ? "flavor ort takes one adapter at a time with weight 1"
+          : "an adapter that is a prefix of the text cannot be weighted or added to others: "
+            "name it alone with weight 1");
 }
 
 void check_finite(float value, const std::string& what) {
@@ -65,7 +66,8 @@ void add_branch(const std::string& target, const SideBranch& branch, float weigh
   add_rows(branch.bias, 0.0F, weight, branch.out_features, &rows.bias);
 }
 
-// Of the terms that wait for tokens: the graph has one adapter at a time, so they wait for the same.
+// Of the terms that wait for tokens: the graph has one adapter at a time, so they wait for the
+// same.
 std::vector<int32_t> common_invocation(const std::vector<ActiveAdapter::Term>& terms) {
   std::vector<int32_t> common;
   for (const ActiveAdapter::Term& term : terms) {

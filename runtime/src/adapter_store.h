@@ -86,8 +86,8 @@ class AdapterStore {
   // A handle of an adapter of flavor ort.
   int64_t add(std::shared_ptr<const OnnxAdapter> adapter);
 
-  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error, also
-  // for a prefix, unless it is alone and has weight 1.
+  // A new handle for Σ weight·adapter; the parts stay loaded as long as it lives. Throws Error,
+  // also for a prefix, unless it is alone and has weight 1.
   int64_t compose(const int64_t* handles, const float* weights, int64_t count);
 
   // Drops the handle's reference; running computations finish with what they hold. Throws Error for

@@ -1,5 +1,5 @@
-// Which positions a kv_cache holds, and which adapter computed each: shortened before what lies behind
-// is written, lengthened once that is done, so that it is true after a run that failed.
+// Which positions a kv_cache holds, and which adapter computed each: shortened before what lies
+// behind is written, lengthened once that is done, so that it is true after a run that failed.
 #pragma once
 
 #include <cstddef>

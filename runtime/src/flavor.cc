@@ -124,7 +124,8 @@ class StockFlavor : public Flavor {
     if (store.find(handle)->prefix() != nullptr) return handle;
     store.unload(handle);
     throw Error(EDGELORA_INVALID_ARGUMENT,
-                path + ": flavor ort takes no factors from such a file, only a prefix; export the " +
+                path +
+                    ": flavor ort takes no factors from such a file, only a prefix; export the " +
                     "bundle again with the adapter");
   }
 };

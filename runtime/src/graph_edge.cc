@@ -173,10 +173,11 @@ void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const M
                       api.SessionGetOverridableInitializerName,
                       api.SessionGetOverridableInitializerTypeInfo};
   Problems problems;
-  compare(expected_inputs(manifest.model, adapter, kv_format), read_edges(ort, session, inputs), "input",
-          &problems);
+  compare(expected_inputs(manifest.model, adapter, kv_format), read_edges(ort, session, inputs),
+          "input", &problems);
   compare(adapter.defaults, read_edges(ort, session, defaults), "input with a default", &problems);
-  compare(expected_outputs(manifest.model, kv_format), read_edges(ort, session, outputs), "output", &problems);
+  compare(expected_outputs(manifest.model, kv_format), read_edges(ort, session, outputs), "output",
+          &problems);
   if (problems.empty()) return;
   throw Error(EDGELORA_BAD_FILE, manifest.path("model.onnx") + " does not fit the manifest" +
                                      problems.text() + "; export the bundle again");

@@ -36,8 +36,8 @@ std::vector<std::string> present_names(int32_t layers);
 KvFormat read_kv_format(const OnnxRuntime& ort, const OrtSession* session,
                         const ManifestModel& model, bool exact);
 
-// Throws Error with EDGELORA_BAD_FILE that lists inputs and outputs that are missing, surplus or not
-// as the manifest has them: the first few, and how many more.
+// Throws Error with EDGELORA_BAD_FILE that lists inputs and outputs that are missing, surplus or
+// not as the manifest has them: the first few, and how many more.
 void check_graph_edge(const OnnxRuntime& ort, const OrtSession* session, const Manifest& manifest,
                       const AdapterEdge& adapter, const KvFormat& kv_format);
 

@@ -1,5 +1,5 @@
-// A file mapped read-only into memory: clean pages that the system may drop and read again. It begins
-// at a multiple of 2 MB, so that pages of that size can hold it.
+// A file mapped read-only into memory: clean pages that the system may drop and read again. It
+// begins at a multiple of 2 MB, so that pages of that size can hold it.
 // Replace such a file by renaming another over it; one that is shortened in place kills the process
 // (SIGBUS) at the next read.
 #pragma once

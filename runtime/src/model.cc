@@ -45,7 +45,8 @@ OrtHandle<OrtSessionOptions> session_options(const OnnxRuntime& ort, const Flavo
   ort.check(api.DisableMemPattern(
       raw));  // shapes differ at every step: a pattern would be made and never met again
   const bool spinning = choose_spinning(options, threads);
-  ort.check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", spinning ? "1" : "0"));
+  ort.check(
+      api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", spinning ? "1" : "0"));
   flavor.configure(ort, OpsOptions{options.exact, threads, spinning}, raw);
   if (weights != nullptr) weights->share(ort, raw);
   return owned;

@@ -1,5 +1,5 @@
-// Our errors as ONNX Runtime's, and back. It hands on what an operator says, among words of its own, but
-// not always its code: so ours stands in the message, "… [EDGELORA_BAD_FILE]".
+// Our errors as ONNX Runtime's, and back. It hands on what an operator says, among words of its
+// own, but not always its code: so ours stands in the message, "… [EDGELORA_BAD_FILE]".
 #pragma once
 
 #include <onnxruntime_c_api.h>

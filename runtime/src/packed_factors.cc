@@ -16,8 +16,8 @@ constexpr int64_t kBlock = kernels::kActivationBlock;
 
 using kernels::ceil_div;
 
-// The largest scale of a factor is brought to 2^14 … 2^15: float16 then tells scales down to 2^−29 of
-// it apart.
+// The largest scale of a factor is brought to 2^14 … 2^15: float16 then tells scales down to 2^−29
+// of it apart.
 constexpr int kScaleExponent = 14;
 
 // Values of a factor, times a power of two.

@@ -1,5 +1,5 @@
-// Keys and values that an adapter puts into the kv_cache before the text: those of `positions` tokens
-// that were trained, or computed from trained ones, at positions 0 … positions − 1.
+// Keys and values that an adapter puts into the kv_cache before the text: those of `positions`
+// tokens that were trained, or computed from trained ones, at positions 0 … positions − 1.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct Prefix {
   PrefixShape shape;
   int64_t positions;
   bool half;           // float16, else float32
-  const void* keys;    // [layers, heads, positions, head_dim], unaligned, as attention multiplies them
+  // [layers, heads, positions, head_dim], unaligned, as attention multiplies them
+  const void* keys;
   const void* values;  // likewise
 
   // to [head_dim], of `from`, which is keys or values.

@@ -27,8 +27,8 @@ struct Expectations {
   std::map<std::string, Expectation> entries;  // by adapter; "" is the base
 };
 
-// Of the model's bundle; it has the base and every adapter that the manifest says is checked. Throws
-// Error: EDGELORA_NOT_FOUND if there is no such file, EDGELORA_BAD_FILE.
+// Of the model's bundle; it has the base and every adapter that the manifest says is checked.
+// Throws Error: EDGELORA_NOT_FOUND if there is no such file, EDGELORA_BAD_FILE.
 Expectations read_selfcheck(const Model& model);
 
 }  // namespace edgelora

@@ -42,9 +42,10 @@ class Session::Use {
  public:
   explicit Use(Session* session) : in_use_(session->in_use_) {
     if (!in_use_.exchange(true)) return;
-    throw Error(EDGELORA_INVALID_ARGUMENT,
-                "the session is in a call: a token callback, or another thread, may ask where it is "
-                "or cancel it, nothing else");
+    throw Error(
+        EDGELORA_INVALID_ARGUMENT,
+        "the session is in a call: a token callback, or another thread, may ask where it is "
+        "or cancel it, nothing else");
   }
   ~Use() { in_use_ = false; }
   Use(const Use&) = delete;
@@ -186,8 +187,8 @@ void Session::run_chunk(const Chunk& chunk, bool is_last, float* all_logits) {
   }
 }
 
-// The positions up to `end` that are not cached; logits of all of them [positions, vocab_size], or only
-// of the last one into next_logits_.
+// The positions up to `end` that are not cached; logits of all of them [positions, vocab_size], or
+// only of the last one into next_logits_.
 void Session::compute(size_t end, float* all_logits) {
   for (size_t begin; (begin = cached_.size()) < end;) {
     if (begin == 0 && cached_prefix_ != active_prefix_) {

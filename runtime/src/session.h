@@ -1,14 +1,14 @@
 // One sequence: its tokens, its kv_cache, its active adapter.
 //
-// An adapter may have a prefix: keys and values that the kv_cache then begins with, so that the text
-// stands behind them. The history is the text alone.
+// An adapter may have a prefix: keys and values that the kv_cache then begins with, so that the
+// text stands behind them. The history is the text alone.
 //
 // The history may run ahead of the kv_cache: the last generated token is computed only when
 // something follows it, and a change of adapter makes all positions due again. Every step first
 // computes what is due.
 //
-// A call that changes or computes something has the session to itself: another, from a token callback
-// or another thread, is refused.
+// A call that changes or computes something has the session to itself: another, from a token
+// callback or another thread, is refused.
 #pragma once
 
 #include <atomic>

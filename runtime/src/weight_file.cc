@@ -68,7 +68,8 @@ std::vector<StoredTensor> read_initializers(ProtobufMessage model) {
   return tensors;
 }
 
-OrtHandle<OrtValue> view(const OnnxRuntime& ort, const MappedFile& file, const StoredTensor& tensor) {
+OrtHandle<OrtValue> view(const OnnxRuntime& ort, const MappedFile& file,
+                         const StoredTensor& tensor) {
   if (tensor.offset < 0 || tensor.length < 0 || tensor.offset > file.size() ||
       tensor.length > file.size() - tensor.offset) {
     throw Error(EDGELORA_BAD_FILE, tensor.name + " lies beyond the end of the file of weights");

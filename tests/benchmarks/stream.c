@@ -1,5 +1,5 @@
-// The memory bandwidth that a decode can use: threads read a weight file, mapped as the runtimes map
-// it, from end to end, each its own part. Prints the median of the passes in GB/s (10^9 bytes).
+// The memory bandwidth that a decode can use: threads read a weight file, mapped as the runtimes
+// map it, from end to end, each its own part. Prints the median of the passes in GB/s (10^9 bytes).
 //
 //   stream FILE THREADS PASSES
 #include <fcntl.h>

@@ -389,8 +389,11 @@ void test_wrong_prefixes_are_refused_with_one_line(const TemporaryFolder& folder
     return refused([&](AdapterBytes* file) { file->header["prefix.values"]["shape"] = shape; });
   };
   CHECK(refused([](AdapterBytes*) {}).empty());
-  for (const std::vector<int64_t>& shape :
-       {std::vector<int64_t>{2, 1, 12}, {1, 2, 4, 3}, {2, 2, 2, 3}, {2, 1, 3, 4}, {2, 1, 4, 3, 1}}) {
+  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{2, 1, 12},
+                                            {1, 2, 4, 3},
+                                            {2, 2, 2, 3},
+                                            {2, 1, 3, 4},
+                                            {2, 1, 4, 3, 1}}) {
     CHECK(reshaped(shape).find("prefix.values is [") != std::string::npos);
   }
   CHECK(refused([](AdapterBytes* file) {

@@ -1,4 +1,5 @@
-// Counts the allocations that libedgelora asks for; preloaded before it. ONNX Runtime's own are not counted.
+// Counts the allocations that libedgelora asks for; preloaded before it. ONNX Runtime's own are not
+// counted.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdatomic.h>

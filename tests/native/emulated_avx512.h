@@ -1,5 +1,5 @@
-// AVX-512 intrinsics that SIMDe lacks, and AMX: with these the sources of those ISAs compile for AVX2.
-// Included after SIMDe, before a kernel.
+// AVX-512 intrinsics that SIMDe lacks, and AMX: with these the sources of those ISAs compile for
+// AVX2. Included after SIMDe, before a kernel.
 #pragma once
 
 #include <algorithm>

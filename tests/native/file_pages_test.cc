@@ -1,5 +1,5 @@
-// give_back_file_pages: a file's pages leave this process and come back with the same contents; all other
-// memory is left alone.
+// give_back_file_pages: a file's pages leave this process and come back with the same contents; all
+// other memory is left alone.
 #include "ops/file_pages.h"
 
 #include <fcntl.h>
@@ -26,7 +26,8 @@ uint8_t expected(int64_t i) { return static_cast<uint8_t>(i * 7 + i / page_bytes
 
 std::string written(const edgelora::test::TemporaryFolder& folder) {
   std::vector<char> bytes(static_cast<size_t>(size()));
-  for (int64_t i = 0; i < size(); ++i) bytes[static_cast<size_t>(i)] = static_cast<char>(expected(i));
+  for (int64_t i = 0; i < size(); ++i)
+    bytes[static_cast<size_t>(i)] = static_cast<char>(expected(i));
   const std::string path = folder.file("weights");
   std::ofstream(path, std::ios::binary).write(bytes.data(), size());
   return path;
@@ -74,7 +75,8 @@ int64_t resident(const Memory& memory) {
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return -1;
   int64_t pages = 0;
-  for (int64_t p = 0; p < kPages; ++p) pages += is_resident(pagemap, memory.data() + p * page_bytes());
+  for (int64_t p = 0; p < kPages; ++p)
+    pages += is_resident(pagemap, memory.data() + p * page_bytes());
   close(pagemap);
   return pages;
 }

@@ -10,7 +10,8 @@
  * Prints the bytes of the weights and of the kv_cache, then this process's memory in the lines of
  * /proc/self/status.
  *
- * --selfcheck: prints a line for each result: the adapter or "-", float or int8, error, tolerance. */
+ * --selfcheck: prints a line for each result: the adapter or "-", float or int8, error,
+ * tolerance. */
 #include <edgelora.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -142,7 +143,8 @@ int main(int argc, char** argv) {
   const int count = argc - 7;
   const long prompt = argc > 7 ? strtol(argv[6], NULL, 10) : 0;
   if (prompt < 1 || prompt > count || count > MOST_TOKENS) {
-    fprintf(stderr, "usage: greedy BUNDLE LIBONNXRUNTIME ADAPTER int8|float LOGITS PROMPT TOKEN...\n");
+    fprintf(stderr,
+            "usage: greedy BUNDLE LIBONNXRUNTIME ADAPTER int8|float LOGITS PROMPT TOKEN...\n");
     return 2;
   }
   int32_t tokens[MOST_TOKENS];

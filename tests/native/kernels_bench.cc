@@ -3,8 +3,8 @@
 //   warm      few rows, weights from a cache: GMAC/s, what the instructions alone allow
 //   prefill   many rows: GMAC/s
 //
-//   kernels_bench [repeats [word …]]    only lines that have every word: kernels_bench 9 avx2 nf4 M=1
-//                                       (scalar only if it is a word)
+//   kernels_bench [repeats [word …]]    only lines that have every word: kernels_bench 9 avx2 nf4
+//                                       M=1 (scalar only if it is a word)
 #include <time.h>
 
 #include <algorithm>

@@ -8,8 +8,8 @@
 
 namespace edgelora::kernels::test {
 
-// What an ISA's `linear` multiplies: integers, with values of nf4 and fp4 as bytes or as seven-bit levels, or
-// scaled bfloat16.
+// What an ISA's `linear` multiplies: integers, with values of nf4 and fp4 as bytes or as seven-bit
+// levels, or scaled bfloat16.
 enum class Arithmetic { kBytes, kLevels, kBfloat16 };
 
 struct TestedIsa {

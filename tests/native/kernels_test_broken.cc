@@ -1,4 +1,5 @@
-// Tests of the tests: the scalar kernels, each broken on purpose in one way, must fail their family.
+// Tests of the tests: the scalar kernels, each broken on purpose in one way, must fail their
+// family.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -180,7 +181,8 @@ void test_broken(const std::vector<TestedIsa>&) {
   const size_t one_in = one_shape_in();
   one_shape_in() = 3;  // coprime to all lists of shapes
   for (const Mutant& mutant : kMutants) {
-    KERNELS_CHECK(noticed(mutant), "no test fails with a kernel broken on purpose: %s", mutant.what);
+    KERNELS_CHECK(noticed(mutant), "no test fails with a kernel broken on purpose: %s",
+                  mutant.what);
   }
   one_shape_in() = one_in;
 }

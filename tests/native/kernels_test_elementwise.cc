@@ -55,7 +55,8 @@ void check_block(const std::string& name, const float* x, int64_t count, float t
   KERNELS_CHECK(sum == total, "%s: sum %d, not %d", name.c_str(), sum, total);
 }
 
-// The largest magnitude of a block; if grouped, that of its group halved while no value of the block is above.
+// The largest magnitude of a block; if grouped, that of its group halved while no value of the
+// block is above.
 float top_of(bool grouped, const float* x, int64_t features, int64_t block) {
   const auto largest_of = [&](int64_t begin, int64_t count) {
     return largest_magnitude(x + begin, std::min(count, features - begin));

@@ -1,5 +1,6 @@
-// The avx512_vnni and amx_bf16 sources once more, their intrinsics SIMDe's: the very same code runs on a CPU without
-// AVX-512, in a namespace of its own beside the native table. Compiled with AVX2's flags.
+// The avx512_vnni and amx_bf16 sources once more, their intrinsics SIMDe's: the very same code runs
+// on a CPU without AVX-512, in a namespace of its own beside the native table. Compiled with AVX2's
+// flags.
 #include <immintrin.h>
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// The avx_vnni sources once more with SIMDe's vpdpbusd: the very same code runs on a CPU without it, in a
-// namespace of its own beside the native table. Compiled with AVX2's flags.
+// The avx_vnni sources once more with SIMDe's vpdpbusd: the very same code runs on a CPU without
+// it, in a namespace of its own beside the native table. Compiled with AVX2's flags.
 #include <immintrin.h>
 
 #pragma GCC diagnostic push

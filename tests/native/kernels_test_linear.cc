@@ -34,14 +34,17 @@ struct CodebookRounding {
   }
   // What is taken from a block's dot: nf4's bytes are 5/32 too large on average.
   int64_t excess(int64_t codes) const {
-    return levels() || fp4() ? 0 : static_cast<int64_t>(std::ceil((5.0 * static_cast<double>(codes) - 16) / 32));
+    return levels() || fp4()
+               ? 0
+               : static_cast<int64_t>(std::ceil((5.0 * static_cast<double>(codes) - 16) / 32));
   }
 };
 
 constexpr double kHalfEpsilon = 0x1p-11;  // absmax becomes a float16
 
 // What the integer path must give. The dots are exact integers. A block's term takes at most four
-// roundings (two scales, the table's scale, the product), the running sum one for each term added to it.
+// roundings (two scales, the table's scale, the product), the running sum one for each term added
+// to it.
 Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, CodebookRounding rounding) {
   const bool coded = has_codebook(w.shape().format);
   const int64_t features = w.shape().in_features;
@@ -66,8 +69,8 @@ Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, CodebookRou
   return {sum, ((coded ? kHalfEpsilon : 0.0) + roundings) * magnitude};
 }
 
-// What bfloat16 must give: both factors are rounded to 8 bits, their product and the sum of two of them
-// to float; denormals are zero.
+// What bfloat16 must give: both factors are rounded to 8 bits, their product and the sum of two of
+// them to float; denormals are zero.
 Expected bfloat16_sum(const Matrix& w, Rows& x, int64_t m, int64_t n) {
   const int64_t features = w.shape().in_features;
   double sum = 0.0, magnitude = 0.0;
@@ -173,9 +176,9 @@ void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_
 
 // What these read grouped scales of x for.
 bool wants_groups(const std::vector<TestedIsa>& isas, const Shape& shape) {
-  return shape.block_size > 32 && !has_codebook(shape.format) && std::any_of(isas.begin(), isas.end(), [](const TestedIsa& isa) {
-    return isa.table->quantize_groups != nullptr;
-  });
+  return shape.block_size > 32 && !has_codebook(shape.format) &&
+         std::any_of(isas.begin(), isas.end(),
+                     [](const TestedIsa& isa) { return isa.table->quantize_groups != nullptr; });
 }
 
 void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
@@ -324,7 +327,8 @@ void test_linear_zero(const std::vector<TestedIsa>& isas) {
 
 // Panels one by one and out of order: each call writes its own and nothing else.
 void check_panel_ranges(const TestedIsa& isa, const Weights& packed, Rows& x, int64_t rows,
-                        const std::vector<Expected>& expected, bool exact, const std::string& name) {
+                        const std::vector<Expected>& expected, bool exact,
+                        const std::string& name) {
   Output out(rows, 70);
   Scratch scratch(packed);
   const auto run = [&](int64_t begin, int64_t end) {
@@ -460,12 +464,14 @@ void test_linear_float(const std::vector<TestedIsa>& isas) {
   }
 }
 
-// scales · unit · the table's scale is absmax, to float16's precision, whatever its size; −1: random.
+// scales · unit · the table's scale is absmax, to float16's precision, whatever its size; −1:
+// random.
 void check_unpack_absmax(const TestedIsa& isa, Format format, double absmax) {
   Shape shape{format, 160, {16, 48, 32}, 64, absmax};
   Matrix w(shape, absmax < 0 ? Fill::kRandom : Fill::kPowers, 11);
   const Weights weights = w.unpacked(*isa.table);
-  const double one = CodebookRounding{isa.of(1), format}.scale() * static_cast<double>(weights.scale_unit);
+  const double one =
+      CodebookRounding{isa.of(1), format}.scale() * static_cast<double>(weights.scale_unit);
   bool near = true;
   for (int64_t n = 0; n < shape.out_features(); ++n) {
     for (int64_t k = 0; k < shape.in_features; k += 32) {
@@ -505,8 +511,8 @@ void check_rounding(const TestedIsa& isa, Format format, Rounding rounding, doub
       std::frexp(found, &exponent);
       const double smallest = rounding == Rounding::kFloat16 ? 0x1p-24 : 0.0;
       const double last = std::fmax(std::ldexp(unit, exponent), smallest);  // place of 16 bits
-      KERNELS_CHECK(difference <= last / 2 && std::remainder(found, last) == 0.0, "%s rounds %g to %g",
-                    isa.name.c_str(), exact, found);
+      KERNELS_CHECK(difference <= last / 2 && std::remainder(found, last) == 0.0,
+                    "%s rounds %g to %g", isa.name.c_str(), exact, found);
       isa.table->dequantize_row(packed, n, row.data());
       KERNELS_CHECK(row[k] == y[n], "%s: a row has %g, a product %g", isa.name.c_str(),
                     static_cast<double>(row[k]), found);

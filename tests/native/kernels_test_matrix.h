@@ -50,7 +50,8 @@ class Matrix {
   float weight(int64_t n, int64_t k) const;  // dequantized as numpy does
 
   Weights packed() const;  // points into this object
-  Weights unpacked(const KernelTable& isa);  // the same; nf4, fp4 with the scales of this ISA's `linear`
+  Weights unpacked(
+      const KernelTable& isa);  // the same; nf4, fp4 with the scales of this ISA's `linear`
 
  private:
   void fill_codes(Fill fill, Random& random);

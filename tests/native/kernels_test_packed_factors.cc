@@ -1,5 +1,5 @@
-// side_branch_up_int8 against its formula, of one row and several; the sum of integers is exact, two
-// roundings and a sum follow.
+// side_branch_up_int8 against its formula, of one row and several; the sum of integers is exact,
+// two roundings and a sum follow.
 #include <cmath>
 #include <cstring>
 

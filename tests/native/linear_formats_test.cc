@@ -1,5 +1,5 @@
-// LinearJob with every format and block size, 1 to 4 threads: however the panels are shared, y is what one sum in
-// double gives. The matrices are those of kernels_test.
+// LinearJob with every format and block size, 1 to 4 threads: however the panels are shared, y is
+// what one sum in double gives. The matrices are those of kernels_test.
 #include <cmath>
 #include <string>
 #include <vector>
@@ -21,7 +21,8 @@ constexpr int64_t kFeatures = 192;
 const std::vector<int64_t> kSlices = {704, 51};
 constexpr int64_t kColumns = 755;
 
-// Rows whose int8 codes are exact: each block has 127, and all else is a whole number of the same step, a power of two.
+// Rows whose int8 codes are exact: each block has 127, and all else is a whole number of the same
+// step, a power of two.
 std::vector<float> exact_rows(int64_t rows) {
   kernels::test::Random random(static_cast<uint64_t>(rows));
   std::vector<float> x(static_cast<size_t>(rows * kFeatures));
@@ -65,8 +66,9 @@ std::vector<double> sums(const Matrix& w, const std::vector<float>& x, int64_t r
   return y;
 }
 
-// Scales, offsets and steps of x are powers of two: the sums are exact. nf4's and fp4's integers stand for its values to half
-// a step (of 124.125 or 62.5 to absmax, which is 1), its scales are float16.
+// Scales, offsets and steps of x are powers of two: the sums are exact. nf4's and fp4's integers
+// stand for its values to half a step (of 124.125 or 62.5 to absmax, which is 1), its scales are
+// float16.
 double tolerance(Format format, const std::vector<float>& x, int64_t m) {
   if (!has_codebook(format)) return 0.0;
   double size = 0;

@@ -1,4 +1,5 @@
-// What a session is made of, without a model: the positions that are cached, the token that is drawn.
+// What a session is made of, without a model: the positions that are cached, the token that is
+// drawn.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -56,7 +57,8 @@ void test_shortening_to_more_changes_nothing() {
 
 // Rounding may leave a crumb of the sum: it must not fall to a token that cannot be drawn.
 void test_a_token_of_probability_zero_is_never_picked() {
-  const Sampler::Candidate candidates[] = {{0.0F, 10}, {0.5F, 11}, {0.0F, 12}, {1.0F, 13}, {0.0F, 14}};
+  const Sampler::Candidate candidates[] = {
+      {0.0F, 10}, {0.5F, 11}, {0.0F, 12}, {1.0F, 13}, {0.0F, 14}};
   const auto pick = [&](double left) { return Sampler::pick(candidates, 5, left); };
   CHECK(pick(0.0) == 11);
   CHECK(pick(0.499) == 11);

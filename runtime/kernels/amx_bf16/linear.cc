@@ -1,12 +1,13 @@
 // `linear` of many rows on AMX tiles; few rows are avx512_vnni's.
 //
 //   A   16 rows of x × 32 K, bfloat16, scaled       converted once for up to kRows rows of x
-//   B   32 K × 16 rows of W, bfloat16, scaled       two panels' chunk of K, dequantized into L1, for all of them
+//   B   32 K × 16 rows of W, bfloat16, scaled       two panels' chunk of K, dequantized into L1
+//                                                   for all of them
 //         row i: │ r0: K2i K2i+1 │ r1 … │ r15 │
 //   C   16 rows of x × 16 rows of W, float          2 × 2 of them at a time
 //
-// Why not int8 tiles, which are twice as fast: their dots must leave the tile at each block of 32 to be
-// scaled, and that (tilestored and three instructions a row) takes longer than vpdpbusd does.
+// Why not int8 tiles, which are twice as fast: their dots must leave the tile at each block of 32
+// to be scaled, and that (tilestored and three instructions a row) takes longer than vpdpbusd does.
 // bfloat16 rounds x and W to 8 bits each: less than half of what int8 blocks lose of x.
 #include "kernels/amx_bf16/amx_bf16.h"
 #include "kernels/amx_bf16/dequantize.h"

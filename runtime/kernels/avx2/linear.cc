@@ -3,16 +3,17 @@
 //
 // Codes of 16 rows × 8 K, int4, nf4 and fp4, 64 bytes, two registers (rows 0–7, rows 8–15):
 //     │ r0: K0 K1 K2 K3 │ r1: K0 … │ … │ r7 │     low nibbles; the high nibbles are K4 … K7
-// x is broadcast 4 bytes at a time, so a 32-bit lane is a row of W and sums only its own K; an int16
-// lane has half of them.
+// x is broadcast 4 bytes at a time, so a 32-bit lane is a row of W and sums only its own K; an
+// int16 lane has half of them.
 //
 // int4: maddubs(code, x) ≤ 15·127·2; eight of them, a whole block, add up to 30480 in int16, so one
 //   madd with ones widens a block. Σ(code − zp)·x = Σ code·x − zp·Σx, exact integers in float.
 // int8: maddubs(|w|, x with w's sign) ≤ 128·127·2 = 32512: fits int16, but no two of them do.
-// nf4, fp4: a byte table, pshufb, gives levels 1…126 for −1…1 (codebooks.h); maddubs(level, x) ≤ 126·127·2.
-//   A sum of four starts at −64·Σx: it ends as Σ(level − 64)·x, at most 63·Σ|x|, and int16 holds it
-//   where Σ|x| ≤ 520 of the 8 x in a lane, overflows on the way notwithstanding. So two madd widen a
-//   block; where some sum is greater (up to 1016; `wide` blocks), every product is widened.
+// nf4, fp4: a byte table, pshufb, gives levels 1…126 for −1…1 (codebooks.h); maddubs(level, x) ≤
+//   126·127·2. A sum of four starts at −64·Σx: it ends as Σ(level − 64)·x, at most 63·Σ|x|, and
+//   int16 holds it where Σ|x| ≤ 520 of the 8 x in a lane, overflows on the way notwithstanding. So
+//   two madd widen a block; where some sum is greater (up to 1016; `wide` blocks), every product is
+//   widened.
 //
 // One row of x (decode): one pass over the panel, both halves at once.
 //   sum0, sum1   int16 or int32, rows 0–7 and 8–15 of one block
@@ -223,7 +224,8 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, codebook(weights.format).level_scale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).level_scale, store_half16, scales,
+                      scratch);
 }
 
 }  // namespace edgelora::kernels::avx2

@@ -1,5 +1,5 @@
-// Several rows of x (avx2/linear.cc has formula and layout): up to 4 rows meet 16 rows of W (int8, nf4, fp4: 8)
-// at a time, bytes of a chunk unpacked before.
+// Several rows of x (avx2/linear.cc has formula and layout): up to 4 rows meet 16 rows of W (int8,
+// nf4, fp4: 8) at a time, bytes of a chunk unpacked before.
 //   low, high [4]       int4: int16 sums of rows 0–7 and 8–15
 //   dots [4]            int8, nf4, fp4: int32
 //   first, second [4]   nf4, fp4: int16, of 16 K each
@@ -11,7 +11,8 @@
 namespace edgelora::kernels {
 namespace {
 
-// kRows rows of x times 8 rows of W, one block, in steps of 4 K; i is [block, first row] in the tile.
+// kRows rows of x times 8 rows of W, one block, in steps of 4 K; i is [block, first row] in the
+// tile.
 template <int kRows>
 struct HalfBlock {
   const uint8_t* w;

@@ -1,4 +1,5 @@
-// Products of bytes and a block's contribution to y: what avx2's linear does for one row and for many.
+// Products of bytes and a block's contribution to y: what avx2's linear does for one row and for
+// many.
 #pragma once
 
 #include "kernels/avx2/row_groups.h"

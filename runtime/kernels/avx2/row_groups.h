@@ -6,7 +6,7 @@
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
 //                      for each group        Isa::add_chunk: acc [rows, 16] +=
 //                      acc → y
-//     or two panels together, of ISAs with kPairRows, where scales hold for more than one block of x
+//     or two panels together, of ISAs with kPairRows, where a scale holds for several blocks of x
 //       for each group                       Isa::panel_pair: y of both
 //   What goes straight to y does so by way of acc where the last panel of W is not full.
 #pragma once
@@ -275,8 +275,8 @@ void panel_pair(const PanelView panels[], const RowTile& group, const Out out[],
   Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, out, ahead);
 }
 
-// Whether panels are taken one by one after all: the rows of one group wait for memory, which is faster
-// as one stream than as two further apart (K = 2048, 2 rows, Zen 4: 17 → 27 GB/s).
+// Whether panels are taken one by one after all: the rows of one group wait for memory, which is
+// faster as one stream than as two further apart (K = 2048, 2 rows, Zen 4: 17 → 27 GB/s).
 template <class Isa>
 bool streams_panels(const Weights& weights, const RowGroups& groups) {
   return groups.count == 1 && panel_code_bytes(weights) > Isa::kPrefetchBytes;

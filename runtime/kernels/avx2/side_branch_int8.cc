@@ -2,8 +2,8 @@
 //
 // b of a panel: 16 scales, then four columns r at a time, 64 bytes, two registers:
 //     │ row 0: r … r+3 │ row 1: r … r+3 │ … │ row 15 │
-// maddubs(|b|, t with b's sign) ≤ 127·127·2 = 32258 fits int16, but no two of them do; a 32-bit lane is
-// a row of b.
+// maddubs(|b|, t with b's sign) ≤ 127·127·2 = 32258 fits int16, but no two of them do; a 32-bit
+// lane is a row of b.
 //   low, high   int32, rows 0–7 and 8–15
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/registers.h"

@@ -1,13 +1,15 @@
-// Several rows of x where a scale of W holds for more than one block of x: two panels at a time. What is
-// broadcast of x serves both, and 6 rows' dots and sums with 32 rows of W fill 24 of the 32 registers.
-// A last panel alone is computed likewise: what y is must not depend on where a thread's panels end.
+// Several rows of x where a scale of W holds for more than one block of x: two panels at a time.
+// What is broadcast of x serves both, and 6 rows' dots and sums with 32 rows of W fill 24 of the 32
+// registers. A last panel alone is computed likewise: what y is must not depend on where a thread's
+// panels end.
 //   dots [rows][panels]   int32, of one block: as many chains of vpdpbusd
 //   sums [rows][panels]   float, of the blocks that share a scale of W and a group's of x
 //   acc                   float, in L1 from the first such blocks to the last, which write y
 //
-// Multiplications take vpdpbusd's place, additions do not; and scales of x in a group are powers of two
-// apart. So a block's dots start from 1.5·2^(23 − e) as an int32, whose lowest bit is worth 2^−e as a
-// float. Read as floats and with the start taken away, they are dot · 2^−e, exactly, since |dot| < 2^22.
+// Multiplications take vpdpbusd's place, additions do not; and scales of x in a group are powers of
+// two apart. So a block's dots start from 1.5·2^(23 − e) as an int32, whose lowest bit is worth
+// 2^−e as a float. Read as floats and with the start taken away, they are dot · 2^−e, exactly,
+// since |dot| < 2^22.
 #pragma once
 
 #include "kernels/avx512_vnni/registers.h"

@@ -1,10 +1,10 @@
 // y[m, 16p + i] += t_scale[m] · scale[p, i] · Σ_r b[p, r, i]·t[m, r], b and t int8
 //
-// b of a panel: 16 scales, then four columns r at a time, 64 bytes, a register whose 32-bit lanes are
-// the panel's rows:
+// b of a panel: 16 scales, then four columns r at a time, 64 bytes, a register whose 32-bit lanes
+// are the panel's rows:
 //     │ row 0: r … r+3 │ row 1: r … r+3 │ … │ row 15 │
-// vpdpbusd multiplies unsigned by signed: b xor 0x80 = b + 128, once for up to kMostRows rows of t, and
-// a row's sum starts at −128·Σt.
+// vpdpbusd multiplies unsigned by signed: b xor 0x80 = b + 128, once for up to kMostRows rows of t,
+// and a row's sum starts at −128·Σt.
 //   sums [rows]   int32, the 16 rows of b; one row alone has kChains of them, to hide the latency
 #include <immintrin.h>
 
@@ -61,7 +61,8 @@ void sum_panel<1>(const uint8_t* b, const SummedT& t, int64_t m, int64_t quads, 
       chains[i] = add_quad(chains[i], unsigned_column(b + 64 * (q + i)), codes + 4 * (q + i));
     }
   }
-  for (; q < quads; ++q) chains[0] = add_quad(chains[0], unsigned_column(b + 64 * q), codes + 4 * q);
+  for (; q < quads; ++q)
+    chains[0] = add_quad(chains[0], unsigned_column(b + 64 * q), codes + 4 * q);
   sums[0] = _mm512_add_epi32(_mm512_add_epi32(chains[0], chains[1]),
                              _mm512_add_epi32(chains[2], chains[3]));
 }

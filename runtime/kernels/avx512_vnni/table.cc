@@ -1,5 +1,5 @@
-// The avx512_vnni table: its own integer linear and what a prefill spends time on. All else is avx2's,
-// whose features it includes.
+// The avx512_vnni table: its own integer linear and what a prefill spends time on. All else is
+// avx2's, whose features it includes.
 #include "kernels/avx512_vnni/avx512_vnni.h"
 #include "kernels/avx2/avx2.h"
 #include "kernels/panels.h"

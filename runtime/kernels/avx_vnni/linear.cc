@@ -61,7 +61,8 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales,
+                      scratch);
 }
 
 }  // namespace edgelora::kernels::avx_vnni

@@ -10,8 +10,8 @@
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx. Zero points: codes less theirs.
 // int8: bytes as they are.
-// nf4, fp4: a byte table, tbl, gives w = round(124.125·value); the sum starts at −5/32·Σx, which the
-//   bytes are too large by on average. The rounding costs at most 0.0024 of absmax a weight.
+// nf4, fp4: a byte table, tbl, gives w = round(124.125·value); the sum starts at −5/32·Σx, which
+//   the bytes are too large by on average. The rounding costs at most 0.0024 of absmax a weight.
 //
 // The 32 registers: acc 16, bytes of W 8, sums 4; the rest x, the scales of W and what
 // float_of_biased takes away.

@@ -13,7 +13,8 @@
 //
 // Tile: 16 rows of W × 1 row of x (decode) or 2 (several rows, whose codes are unpacked once for up
 // to 32).
-//   sums [rows][4]   two registers each: int16 (int4) or int32 (int8, nf4, fp4), 16 of the 32 registers
+//   sums [rows][4]   two registers each: int16 (int4) or int32 (int8, nf4, fp4), 16 of the 32
+//                    registers
 //   acc              float; registers for one row of x, [rows, 16] in L1 for several
 #include <type_traits>
 
@@ -159,7 +160,8 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
 }
 
 void unpack_absmax(const Weights& weights, int64_t panel, uint16_t* scales, void* scratch) {
-  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales, scratch);
+  unpack_absmax_panel(weights, panel, codebook(weights.format).byte_scale, store_half16, scales,
+                      scratch);
 }
 
 }  // namespace edgelora::kernels::neon

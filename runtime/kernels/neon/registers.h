@@ -1,5 +1,5 @@
-// Loads, stores and sums that the files of all NEON folders share, unaligned to 1 byte; each folder compiles its own
-// copy with its own flags.
+// Loads, stores and sums that the files of all NEON folders share, unaligned to 1 byte; each folder
+// compiles its own copy with its own flags.
 #pragma once
 
 #include <arm_neon.h>

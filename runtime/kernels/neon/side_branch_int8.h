@@ -1,4 +1,5 @@
-// What the int8 side branches of the NEON folders share; each compiles its own copy with its own flags.
+// What the int8 side branches of the NEON folders share; each compiles its own copy with its own
+// flags.
 //
 // b of a panel: 16 scales, then four columns r at a time, 64 bytes, four registers:
 //     │ row 0: r … r+3 │ row 1: r … r+3 │ row 2 │ row 3 │

@@ -1,5 +1,5 @@
-// The neon_dotprod table: its own integer linear and side branch. All else is neon's: those functions
-// have no integer dot products.
+// The neon_dotprod table: its own integer linear and side branch. All else is neon's: those
+// functions have no integer dot products.
 #include "kernels/neon_dotprod/neon_dotprod.h"
 #include "kernels/neon/neon.h"
 #include "kernels/panels.h"

@@ -57,7 +57,8 @@ void side_branch_up(const Factors& factors, int64_t out_features, const float* t
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   for (int64_t m = 0; m < t.rows; ++m) {
-    for (int64_t n = panel_begin * kPanelRows; n < min_of(panel_end * kPanelRows, out_features); ++n) {
+    for (int64_t n = panel_begin * kPanelRows; n < min_of(panel_end * kPanelRows, out_features);
+         ++n) {
       const uint8_t* panel = packed_panel(factors, n / kPanelRows);
       const int64_t i = n % kPanelRows;
       const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 4 * i;

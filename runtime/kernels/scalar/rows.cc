@@ -1,4 +1,5 @@
-// RMS norm, the exponentials of a softmax and rotary embedding, one value at a time, sums in double.
+// RMS norm, the exponentials of a softmax and rotary embedding, one value at a time, sums in
+// double.
 //
 //   out = x · weight / √(Σ x² / n + epsilon)
 //   x = e^(x − most)
