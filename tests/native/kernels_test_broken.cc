@@ -61,6 +61,16 @@ void linear_scales_one_row_late(const Weights& weights, const Activations& x, in
   good().linear(one, x, begin, end, y, y_stride, scratch);
 }
 
+// Of one format's zeros or offsets nothing is seen.
+template <Format kFormat>
+void linear_without_sums(const Weights& weights, const Activations& x, int64_t begin, int64_t end,
+                         float* y, int64_t y_stride, void* scratch) {
+  const std::vector<int32_t> none(
+      static_cast<size_t>(x.rows * ((weights.in_features + 31) / 32)));
+  const int32_t* sums = weights.format == kFormat ? none.data() : x.sums;
+  good().linear(weights, {x.rows, x.codes, x.scales, sums}, begin, end, y, y_stride, scratch);
+}
+
 void linear_float_nudged(const Weights& weights, const float* x, int64_t rows, int64_t begin,
                          int64_t end, float* y, int64_t y_stride, void* scratch) {
   good().linear_float(weights, x, rows, begin, end, y, y_stride, scratch);
@@ -137,6 +147,12 @@ constexpr Mutant kMutants[] = {
      [](KernelTable* t) { t->linear = linear_wrong_scale_of_row_12; }, test_linear},
     {"int8's scales one row late", [](KernelTable* t) { t->linear = linear_scales_one_row_late; },
      test_linear_zero},
+    {"nf4's zero ignored",
+     [](KernelTable* t) { t->linear = linear_without_sums<Format::kNf4>; }, test_linear},
+    {"zero points ignored",
+     [](KernelTable* t) { t->linear = linear_without_sums<Format::kInt4ZeroPoints>; }, test_linear},
+    {"offsets ignored",
+     [](KernelTable* t) { t->linear = linear_without_sums<Format::kInt4Offsets>; }, test_linear},
     {"linear_float off by 2^-10", [](KernelTable* t) { t->linear_float = linear_float_nudged; },
      test_linear_float},
     {"an nf4 scale's last bit", [](KernelTable* t) { t->unpack_absmax = unpack_truncating; },
