@@ -64,6 +64,7 @@ def check(bundle: Path, plain: Any, adapter: Path | None) -> None:
         keep_row_factors(model, plain, adapter)
         simulated = oracle.logits(model, TOKENS)
     assert size_of(ours - simulated) <= SIMULATION_SHARE * size_of(simulated - exact)
+    assert np.abs(ours - simulated).max() <= np.abs(simulated - exact).max()
 
 
 def size_of(differences: NDArray[np.float32]) -> float:

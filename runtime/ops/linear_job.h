@@ -19,8 +19,8 @@ struct LinearNode {
   float epsilon = 0.0f;         // of the norm
   const float* bias = nullptr;  // [N] or null
   Activation activation = Activation::kNone;
-  // Where scales of x are grouped, it is rounded to codes and to codes of what those miss: makes up
-  // for what groups lose elsewhere.
+  // Where kernels can group scales of x, it is rounded to codes and to codes of what those miss:
+  // makes up for what groups lose elsewhere.
   bool refined = false;
 };
 
@@ -100,8 +100,8 @@ class LinearJob {
   bool normed_rows() const {
     return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
   }
-  // Not beside nf4 and fp4, whose bytes are rounded already.
   bool can_group() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
+  // Not beside nf4 and fp4, whose bytes are rounded already.
   bool groups_scales() const { return can_group() && !kernels::has_codebook(weights_.format); }
   bool refined() const { return call_.node.refined && can_group(); }
   int64_t code_rows() const { return refined() ? 2 : 1; }  // of a row of x
