@@ -50,5 +50,18 @@ inline int32_t quantize_block(const float* x, int64_t count, int8_t* codes, floa
   return sum;
 }
 
+// A row, with a function for full blocks.
+template <int32_t (*quantize_full_block)(const float* x, int8_t* codes, float* scale)>
+void quantize_blocks(const float* x, int64_t in_features, int8_t* codes, float* scales,
+                     int32_t* sums) {
+  const int64_t full = in_features / 32, k = full * 32;
+  for (int64_t b = 0; b < full; ++b) {
+    sums[b] = quantize_full_block(x + b * 32, codes + b * 32, scales + b);
+  }
+  if (k < in_features) {
+    sums[full] = quantize_block(x + k, in_features - k, codes + k, scales + full);
+  }
+}
+
 }  // namespace
 }  // namespace edgelora::kernels

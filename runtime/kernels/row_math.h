@@ -1,10 +1,12 @@
-// RMS norm, the exponentials of a softmax and rotary embedding, for every ISA with float vectors:
+// RMS norm, the exponentials of a softmax, rotary embedding and SwiGLU, for ISAs with float vectors:
 // written with the compiler's vectors as wide as the flags of the including folder allow.
 //
 //   rms_norm   out = x · weight / √(Σ x² / n + epsilon)
 //   largest    the greatest x
 //   exp_row    x = e^(x − most), returns Σ x
 //   rotate     (a, b) = (a·cos − b·sin, b·cos + a·sin), a the first half of a head, b the second
+//   swiglu     out = gate / (1 + e^−gate) · up; of a negative gate e^gate is taken, as nothing grows
+//              then: gate · e^gate / (1 + e^gate)
 //
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
 //   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding. Below −87 it
@@ -128,6 +130,24 @@ inline void rotate_row(const float* x, const float* cos, const float* sin, int64
     out[i] = a * cos[i] - b * sin[i];
     out[half + i] = b * cos[i] + a * sin[i];
   }
+}
+
+inline Floats swiglu_of(Floats gate, Floats up) {
+  const Floats e = exp_of(gate < 0.0f ? gate : -gate);
+  return (gate < 0.0f ? gate * e : gate) / (1.0f + e) * up;
+}
+
+inline void swiglu_row(const float* gate, const float* up, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store_floats(out + i, swiglu_of(load_floats(gate + i), load_floats(up + i)));
+  }
+  Floats last_gate{}, last_up{};
+  const size_t bytes = static_cast<size_t>(n - i) * sizeof(float);
+  std::memcpy(&last_gate, gate + i, bytes);
+  std::memcpy(&last_up, up + i, bytes);
+  const Floats last = swiglu_of(last_gate, last_up);
+  std::memcpy(out + i, &last, bytes);
 }
 
 }  // namespace
