@@ -27,7 +27,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.contestants import Contestant, Load
-from benchmarks.figures import SPEED, Row, append, latest, limit, read
+from benchmarks.figures import SPEED, Row, append, latest, limit, machine_name, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
 from benchmarks.prepare import Step
 from benchmarks.random_adapter import write_random_adapter
@@ -76,7 +76,7 @@ def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contesta
 
 def test_readme_and_architecture_say_what_follows_from_the_committed_csvs() -> None:
     found = list(main_module.generated(SPEED))
-    assert len(found) == 4
+    assert len(found) == 5
     for path, name, tables in found:
         text = path.read_text()
         assert table.inserted(text, name, tables) == text, "run ./dev bench table"
@@ -113,7 +113,11 @@ def test_table_shows_medians_the_best_and_the_limit() -> None:
     ]
     rows[1] = replace(rows[1], bandwidth=24.0)
     lost = [losses.Loss(SMOLLM2, "peer int4", 0.25, 1.5, 0.7, 31.0, 100, "test.txt")]
-    assert table.tables(rows, lost) == (
+    elsewhere = a_row(machine="1 × Other", prefill=7, decode=6)
+    single = a_row(threads=1)
+    first, second = table.tables([elsewhere, *rows, single], lost, 2).split("\n\n**")
+    assert "1 × Other" in first
+    assert "**" + second == (
         "**SmolLM2-135M**, 2 threads of 2 × CPU, avx2, "
         "streams of 20.0 to 24.0 GB/s (median 20.0), "
         "medians of 3 interleaved rounds, commit abcdef0 (EdgeLoRA 1.2, peer 3)\n\n"
@@ -165,6 +169,9 @@ def test_targets_are_met_or_missed() -> None:
     assert "| prefill 512, 2 threads (1) | 1.5 |  |" in said
     assert "| nf4 beside int4 | ≥ 0.95 | 0.91, 1.00 missed |  |" in said
     assert "| rank 16 beside merged | ≥ 0.95 | 0.96, 0.96 met |  |" in said
+    assert said.startswith("**2 × CPU, avx2**\n")
+    both = [*rows, *(replace(row, machine="2 × Other (R) CPU @ 3GHz", isa="neon") for row in rows)]
+    assert targets.tables(both, [], in_turn).count("| nf4 beside int4 |") == 2
 
 
 def test_ours_beside_ours_is_measured_in_turn(
@@ -432,9 +439,17 @@ def test_plots_are_drawn_and_are_the_same_each_time(
         for name in ("EdgeLoRA int4", "EdgeLoRA int4 + rank 16", "llama.cpp Q4_0")
         for prompt in (128, 512)
     ]
-    once = {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
-    assert set(once) == {f"{kind}-{SMOLLM2}-2t.svg" for kind in ("bars", "context", "rank")}
-    assert once == {path.name: path.read_bytes() for path in draw(rows, tmp_path)}
+    once = {path: path.read_bytes() for path in draw(rows, tmp_path)}
+    names = [f"{kind}-{SMOLLM2}-2t.svg" for kind in ("bars", "context", "rank")]
+    assert [*once] == [tmp_path / "2-cpu" / name for name in names]
+    assert once == {path: path.read_bytes() for path in draw(rows, tmp_path)}
+
+
+def test_a_machine_s_folder_has_its_name() -> None:
+    assert (
+        machine_name([a_row(machine="2 × Intel(R) Xeon(R) Processor @ 2.80GHz")]) == "2-intel-xeon"
+    )
+    assert machine_name([a_row(machine="2 × AMD EPYC")]) == "2-amd-epyc"
 
 
 # ---- the command ----

@@ -221,7 +221,7 @@ def measure_losses(
 @csv_option
 @click.option("--check", is_flag=True, help="Write nothing; fail if README and CSV disagree.")
 def write_table(csv_path: Path, *, check: bool) -> None:
-    """Writes the CSV's medians into README.md, what of the targets is met into ARCHITECTURE.md."""
+    """Writes the CSV's medians into the READMEs, which targets are met into ARCHITECTURE.md."""
     for path, name, tables in generated(csv_path):
         wanted = table.inserted(path.read_text(), name, tables)
         if check and path.read_text() != wanted:
@@ -232,7 +232,8 @@ def write_table(csv_path: Path, *, check: bool) -> None:
 def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     """(file, name of the marks, what belongs between them)"""
     rows, lost = read(csv_path), losses.read()
-    yield table.README, "speed", table.tables(rows, lost)
+    yield table.README, "speed", table.tables(rows, lost, threads=2)
+    yield arm_kernels.README, "speed", table.tables(rows, lost, threads=1)
     on_code = read_quality("quality-code.csv")
     yield table.README, "quality", table.quality(read_quality(), on_code, lost)
     yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost, read(paired.CSV))

@@ -1,6 +1,7 @@
 """The CSV of the speed figures: one line for every contestant, load and round."""
 
 import csv
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -62,6 +63,25 @@ def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:
     """quality.csv's rows, or those of quality-code.csv, as it has them."""
     with SPEED.with_name(name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def by_machine(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each machine, in the file's order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.machine, []).append(row)
+    return list(groups.values())
+
+
+def machine_name(rows: Sequence[Row]) -> str:
+    """Of rows of one machine, for a folder: 2-intel-xeon."""
+    bare = re.sub(r"@.*|\(\w+\)|Processor", "", rows[0].machine)
+    return "-".join(re.findall(r"[a-z0-9]+", bare.lower()))
+
+
+def about_machine(rows: Sequence[Row]) -> str:
+    """Of rows of one machine: its name and what ours chose there last."""
+    return ", ".join(part for part in (rows[-1].machine, rows[-1].isa) if part)
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, latest, limit, median, of, ratio_in_turn
+from benchmarks.figures import (
+    Row,
+    about_machine,
+    by_machine,
+    latest,
+    limit,
+    machine_name,
+    median,
+    of,
+    ratio_in_turn,
+)
 
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#9aa5b1"
 STYLES = ("-", "--", ":", "-.")
@@ -23,11 +33,19 @@ matplotlib.rcParams.update({"svg.hashsalt": "edgelora", "svg.fonttype": "none", 
 
 
 def draw(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row] = ()) -> Iterator[Path]:
-    """Writes every figure that the rows suffice for. in_turn: ours beside ours (`paired`), for what
-    a side branch costs.
+    """Writes every figure that the rows suffice for, a folder for each machine. in_turn: ours
+    beside ours (`paired`), for what a side branch costs.
     """
-    groups, pairs = latest(rows), latest(in_turn)
-    for (model, threads), group in groups.items():
+    pairs_of = {machine_name(mine): mine for mine in by_machine(in_turn)}
+    for mine in by_machine(rows):
+        name = machine_name(mine)
+        yield from _of_machine(mine, folder / name, pairs_of.get(name, ()))
+
+
+def _of_machine(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row]) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = latest(in_turn)
+    for (model, threads), group in latest(rows).items():
         name = f"{model}-{threads}t"
         yield _save(_bars(group), folder / f"bars-{name}.svg")
         if len({row.prompt_tokens for row in group}) > 1:
@@ -126,7 +144,7 @@ def _titled(figure: Figure, rows: Sequence[Row]) -> Figure:
     first = rows[0]
     bandwidth = median(row.bandwidth for row in rows)
     streamed = f", {bandwidth:.1f} GB/s" if bandwidth else ""
-    about = f"{first.machine} {first.isa}{streamed}, commit {first.commit}"
+    about = f"{about_machine(rows)}{streamed}, commit {first.commit}"
     figure.suptitle(f"{first.model}, threads: {first.threads} ({about})", fontsize=9)
     figure.set_layout_engine("constrained")
     return figure

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contestants import OURS_INT4
-from benchmarks.figures import Row, latest, limit, median, of
+from benchmarks.figures import Row, about_machine, by_machine, latest, limit, median, of
 from benchmarks.losses import Loss, mean_kl
 
 README = Path(__file__).parents[2] / "README.md"
@@ -84,9 +84,10 @@ def _mean_kl(row: Mapping[str, str | float]) -> str:
     return f"{float(row['mean_kl']):.3f}"
 
 
-def tables(rows: Sequence[Row], losses: list[Loss]) -> str:
-    """One table for each model and number of threads."""
-    return "\n".join(_table(group, losses) for group in latest(rows).values())
+def tables(rows: Sequence[Row], losses: list[Loss], threads: int) -> str:
+    """One table for each machine and model, of what ran with so many threads."""
+    groups = (group for mine in by_machine(rows) for group in latest(mine).values())
+    return "\n".join(_table(group, losses) for group in groups if group[0].threads == threads)
 
 
 def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
@@ -150,8 +151,7 @@ def _caption(rows: Sequence[Row]) -> str:
     rounds = sorted({len(of(rows, row.contestant, row.prompt_tokens)) for row in rows})
     times = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
-    parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {first.machine}"]
-    parts += [first.isa] if first.isa else []
+    parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {about_machine(rows)}"]
     streams = sorted(row.bandwidth for row in rows if row.bandwidth)
     if streams:
         middle = median(streams)

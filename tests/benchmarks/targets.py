@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, latest, median, of, ratio_in_turn
+from benchmarks.figures import (
+    Row,
+    about_machine,
+    by_machine,
+    latest,
+    median,
+    of,
+    ratio_in_turn,
+)
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
 
@@ -44,7 +52,17 @@ PAIRS = (
 
 
 def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> str:
-    """Beside the peers, then ours beside ours, of rows measured in turn (`paired`)."""
+    """For each machine: beside the peers, then ours beside ours, of rows measured in turn
+    (`paired`).
+    """
+    pairs = {mine[0].machine: mine for mine in by_machine(in_turn)}
+    return "\n".join(
+        f"**{about_machine(mine)}**\n\n{_of_machine(mine, losses, pairs.get(mine[0].machine, []))}"
+        for mine in by_machine(rows)
+    )
+
+
+def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> str:
     groups, pairs_of = latest(rows), latest(in_turn)
     models = list(dict.fromkeys(model for model, _ in groups))
     chosen = {model: bundle(groups[model, COUNTS[0]], mean_kl(losses, model)) for model in models}
