@@ -172,6 +172,11 @@ def test_targets_are_met_or_missed() -> None:
     assert said.startswith("**2 × CPU, avx2**\n")
     both = [*rows, *(replace(row, machine="2 × Other (R) CPU @ 3GHz", isa="neon") for row in rows)]
     assert targets.tables(both, [], in_turn).count("| nf4 beside int4 |") == 2
+    single = [replace(row, threads=1, decode=row.decode / 2) for row in rows]
+    said = targets.tables([*rows, a_row(**peer), *single, a_row(**peer, threads=1)], [], [])
+    assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 (1.10) missed |" in said
+    said = targets.tables([*single, a_row(**peer, threads=1)], [], [])
+    assert "| decode at 128, 2 threads (1) | 2.0 | – (1.10) missed |" in said
 
 
 def test_ours_beside_ours_is_measured_in_turn(
@@ -446,9 +451,8 @@ def test_plots_are_drawn_and_are_the_same_each_time(
 
 
 def test_a_machine_s_folder_has_its_name() -> None:
-    assert (
-        machine_name([a_row(machine="2 × Intel(R) Xeon(R) Processor @ 2.80GHz")]) == "2-intel-xeon"
-    )
+    xeon = a_row(machine="2 × Intel(R) Xeon(R) Processor @ 2.80GHz")
+    assert machine_name([xeon]) == "2-intel-xeon-2-80ghz"
     assert machine_name([a_row(machine="2 × AMD EPYC")]) == "2-amd-epyc"
 
 

@@ -83,8 +83,8 @@ struct PackedFactors {
   const uint8_t* b;
 };
 
-// A·x of some rows of x: of each a float32 scale and behind it int8 [4·⌈rank/4⌉], a surplus one
-// is 0. No code is −128.
+// A·x of some rows of x: of each a float32 scale, the codes' sum as int32, and behind them the
+// codes, int8 [4·⌈rank/4⌉], a surplus one 0, none −128.
 struct PackedT {
   int64_t rows;
   const float* data;  // row m at data + m · stride
@@ -98,12 +98,11 @@ struct KernelTable {
   const char* isa;     // "scalar", "avx2", "avx512_vnni"…
   int64_t strip_rows;  // of x: what linear rearranges of W it rearranges once for so many
 
-
   // x [K] → codes [Kp], scales [Kp/32], sums [Kp/32]. amax/127, round half to even.
   void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                                int32_t* sums);
 
-  // The same, of four blocks each with scales that are powers of two apart: up to twice the above.
+  // The same, but the scales of four blocks are powers of two apart: each up to twice amax/127.
   // Null where `linear` is no faster with them.
   void (*quantize_groups)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums);

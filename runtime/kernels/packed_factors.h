@@ -14,8 +14,14 @@ inline const uint8_t* packed_panel(const PackedFactors& factors, int64_t panel) 
 
 inline float packed_scale(const PackedT& t, int64_t row) { return t.data[row * t.stride]; }
 
+inline int32_t packed_sum(const PackedT& t, int64_t row) {
+  int32_t sum;
+  std::memcpy(&sum, t.data + row * t.stride + 1, sizeof sum);
+  return sum;
+}
+
 inline const int8_t* packed_codes(const PackedT& t, int64_t row) {
-  return reinterpret_cast<const int8_t*>(t.data + row * t.stride + 1);
+  return reinterpret_cast<const int8_t*>(t.data + row * t.stride + 2);
 }
 
 // b is wanted so many bytes before it is read: caches stop at the end of a page.
@@ -28,9 +34,8 @@ inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
 //   Isa::add_rows<kRows>(panel, quads, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 +=
 //                                                                    b·t
-// T: PackedT, or with it what the ISA knows of each row.
-template <class Isa, class T>
-void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const T& t,
+template <class Isa>
+void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                           int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   const int64_t quads = ceil_div(factors.rank, 4);
   for (int64_t p = panel_begin; p < panel_end; ++p) {

@@ -20,9 +20,7 @@
 namespace edgelora::kernels {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
 constexpr int64_t kLanes = 8;
 #else
 constexpr int64_t kLanes = 4;

@@ -15,18 +15,18 @@
 //   at −128·Σx, of nf4 at −(128 + 5/32)·Σx: its bytes are 5/32 too large on average. The rounding
 //   costs at most 0.0024 (0.0031) of absmax a weight.
 //
-// Few rows of x (decode): a block's codes, 16 rows × 32 K, are unpacked to 8 registers (kParts
-// times).
+// Few rows of x, with 512 bits up to V::kGroupRows at a time: a block's codes, 16 rows × 32 K, are
+// unpacked to 8 registers (kParts times).
 //   even, odd   int32, a row's dots of the block: two chains, to hide vpdpbusd's latency
 //   sums        float, the rows' running y
-// More rows: bytes of a chunk are unpacked once for all rows of the tile, then up to
+// More rows, with 256 bits: bytes of a chunk are unpacked once for all rows of the tile, then up to
 // V::kGroupRows rows of x meet 16 rows of W at a time: as many chains.
 //   dots [rows][V::kParts]   int32, of one block
-//   acc  [rows][V::kParts]   float, in registers where 32 of them exist, else in L1
+//   acc  [rows][V::kParts]   float, in L1
 //
 // V: registers that hold 16 / kParts rows of W. load, low_nibbles, high_nibbles, flip (xor 0x80),
-// look_up (a codebook's bytes), broadcast4, broadcast, zero, dot (vpdpbusd), add; floats as in
-// scale.
+// look_up (a codebook's bytes), broadcast4, broadcast, zero, dot (vpdpbusd), add, sub; as_floats
+// (the same bits); floats as in scale.
 #pragma once
 
 #include "kernels/avx2/row_groups.h"

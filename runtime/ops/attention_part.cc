@@ -127,7 +127,7 @@ const std::vector<int64_t>& AttentionPart::read_past(const OrtKernelContext* con
     throw Error(EDGELORA_INVALID_ARGUMENT, "last position is " + to_string(last.shape) +
                                                ", expected [" + std::to_string(batch) + "]");
   }
-  thread_local std::vector<int64_t> past;
+  thread_local std::vector<int64_t> past;  // kept, so that no token allocates
   past.resize(static_cast<size_t>(batch));
   for (size_t i = 0; i < past.size(); ++i) {
     const int64_t positions = int64_t{static_cast<const int32_t*>(last.data)[i]} + 1;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "kernels/activation_block.h"
 #include "kernels/ceil_div.h"
@@ -38,7 +39,7 @@ void round_t(const float* t, float inverse, char* to) {
 }
 
 // t [rank] → int8 [4·⌈rank/4⌉] in its place; returns the scale, NaN if a t is not finite.
-float quantize_t(float* t, int64_t rank) {
+float round_all(float* t, int64_t rank) {
   const float most = most_of(t, rank);
   const bool finite = most <= std::numeric_limits<float>::max();
   auto* codes = reinterpret_cast<char*>(t);
@@ -53,6 +54,14 @@ float quantize_t(float* t, int64_t rank) {
   for (; r < rank; ++r) round_t<1>(t + r, inverse, codes + r);
   std::memset(codes + rank, 0, static_cast<size_t>(size - rank));
   return most / 127.0f;
+}
+
+// A row of PackedT whose codes are not rounded yet; weight: what their scale is multiplied by.
+void quantize_t(float* row, int64_t rank, float weight) {
+  row[0] = weight * round_all(row + 2, rank);
+  const auto* codes = reinterpret_cast<const int8_t*>(row + 2);
+  const int32_t sum = std::accumulate(codes, codes + rank, 0);
+  std::memcpy(row + 1, &sum, sizeof sum);
 }
 
 }  // namespace
@@ -100,13 +109,12 @@ void LinearJob::down_packed(Worker& worker, const Branch& branch, int64_t row_be
   const kernels::PackedFactors& factors = *branch.packed;
   const auto multiply = [&](int64_t row, const kernels::Activations& x) {
     call_.kernels->linear(factors.a, x, 0, ceil_div(factors.rank, kPanelRows),
-                          t_of(branch, row) + 1, call_.adapters->t_size(), worker.linear);
+                          t_of(branch, row) + 2, call_.adapters->t_size(), worker.linear);
   };
   if (!refined()) multiply(row_begin, quantized(worker, {row_begin, true}, row_end));
   for (int64_t m = row_begin; m < row_end; ++m) {
     if (refined()) multiply(m, first_codes(worker, m));
-    float* scale = t_of(branch, m);
-    *scale = branch.packed_weight * quantize_t(scale + 1, factors.rank);
+    quantize_t(t_of(branch, m), factors.rank, branch.packed_weight);
   }
 }
 

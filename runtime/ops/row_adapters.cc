@@ -32,7 +32,7 @@ const RowChange* rows_of(const ActiveAdapter& adapter, const std::string& target
   return found == adapter.rows.end() ? nullptr : &found->second;
 }
 
-constexpr int64_t kBesideT = 1;  // floats: a scale
+constexpr int64_t kBesideT = 2;  // floats: a scale, the codes' sum
 
 }  // namespace
 

@@ -311,15 +311,22 @@ def write(path: Path, rows: Sequence[Row | Tokens]) -> None:
 
 
 def ratios(rows: list[Row]) -> str:
-    """A table for README.md: our whole calls of int4, the best other's inner loop being 1."""
+    """A table for README.md: our whole calls of int4, the best other's inner loop being 1; and of
+    nf4, our int4 being 1.
+    """
     cpus = [(isa, cpu) for isa, about in ISAS.items() for cpu in about.cpus if isa != "neon"]
     lines = [["", *(cpu for _, cpu in cpus)], ["---", *("---:" for _ in cpus)]]
     for phase in ("decode", "prefill"):
-        found = (
-            rate(rows, isa, "int4", phase, cpu) / best(rows, isa, phase, cpu) for isa, cpu in cpus
-        )
-        lines.append([phase, *(f"{ratio:.2f}" for ratio in found)])
+        int4 = [rate(rows, isa, "int4", phase, cpu) for isa, cpu in cpus]
+        nf4 = [rate(rows, isa, "nf4", phase, cpu) for isa, cpu in cpus]
+        beside = [best(rows, isa, phase, cpu) for isa, cpu in cpus]
+        lines.append([phase, *_quotients(int4, beside)])
+        lines.append([f"{phase}, nf4 ÷ int4", *_quotients(nf4, int4)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _quotients(ours: Sequence[float], others: Sequence[float]) -> Iterator[str]:
+    return (f"{a / b:.2f}" for a, b in zip(ours, others, strict=True))
 
 
 def best(rows: list[Row], isa: str, phase: str, cpu: str) -> float:

@@ -74,8 +74,8 @@ def by_machine(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def machine_name(rows: Sequence[Row]) -> str:
-    """Of rows of one machine, for a folder: 2-intel-xeon."""
-    bare = re.sub(r"@.*|\(\w+\)|Processor", "", rows[0].machine)
+    """Of rows of one machine, for a folder: 2-intel-xeon-2-80ghz."""
+    bare = re.sub(r"\(\w+\)|Processor", "", rows[0].machine)
     return "-".join(re.findall(r"[a-z0-9]+", bare.lower()))
 
 

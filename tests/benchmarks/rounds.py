@@ -17,7 +17,7 @@ import click
 
 from benchmarks import bandwidth
 from benchmarks.contestants import Contestant, Load, about_adapters, contestants, output
-from benchmarks.figures import Row, append
+from benchmarks.figures import Row, append, read
 from benchmarks.folder import OURSELVES, Peers
 
 MAX_ADAPTER_PROMPT = 512  # longer prompts say nothing new of a side branch and take minutes
@@ -77,10 +77,10 @@ def measure(
     peers: Peers, round_of_turns: Sequence[Turn], rounds: int, setting: Setting, csv: Path
 ) -> list[str]:
     """Appends a row for each turn of each round. Returns what failed, a line each."""
-    program = bandwidth.build(peers.root)
+    program, done = bandwidth.build(peers.root), rounds_of(csv, setting.run)
     versions = {turn.contestant.name: turn.contestant.version() for turn in round_of_turns}
     failures = []
-    for number in range(rounds):
+    for number in range(done, done + rounds):
         for turn in shuffled(round_of_turns, number):
             contestant, load = turn.contestant, turn.load
             streamed = bandwidth.streamed(program, contestant.weights[0], load.threads)
@@ -99,6 +99,12 @@ def measure(
             append(csv, row)
             click.echo(f"{about}: {prefill:.1f} {decode:.1f}, {streamed:.1f} GB/s", err=True)
     return failures
+
+
+def rounds_of(csv: Path, run: str) -> int:
+    """How many a run has that is gone on with: a number stands for one round."""
+    found = [row.round for row in read(csv) if row.run == run] if csv.exists() else []
+    return max(found, default=-1) + 1
 
 
 def machine() -> str:

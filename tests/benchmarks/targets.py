@@ -4,6 +4,7 @@ One bundle stands for a model: of those that lose no more than llama.cpp's Q4_0 
 streams the fewest bytes for a token (which is fastest would change with the machine's mood).
 """
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,12 +66,19 @@ def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> s
 def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> str:
     groups, pairs_of = latest(rows), latest(in_turn)
     models = list(dict.fromkeys(model for model, _ in groups))
-    chosen = {model: bundle(groups[model, COUNTS[0]], mean_kl(losses, model)) for model in models}
+    chosen = {
+        model: bundle(
+            [row for row in itertools.chain(*groups.values()) if row.model == model],
+            mean_kl(losses, model),
+        )
+        for model in models
+    }
     head = ["× the best peer", "target", *(f"{model}: {chosen[model]}" for model in models)]
     beside_peers = [[_named(target), _least(target, models), *(
         _verdict(_ratios(groups, model, chosen[model], target), target.least[model])
         for model in models)] for target in TARGETS]  # fmt: skip
-    beside_stream = [_of_stream(groups[model, COUNTS[0]], chosen[model]) for model in models]
+    most = [groups.get((model, COUNTS[0]), []) for model in models]
+    beside_stream = [_of_stream(*pair) for pair in zip(most, chosen.values(), strict=True)]
     beside_peers.insert(1, ["the same ÷ the stream just before", "", *beside_stream])
     settings = [(model, count) for model in models for count in COUNTS]
     named = [f"{model}, {count} thread{'s' if count > 1 else ''}" for model, count in settings]
@@ -96,8 +104,8 @@ def _rate(rows: Sequence[Row], name: str, what: str, prompt_tokens: int) -> floa
 
 def _ratios(
     groups: dict[tuple[str, int], list[Row]], model: str, ours: str, target: Target
-) -> Iterator[float]:
-    """For each number of threads, ours ÷ the fastest peer's."""
+) -> Iterator[float | None]:
+    """For each number of threads, ours ÷ the fastest peer's; None: not measured."""
     for threads in COUNTS:
         rows = groups.get((model, threads), [])
         peers = {row.contestant for row in rows} - {
@@ -107,8 +115,7 @@ def _ratios(
             (_rate(rows, name, target.what, target.prompt_tokens) or 0 for name in peers), default=0
         )
         mine = _rate(rows, ours, target.what, target.prompt_tokens)
-        if mine and best:
-            yield mine / best
+        yield mine / best if mine and best else None
 
 
 def _of_stream(rows: Sequence[Row], name: str) -> str:
@@ -121,12 +128,15 @@ def _of_stream(rows: Sequence[Row], name: str) -> str:
     return f"{statistics.median(found):.2f}" if found else ""
 
 
-def _verdict(ratios: Iterator[float], least: float) -> str:
-    found = list(ratios)
-    if not found:
+def _verdict(ratios: Iterator[float | None], least: float) -> str:
+    """Met if every number of threads that was measured meets it."""
+    first, *others = ratios
+    known = [ratio for ratio in (first, *others) if ratio]
+    if not known:
         return ""
-    said = f"{found[0]:.2f}" + "".join(f" ({ratio:.2f})" for ratio in found[1:])
-    return f"{said} {'met' if found[0] >= least else 'missed'}"
+    said = f"{first:.2f}" if first else "–"
+    said += "".join(f" ({ratio:.2f})" for ratio in others if ratio)
+    return f"{said} {'met' if min(known) >= least else 'missed'}"
 
 
 def _pair(rows: Sequence[Row], ours: str, other: str, least: float | None) -> str:

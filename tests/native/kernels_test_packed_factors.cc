@@ -2,6 +2,7 @@
 // two roundings and a sum follow.
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/half.h"
 #include "kernels_test.h"
@@ -22,7 +23,7 @@ class Case {
         quads_((rank + 3) / 4),
         panels_((out_features + 15) / 16),
         b_(static_cast<size_t>(panels_ * stride()), rank % 3 == 0 ? 1 : 0),
-        t_(static_cast<size_t>(4 * rows * (1 + quads_))),
+        t_(static_cast<size_t>(4 * rows * (2 + quads_))),
         y_(static_cast<size_t>(4 * rows * out_features)) {
     Random random(static_cast<uint64_t>(rank * 4096 + out_features));
     for (int64_t p = 0; p < panels_; ++p) {
@@ -45,7 +46,7 @@ class Case {
     PackedFactors factors{};
     factors.rank = rank_;
     factors.b = b_.as<uint8_t>();
-    const PackedT t{rows_, t_.as<float>(), 1 + quads_};
+    const PackedT t{rows_, t_.as<float>(), 2 + quads_};
     const int64_t middle = panels_ / 2;
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, panels_}}) {
       isa.table->side_branch_up_int8(factors, n_, t, begin, end, y_.as<float>(), n_);
@@ -75,8 +76,8 @@ class Case {
     return static_cast<double>(half_to_float(load_u16(panel(n / 16), n % 16)));
   }
 
-  float* t_of(int64_t m) { return t_.as<float>() + m * (1 + quads_); }
-  int8_t* codes(int64_t m) { return reinterpret_cast<int8_t*>(t_of(m) + 1); }
+  float* t_of(int64_t m) { return t_.as<float>() + m * (2 + quads_); }
+  int8_t* codes(int64_t m) { return reinterpret_cast<int8_t*>(t_of(m) + 2); }
 
   void fill_t(Random& random, int64_t m, bool saturated) {
     t_of(m)[0] = -3.5e-3f * (1.0f + random.unit());
@@ -84,6 +85,8 @@ class Case {
       const int code = saturated ? saturated_code(m) : random.between(-127, 127);
       codes(m)[r] = static_cast<int8_t>(r < rank_ ? code : 0);
     }
+    const int32_t sum = std::accumulate(codes(m), codes(m) + rank_, 0);
+    std::memcpy(t_of(m) + 1, &sum, sizeof sum);
   }
 
   int64_t sum(int64_t m, int64_t n) {

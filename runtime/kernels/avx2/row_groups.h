@@ -322,17 +322,18 @@ void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t pa
     }
   }
   alignas(64) float acc[kRowTile * kPanelRows];
-  ChunkMemory memory;
-  const bool few = groups.rows <= Isa::kFewRows || Isa::kFewRows == Isa::kGroupRows;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    if (few) {
-      multiply_few<Isa, kFormat>(panel_view(weights, p), groups,
-                                 out_of(weights, p, {y, y_stride}, acc));
-      store_part(weights, p, groups.rows, acc, {y, y_stride});
-    } else {
-      multiply_chunks<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
-      store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+    if constexpr (Isa::kFewRows < Isa::kGroupRows) {
+      if (groups.rows > Isa::kFewRows) {
+        ChunkMemory memory;
+        multiply_chunks<Isa, kFormat>(panel_view(weights, p), groups, &memory, acc);
+        store_tile(acc, groups.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+        continue;
+      }
     }
+    multiply_few<Isa, kFormat>(panel_view(weights, p), groups,
+                               out_of(weights, p, {y, y_stride}, acc));
+    store_part(weights, p, groups.rows, acc, {y, y_stride});
   }
 }
 

@@ -14,18 +14,6 @@
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
-constexpr int64_t kSummedRows = 64;
-
-struct SummedT : PackedT {
-  int32_t starts[kSummedRows];  // −128·Σt of each row
-};
-
-int32_t sum_of(const int8_t* codes, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += codes[i];
-  return sum;
-}
-
 inline __m512i add_quad(__m512i sum, __m512i column, const int8_t* t) {
   int32_t quad;
   std::memcpy(&quad, t, sizeof quad);
@@ -36,9 +24,13 @@ inline __m512i unsigned_column(const uint8_t* b) {
   return _mm512_xor_si512(_mm512_loadu_si512(b), _mm512_set1_epi8(-128));
 }
 
+inline __m512i start(const PackedT& t, int64_t row) {
+  return _mm512_set1_epi32(-128 * packed_sum(t, row));
+}
+
 template <int kRows>
-void sum_panel(const uint8_t* b, const SummedT& t, int64_t m, int64_t quads, __m512i* sums) {
-  for (int r = 0; r < kRows; ++r) sums[r] = _mm512_set1_epi32(t.starts[m + r]);
+void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, __m512i* sums) {
+  for (int r = 0; r < kRows; ++r) sums[r] = start(t, m + r);
   for (int64_t q = 0; q < quads; ++q) {
     const __m512i column = unsigned_column(b + 64 * q);
     for (int r = 0; r < kRows; ++r) {
@@ -50,9 +42,9 @@ void sum_panel(const uint8_t* b, const SummedT& t, int64_t m, int64_t quads, __m
 constexpr int kChains = 4;
 
 template <>
-void sum_panel<1>(const uint8_t* b, const SummedT& t, int64_t m, int64_t quads, __m512i* sums) {
+void sum_panel<1>(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, __m512i* sums) {
   const int8_t* codes = packed_codes(t, m);
-  __m512i chains[kChains] = {_mm512_set1_epi32(t.starts[m])};
+  __m512i chains[kChains] = {start(t, m)};
   for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
   int64_t q = 0;
   for (; q + kChains <= quads; q += kChains) {
@@ -71,7 +63,7 @@ struct SideBranch {
   static constexpr int kMostRows = 8;
 
   template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t quads, const SummedT& t, int64_t m,
+  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
                        int64_t columns, float* y, int64_t y_stride) {
     const auto lanes = static_cast<__mmask16>((1 << columns) - 1);
     __m512i sums[kRows];
@@ -92,17 +84,7 @@ struct SideBranch {
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  SummedT some;
-  some.stride = t.stride;
-  for (int64_t m = 0; m < t.rows; m += kSummedRows) {
-    some.rows = min_of(kSummedRows, t.rows - m);
-    some.data = t.data + m * t.stride;
-    for (int64_t i = 0; i < some.rows; ++i) {
-      some.starts[i] = -128 * sum_of(packed_codes(some, i), factors.rank);
-    }
-    drive_packed_factors<SideBranch>(factors, out_features, some, panel_begin, panel_end,
-                                     y + m * y_stride, y_stride);
-  }
+  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
 }
 
 }  // namespace edgelora::kernels::avx512_vnni

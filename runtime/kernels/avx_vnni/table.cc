@@ -1,5 +1,4 @@
-// The avx_vnni table: its own integer linear. All else is avx2's, whose features it includes:
-// those functions read every value once, so wider registers would not make them faster.
+// The avx_vnni table: its own integer linear. All else is avx2's, whose features it includes.
 #include "kernels/avx_vnni/avx_vnni.h"
 #include "kernels/avx2/avx2.h"
 #include "kernels/panels.h"
