@@ -1,12 +1,12 @@
-// RMS norm, the exponentials of a softmax, rotary embedding and SwiGLU, for ISAs with float vectors:
-// written with the compiler's vectors as wide as the flags of the including folder allow.
+// RMS norm, the exponentials of a softmax, rotary embedding and SwiGLU, for every ISA with float
+// vectors: written with the compiler's vectors as wide as the flags of the including folder allow.
 //
 //   rms_norm   out = x · weight / √(Σ x² / n + epsilon)
 //   largest    the greatest x
 //   exp_row    x = e^(x − most), returns Σ x
 //   rotate     (a, b) = (a·cos − b·sin, b·cos + a·sin), a the first half of a head, b the second
-//   swiglu     out = gate / (1 + e^−gate) · up; of a negative gate e^gate is taken, as nothing grows
-//              then: gate · e^gate / (1 + e^gate)
+//   swiglu     out = gate / (1 + e^−gate) · up; of a negative gate gate · e^gate / (1 + e^gate), so
+//              that no exponent is above 0
 //
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
 //   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding. Below −87 it
