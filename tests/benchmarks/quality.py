@@ -46,6 +46,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "best, int8 embedding": {"quality": "best", "embedding_format": "int8"},
     "int4 block 32, float activations": {"format": "int4", "block_size": 32},
     "nf4, float activations": {"format": "nf4"},
+    "balanced, block 128, float activations": {"quality": "balanced", "block_size": 128},
 }
 FLOAT_PATH = ", float activations"
 ROUNDED = ", int8 against float activations"  # and kv_cache: one bundle's two paths
