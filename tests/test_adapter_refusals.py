@@ -11,6 +11,7 @@ import pytest
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
+from cases import case_id
 from edgelora.adapter import adapter_ledger, read_adapter
 from edgelora.errors import EdgeLoraError
 from test_adapter import CONFIG, PREFIX, Q0, TARGETS, V0, WEIGHTS, change_config
@@ -120,7 +121,7 @@ BAD_FIELDS += [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=case_id)
 def test_bad_field_is_refused_by_name(folder: Path, change: dict[str, Any], culprit: str) -> None:
     change_config(folder, **change)
     assert culprit in refusal(folder)
@@ -178,7 +179,7 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], object], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprits"), BAD_TENSORS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprits"), BAD_TENSORS, ids=case_id)
 def test_bad_tensor_is_refused_by_name(
     folder: Path, change: Callable[[Tensors], object], culprits: list[str]
 ) -> None:
@@ -198,7 +199,7 @@ BAD_MAGNITUDES: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_MAGNITUDES, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_MAGNITUDES, ids=case_id)
 def test_bad_magnitude_is_refused_by_name(folder: Path, change: Change, culprit: str) -> None:
     change_config(folder, use_dora=True)
     names = {target: f"{PREFIX}{target}.lora_magnitude_vector" for target in (Q0, V0)}

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import edgelora
 import oracle
 import tiny
+from cases import case_id
 from edgelora.adapter import adapter_ledger, read_adapter
 from edgelora.adapter.families import ADAPTER_HUB, FAMILIES, REFUSED
 from edgelora.adapter.ia3 import FIELDS, is_feedforward
@@ -101,7 +102,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=case_id)
 def test_bad_field_of_ia3_is_refused_by_name(
     folder: Path, change: dict[str, Any], culprit: str
 ) -> None:
@@ -123,7 +124,7 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_TENSORS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_TENSORS, ids=case_id)
 def test_bad_tensor_of_ia3_is_refused_by_name(
     folder: Path, change: Callable[[Tensors], object], culprit: str
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import edgelora
 import oracle
 import tiny
+from cases import case_id
 from edgelora.adapter import SoftPrompt, adapter_ledger, read_adapter
 from edgelora.adapter_file import read_adapter_file
 from edgelora.adding import add_adapter
@@ -446,7 +447,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_FIELDS, ids=case_id)
 def test_bad_field_is_refused_by_name(
     folder: Path, base: Path, change: dict[str, Any], culprit: str
 ) -> None:
@@ -467,7 +468,7 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "culprit"), BAD_TENSORS, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("change", "culprit"), BAD_TENSORS, ids=case_id)
 def test_bad_tensor_is_refused_by_name(
     folder: Path, base: Path, change: Callable[[Tensors], object], culprit: str
 ) -> None:
