@@ -20,15 +20,6 @@ def has_amx() -> bool:
     return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process takes a file, whose fixtures it makes once; tests/arm builds in one folder."""
-    for item in items:
-        folder = item.path.parent
-        group = folder if folder.name == "arm" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
-
-
 @pytest.fixture(scope="module")
 def library() -> str:
     """With our operators; EDGELORA_LIBRARY names another than the package's."""

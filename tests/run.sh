@@ -19,4 +19,4 @@ bash tests/native/arm.sh
 for tool in aarch64-linux-gnu-g++ qemu-aarch64-static clang++; do
   command -v "$tool" >/dev/null || echo "no $tool: tests/arm skips what needs it"
 done
-exec pytest --numprocesses "$(nproc)" --dist loadgroup "$@"
+exec pytest "$@"

@@ -167,7 +167,9 @@ def test_method_equals_peft(
         assert {name: each.shape for name, each in ours.items()} == {
             name: each.shape for name, each in theirs.items()
         }
-        assert_same(deltas(ours), deltas(theirs), 1e-5)
+        # PEFT's SVD is in float32: of two singular values that are close, one kept and one cut, its
+        # rounding mixes the vectors by the inverse of their distance, on each CPU in its own way.
+        assert_same(deltas(ours), deltas(theirs), 1e-4)
     else:
         assert_same(ours, theirs, 1e-6)
 
