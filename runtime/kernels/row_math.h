@@ -140,6 +140,7 @@ inline void swiglu_row(const float* gate, const float* up, int64_t n, float* out
   for (; i + kLanes <= n; i += kLanes) {
     store_floats(out + i, swiglu_of(load_floats(gate + i), load_floats(up + i)));
   }
+  if (i == n) return;
   Floats last_gate{}, last_up{};
   const size_t bytes = static_cast<size_t>(n - i) * sizeof(float);
   std::memcpy(&last_gate, gate + i, bytes);
