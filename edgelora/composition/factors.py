@@ -102,9 +102,10 @@ def _truncated(delta: NDArray[np.floating], target: Target, rank: int) -> Factor
 def _singular(
     matrix: NDArray[np.floating], target: Target
 ) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]:
+    """In float64: float32 would mix the last vector kept with the first that is cut."""
     if not np.isfinite(matrix).all():
         raise _overflow(target)
-    return np.linalg.svd(matrix, full_matrices=False)
+    return np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
 
 
 def _single(values: NDArray[np.floating]) -> Values:
