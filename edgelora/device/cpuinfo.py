@@ -22,12 +22,21 @@ _ARM_PARTS = {
     0xD05: "Cortex-A55",
     0xD08: "Cortex-A72",
     0xD0B: "Cortex-A76",
+    0xD0C: "Neoverse-N1",
+    0xD40: "Neoverse-V1",
     0xD41: "Cortex-A78",
     0xD42: "Cortex-A78AE",
     0xD44: "Cortex-X1",
     0xD46: "Cortex-A510",
+    0xD47: "Cortex-A710",
+    0xD48: "Cortex-X2",
+    0xD49: "Neoverse-N2",
     0xD4D: "Cortex-A715",
     0xD4E: "Cortex-X3",
+    0xD4F: "Neoverse-V2",
+    0xD80: "Cortex-A520",
+    0xD81: "Cortex-A720",
+    0xD82: "Cortex-X4",
 }
 
 

@@ -55,6 +55,8 @@ constexpr Device kLacking[] = {  // the ISA forced on features that do not suffi
 constexpr Dump kDumps[] = {
     {"amd-epyc-zen3.txt", "avx2"},
     {"amd-epyc-zen5.txt", "avx512_vnni"},
+    {"core-i7-13700hx.txt", "avx_vnni"},
+    {"xeon-ice-lake.txt", "avx512_vnni"},
     {"xeon-emerald-rapids.txt", "amx_bf16"},
 };
 constexpr NamedFeature kNames[] = {
@@ -80,6 +82,12 @@ constexpr Dump kDumps[] = {
     {"qemu-cortex-a53.txt", "neon"},
     {"qemu-cortex-a76.txt", "neon_dotprod"},
     {"qemu-max.txt", "neon_i8mm"},
+    {"raspberry-pi-3.txt", "neon"},
+    {"raspberry-pi-4.txt", "neon"},
+    {"raspberry-pi-5.txt", "neon_dotprod"},
+    {"agilex-5.txt", "neon_dotprod"},
+    {"neoverse-n1.txt", "neon_dotprod"},
+    {"snapdragon-8-gen-3.txt", "neon_i8mm"},
 };
 constexpr NamedFeature kNames[] = {{"asimd", kNeon}, {"asimddp", kDotprod}, {"i8mm", kI8mm}};
 #endif
