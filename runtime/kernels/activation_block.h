@@ -1,4 +1,4 @@
-// Quantizing one block of 32 activations: the scalar steps, also for the last, partial block
+// Quantizing one block of activations: the scalar steps, also for the last, partial block
 // elsewhere.
 //
 //   scale = amax / 127,  code = round_half_even(x · (127 / amax)),  sum = Σ code
@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+
+#include "kernels/kernels.h"
 
 namespace edgelora::kernels {
 namespace {
@@ -30,7 +32,7 @@ inline BlockScale block_scale_of(float amax, bool finite) {
   return {amax / 127.0f, 127.0f / amax};
 }
 
-// x [count] → codes [32], the rest zero; returns the sum.
+// x [count] → codes [kActivationBlock], the rest zero; returns the sum.
 inline int32_t quantize_block(const float* x, int64_t count, int8_t* codes, float* scale) {
   float amax = 0.0f;
   bool finite = true;
@@ -42,7 +44,7 @@ inline int32_t quantize_block(const float* x, int64_t count, int8_t* codes, floa
   const BlockScale block = block_scale_of(amax, finite);
   *scale = block.scale;
   int32_t sum = 0;
-  for (int64_t i = 0; i < 32; ++i) {
+  for (int64_t i = 0; i < kActivationBlock; ++i) {
     const bool zero = i >= count || block.inverse == 0.0f;
     codes[i] = zero ? int8_t{0} : static_cast<int8_t>(std::nearbyintf(x[i] * block.inverse));
     sum += codes[i];
@@ -54,9 +56,10 @@ inline int32_t quantize_block(const float* x, int64_t count, int8_t* codes, floa
 template <int32_t (*quantize_full_block)(const float* x, int8_t* codes, float* scale)>
 void quantize_blocks(const float* x, int64_t in_features, int8_t* codes, float* scales,
                      int32_t* sums) {
-  const int64_t full = in_features / 32, k = full * 32;
+  const int64_t full = in_features / kActivationBlock, k = full * kActivationBlock;
   for (int64_t b = 0; b < full; ++b) {
-    sums[b] = quantize_full_block(x + b * 32, codes + b * 32, scales + b);
+    const int64_t at = b * kActivationBlock;
+    sums[b] = quantize_full_block(x + at, codes + at, scales + b);
   }
   if (k < in_features) {
     sums[full] = quantize_block(x + k, in_features - k, codes + k, scales + full);

@@ -89,6 +89,8 @@ struct PackedT {
   int64_t rows;
   const float* data;  // row m at data + m · stride
   int64_t stride;     // floats
+
+  static constexpr int64_t kBesideCodes = 2;  // floats: the scale and the sum
 };
 
 inline constexpr int64_t kMostPackedRank = 512;  // beyond it float16 factors; int32 would hold more

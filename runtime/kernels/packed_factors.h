@@ -7,9 +7,13 @@
 namespace edgelora::kernels {
 namespace {
 
+constexpr int64_t kPackedScaleBytes = 2 * kPanelRows;  // bytes before the codes of a panel of b
+
+inline int64_t packed_panel_bytes(int64_t quads) { return kPackedScaleBytes + 64 * quads; }
+
 // A panel of b: its 16 scales, then its codes.
 inline const uint8_t* packed_panel(const PackedFactors& factors, int64_t panel) {
-  return factors.b + panel * (32 + 64 * ceil_div(factors.rank, 4));
+  return factors.b + panel * packed_panel_bytes(ceil_div(factors.rank, 4));
 }
 
 inline float packed_scale(const PackedT& t, int64_t row) { return t.data[row * t.stride]; }
@@ -21,14 +25,14 @@ inline int32_t packed_sum(const PackedT& t, int64_t row) {
 }
 
 inline const int8_t* packed_codes(const PackedT& t, int64_t row) {
-  return reinterpret_cast<const int8_t*>(t.data + row * t.stride + 2);
+  return reinterpret_cast<const int8_t*>(t.data + row * t.stride + PackedT::kBesideCodes);
 }
 
 // b is wanted so many bytes before it is read: caches stop at the end of a page.
 constexpr int64_t kFetchAhead = 4096;
 
 inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
-  for (int64_t i = 0; i < 32 + 64 * quads; i += 64) __builtin_prefetch(panel + kFetchAhead + i);
+  for (int64_t i = 0; i < packed_panel_bytes(quads); i += 64) __builtin_prefetch(panel + kFetchAhead + i);
 }
 
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:

@@ -14,6 +14,7 @@ namespace {
 using kernels::ceil_div;
 
 constexpr int64_t kPanelRows = kernels::kPanelRows;
+constexpr int64_t kBesideCodes = kernels::PackedT::kBesideCodes;
 
 // The largest magnitude; Inf or NaN if any is: their bits, without the sign, are above every
 // number's.
@@ -58,8 +59,8 @@ float round_all(float* t, int64_t rank) {
 
 // A row of PackedT whose codes are not rounded yet; weight: what their scale is multiplied by.
 void quantize_t(float* row, int64_t rank, float weight) {
-  row[0] = weight * round_all(row + 2, rank);
-  const auto* codes = reinterpret_cast<const int8_t*>(row + 2);
+  row[0] = weight * round_all(row + kBesideCodes, rank);
+  const auto* codes = reinterpret_cast<const int8_t*>(row + kBesideCodes);
   const int32_t sum = std::accumulate(codes, codes + rank, 0);
   std::memcpy(row + 1, &sum, sizeof sum);
 }
@@ -109,7 +110,8 @@ void LinearJob::down_packed(Worker& worker, const Branch& branch, int64_t row_be
   const kernels::PackedFactors& factors = *branch.packed;
   const auto multiply = [&](int64_t row, const kernels::Activations& x) {
     call_.kernels->linear(factors.a, x, 0, ceil_div(factors.rank, kPanelRows),
-                          t_of(branch, row) + 2, call_.adapters->t_size(), worker.linear);
+                          t_of(branch, row) + kBesideCodes, call_.adapters->t_size(),
+                          worker.linear);
   };
   if (!refined()) multiply(row_begin, quantized(worker, {row_begin, true}, row_end));
   for (int64_t m = row_begin; m < row_end; ++m) {

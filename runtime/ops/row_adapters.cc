@@ -32,7 +32,7 @@ const RowChange* rows_of(const ActiveAdapter& adapter, const std::string& target
   return found == adapter.rows.end() ? nullptr : &found->second;
 }
 
-constexpr int64_t kBesideT = 2;  // floats: a scale, the codes' sum
+constexpr int64_t kBesideCodes = kernels::PackedT::kBesideCodes;
 
 }  // namespace
 
@@ -75,7 +75,7 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
     node->rows.push_back(rows_of(*source, targets_[i]));
     if (node->rows.back() != nullptr) {
       check_rows(*node->rows.back(), targets_[i], slices_[i]);
-      node->t_size = std::max(node->t_size, kBesideT);  // a bias may be all there is
+      node->t_size = std::max(node->t_size, kBesideCodes);  // a bias may be all there is
     }
     for (const WeightedBranch& term : terms) {
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
@@ -83,7 +83,7 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
       slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
                        term.weight, packed == nullptr ? 0.0f : term.weight * packed->unit(),
                        node->t_size});
-      node->t_size += term.branch->factors.rank + kBesideT;
+      node->t_size += term.branch->factors.rank + kBesideCodes;
     }
   }
   return node;

@@ -7,6 +7,7 @@
 #include "kernels/activation_block.h"
 #include "kernels/ceil_div.h"
 #include "kernels/half.h"
+#include "kernels/packed_factors.h"
 
 namespace edgelora {
 namespace {
@@ -59,15 +60,16 @@ struct Scale {
   float inverse;
 };
 
+int64_t b_panel_bytes(int64_t rank) { return kernels::packed_panel_bytes(ceil_div(rank, 4)); }
+
 // Bytes of each part; the next begins at a multiple of 64.
 struct Sizes {
   Sizes(int64_t rank, int64_t in_features, int64_t out_features) {
     const int64_t blocks = ceil_div(rank, kPanel) * ceil_div(in_features, kBlock);
     a_codes = blocks * kBlock * kPanel;
     a_scales = ceil_div(blocks * kPanel * 2, 64) * 64;
-    b = ceil_div(ceil_div(out_features, kPanel) * panel_bytes(rank), 64) * 64;
+    b = ceil_div(ceil_div(out_features, kPanel) * b_panel_bytes(rank), 64) * 64;
   }
-  static int64_t panel_bytes(int64_t rank) { return 32 + 64 * ceil_div(rank, 4); }  // of b
   int64_t a_codes, a_scales, b;
 };
 
@@ -117,7 +119,7 @@ int PackedFactors::pack_a(const kernels::Factors& factors, int64_t in_features) 
 }
 
 int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
-  const int64_t stride = Sizes::panel_bytes(factors.rank);
+  const int64_t stride = b_panel_bytes(factors.rank);
   const Values values(factors, factors.b, panels * kPanel * factors.rank);
   for (int64_t row = 0; row < panels * kPanel; ++row) {
     const int64_t panel = row / kPanel, i = row % kPanel;
@@ -128,7 +130,7 @@ int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
     uint8_t* to = b_ + panel * stride;
     std::memcpy(to + 2 * i, &scale.half, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
-      to[32 + r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));
+      to[kernels::kPackedScaleBytes + r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));
     }
   }
   return values.exponent();

@@ -61,7 +61,7 @@ struct SideBranch {
   static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
                        int64_t columns, float* y, int64_t y_stride) {
     Sums sums[kRows];
-    sum_panel<kRows>(panel + 32, t, m, quads, sums);
+    sum_panel<kRows>(panel + kPackedScaleBytes, t, m, quads, sums);
     for (int r = 0; r < kRows; ++r) {
       add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
     }

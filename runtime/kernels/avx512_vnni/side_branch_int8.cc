@@ -67,7 +67,7 @@ struct SideBranch {
                        int64_t columns, float* y, int64_t y_stride) {
     const auto lanes = static_cast<__mmask16>((1 << columns) - 1);
     __m512i sums[kRows];
-    sum_panel<kRows>(panel + 32, t, m, quads, sums);
+    sum_panel<kRows>(panel + kPackedScaleBytes, t, m, quads, sums);
     const __m512 scales =
         _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
     for (int r = 0; r < kRows; ++r) {

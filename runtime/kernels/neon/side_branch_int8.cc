@@ -34,7 +34,7 @@ struct SideBranch {
   static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
                        int64_t columns, float* y, int64_t y_stride) {
     static_assert(kRows == 1);
-    const uint8_t* b = panel + 32;
+    const uint8_t* b = panel + kPackedScaleBytes;
     const int8_t* codes = packed_codes(t, m);
     int32x4_t pairs[8], sums[4];
     for (auto& pair : pairs) pair = vdupq_n_s32(0);

@@ -18,7 +18,7 @@ struct SideBranch {
     for (auto& row : sums) {
       for (auto& sum : row) sum = vdupq_n_s32(0);
     }
-    for (int64_t q = 0; q < quads; ++q) add_quad(panel + 32 + 64 * q, q, t, m, sums);
+    for (int64_t q = 0; q < quads; ++q) add_quad(panel + kPackedScaleBytes + 64 * q, q, t, m, sums);
     for (int r = 0; r < kRows; ++r) {
       add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
     }

@@ -18,14 +18,15 @@ float load_factor(const Factors& factors, const void* base, int64_t index) {
   return factors.half ? half_to_float(load_u16(base, index)) : load_f32(base, index);
 }
 
+int32_t quantize_full_block(const float* x, int8_t* codes, float* scale) {
+  return quantize_block(x, kActivationBlock, codes, scale);
+}
+
 }  // namespace
 
 void quantize_activations(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums) {
-  for (int64_t k = 0, b = 0; k < in_features; k += kActivationBlock, ++b) {
-    const int64_t count = min_of(kActivationBlock, in_features - k);
-    sums[b] = quantize_block(x + k, count, codes + k, scales + b);
-  }
+  quantize_blocks<quantize_full_block>(x, in_features, codes, scales, sums);
 }
 
 void side_branch_down(const Factors& factors, int64_t in_features, float weight, const float* x,
@@ -61,7 +62,7 @@ void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, con
          ++n) {
       const uint8_t* panel = packed_panel(factors, n / kPanelRows);
       const int64_t i = n % kPanelRows;
-      const auto* b = reinterpret_cast<const int8_t*>(panel) + 32 + 4 * i;
+      const auto* b = reinterpret_cast<const int8_t*>(panel) + kPackedScaleBytes + 4 * i;
       const int8_t* codes = packed_codes(t, m);
       int32_t sum = 0;
       for (int64_t r = 0; r < factors.rank; ++r) sum += b[r / 4 * 64 + r % 4] * codes[r];
