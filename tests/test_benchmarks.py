@@ -27,7 +27,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.contestants import Contestant, Load
-from benchmarks.figures import SPEED, Row, append, latest, limit, machine_name, read
+from benchmarks.figures import SPEED, Row, append, latest, limit, machine_folder, read
 from benchmarks.folder import RANKS, SMOLLM2, Peers
 from benchmarks.prepare import Step
 from benchmarks.random_adapter import write_random_adapter
@@ -290,6 +290,16 @@ def test_rounds_interleave_and_go_on_after_a_failure(
     assert limit(rows, "good", 3) == pytest.approx(1e9 * best / (1 << 16))
 
 
+def test_a_run_that_is_gone_on_with_counts_its_rounds_on(tmp_path: Path) -> None:
+    turn = rounds.Turn("m", a_contestant(tmp_path, "print([1, 2])"), Load(1, 3, 4))
+    for run in ("one", "two", "one"):
+        setting = rounds.Setting(run, "2 × CPU", "avx2", "abcdef0")
+        assert not rounds.measure(Peers(tmp_path), [turn], 2, setting, tmp_path / "speed.csv")
+    found = [(row.run, row.round) for row in read(tmp_path / "speed.csv")]
+    assert found[2:4] == [("two", 0), ("two", 1)]
+    assert found[:2] + found[4:] == [("one", number) for number in range(4)]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_streaming_reads_a_file(tmp_path: Path, threads: int) -> None:
     (tmp_path / "weights").write_bytes(bytes(3_000_000))
@@ -451,9 +461,9 @@ def test_plots_are_drawn_and_are_the_same_each_time(
 
 
 def test_a_machine_s_folder_has_its_name() -> None:
-    xeon = a_row(machine="2 × Intel(R) Xeon(R) Processor @ 2.80GHz")
-    assert machine_name([xeon]) == "2-intel-xeon-2-80ghz"
-    assert machine_name([a_row(machine="2 × AMD EPYC")]) == "2-amd-epyc"
+    xeon = "2 × Intel(R) Xeon(R) Processor @ 2.80GHz"
+    assert machine_folder(xeon) == "2-intel-xeon-2-80ghz"
+    assert machine_folder("2 × AMD EPYC") == "2-amd-epyc"
 
 
 # ---- the command ----

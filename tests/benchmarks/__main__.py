@@ -19,7 +19,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.contestants import Load
-from benchmarks.figures import SPEED, append, read, read_quality
+from benchmarks.figures import SPEED, append, machine_folder, read, read_quality
 from benchmarks.folder import MODELS, SMOLLM2, Peers
 from benchmarks.prepare import PEERS, steps
 from benchmarks.roofline import draw_roofline
@@ -64,6 +64,11 @@ def loads_option(*default: str) -> Callable[[Callable[..., None]], Callable[...,
     return click.option(
         "--load", "loads", type=PromptAndNew(), multiple=True, default=default, show_default=True
     )
+
+
+def of_machine(machine: str) -> Path:
+    """Where results that stand for one machine lie."""
+    return SPEED.parent / machine_folder(machine)
 
 
 @click.group(invoke_without_command=True)
@@ -163,7 +168,7 @@ def measure_scaling(bundle: Path, threads: int, repeats: int) -> None:
         streamed = bandwidth.streamed(stream, bundle / "model.onnx.data", threads)
     about = f"{bundle.name}, {setting.machine} {setting.isa}, {streamed:.1f} GB/s"
     about += f", {setting.run}, commit {setting.commit}"
-    scaling.write(points, about)
+    scaling.write(points, about, of_machine(setting.machine))
 
 
 @main.command("limits")
@@ -191,11 +196,13 @@ def plot(csv_path: Path, to: Path) -> None:
 
 @main.command()
 @click.argument("output", type=click.File())
-@click.option("--to", type=click.Path(path_type=Path), default=SPEED.parent)
+@click.option("--to", type=click.Path(path_type=Path), help="[default: this machine's results]")
 @click.option("--peak", type=float, help="GMAC/s that the cores could do at most.")
-def roofline(output: TextIO, to: Path, peak: float | None) -> None:
+def roofline(output: TextIO, to: Path | None, peak: float | None) -> None:
     """Draws what kernels_bench said (a file, or - for stdin), and keeps it beside the drawing."""
     said, setting = output.read(), Setting.here(None)
+    to = to or of_machine(setting.machine)
+    to.mkdir(parents=True, exist_ok=True)
     about = f"# {setting.machine} {setting.isa}, {setting.run}, commit {setting.commit}\n"
     click.echo(draw_roofline(said, to / "roofline.svg", peak))
     (to / "kernels.txt").write_text(said if said.startswith("#") else about + said)

@@ -65,17 +65,17 @@ def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def by_machine(rows: Iterable[Row]) -> list[list[Row]]:
+def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The rows of each machine, in the file's order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.machine, []).append(row)
-    return list(groups.values())
+    return groups
 
 
-def machine_name(rows: Sequence[Row]) -> str:
-    """Of rows of one machine, for a folder: 2-intel-xeon-2-80ghz."""
-    bare = re.sub(r"\(\w+\)|Processor", "", rows[0].machine)
+def machine_folder(machine: str) -> str:
+    """A name for its folder: 2-intel-xeon-2-80ghz."""
+    bare = re.sub(r"\(\w+\)|Processor", "", machine)
     return "-".join(re.findall(r"[a-z0-9]+", bare.lower()))
 
 

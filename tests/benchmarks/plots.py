@@ -18,7 +18,7 @@ from benchmarks.figures import (
     by_machine,
     latest,
     limit,
-    machine_name,
+    machine_folder,
     median,
     of,
     ratio_in_turn,
@@ -36,10 +36,9 @@ def draw(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row] = ()) -> Iter
     """Writes every figure that the rows suffice for, a folder for each machine. in_turn: ours
     beside ours (`paired`), for what a side branch costs.
     """
-    pairs_of = {machine_name(mine): mine for mine in by_machine(in_turn)}
-    for mine in by_machine(rows):
-        name = machine_name(mine)
-        yield from _of_machine(mine, folder / name, pairs_of.get(name, ()))
+    pairs_of = by_machine(in_turn)
+    for machine, mine in by_machine(rows).items():
+        yield from _of_machine(mine, folder / machine_folder(machine), pairs_of.get(machine, ()))
 
 
 def _of_machine(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row]) -> Iterator[Path]:

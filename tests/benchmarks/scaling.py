@@ -20,7 +20,6 @@ from edgelora import native
 from edgelora.bench import bench
 from edgelora.manifest import read_manifest
 
-RESULTS = Path(__file__).parent / "results"
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
 BATCHES = (1, 2, 3, 4, 6, 8)
 PROMPT, NEW = 128, 32
@@ -121,8 +120,9 @@ class Batch:
         return sum(self.run(1) for _ in range(NEW))
 
 
-def write(points: list[Point], about: str, folder: Path = RESULTS) -> None:
+def write(points: list[Point], about: str, folder: Path) -> None:
     """scaling.csv and scaling.svg. about: bundle, machine, moment, bandwidth, commit."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "scaling.csv").open("w", newline="") as file:
         names = [*(field.name for field in fields(Point)), "about"]
         writer = csv.DictWriter(file, names, lineterminator="\n")

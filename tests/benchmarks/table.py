@@ -86,7 +86,7 @@ def _mean_kl(row: Mapping[str, str | float]) -> str:
 
 def tables(rows: Sequence[Row], losses: list[Loss], threads: int) -> str:
     """One table for each machine and model, of what ran with so many threads."""
-    groups = (group for mine in by_machine(rows) for group in latest(mine).values())
+    groups = (group for mine in by_machine(rows).values() for group in latest(mine).values())
     return "\n".join(_table(group, losses) for group in groups if group[0].threads == threads)
 
 

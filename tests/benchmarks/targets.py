@@ -56,10 +56,10 @@ def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> s
     """For each machine: beside the peers, then ours beside ours, of rows measured in turn
     (`paired`).
     """
-    pairs = {mine[0].machine: mine for mine in by_machine(in_turn)}
+    pairs = by_machine(in_turn)
     return "\n".join(
-        f"**{about_machine(mine)}**\n\n{_of_machine(mine, losses, pairs.get(mine[0].machine, []))}"
-        for mine in by_machine(rows)
+        f"**{about_machine(mine)}**\n\n{_of_machine(mine, losses, pairs.get(machine, []))}"
+        for machine, mine in by_machine(rows).items()
     )
 
 
