@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,21 @@ from calling import Call, Said
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Child processes import the installed package, as this one does, not the folder they start in.
 os.environ["PYTHONSAFEPATH"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process for each file, since fixtures of modules are dear, and for all of tests/arm,
+    which builds one wheel in one place.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/arm" if file.startswith("tests/arm/") else file
+
+    return Scheduling(config, log)
 
 
 def has_amx() -> bool:

@@ -2,11 +2,9 @@
 # Tests of the ARM kernels on a machine that has no ARM: cross-built, then run by qemu on a CPU of each kind.
 # Does nothing where compiler or emulator are missing (Debian: g++-aarch64-linux-gnu, qemu-user-static).
 #
-#   arm.sh [N]    one in N of the shapes of each format. 7: coprime to the lengths of the lists of shapes, so that
-#                 every value of each list occurs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export CMAKE_GENERATOR=Ninja
+export CMAKE_GENERATOR=Ninja EDGELORA_TEST_ONE_IN=${EDGELORA_TEST_ONE_IN-7}
 for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do
   command -v $tool >/dev/null || { echo "ARM kernels are not tested: no $tool"; exit 0; }
 done
@@ -22,7 +20,7 @@ mkdir -p $build
 declare -A isa_of=([cortex-a53]=neon [cortex-a76]=neon_dotprod [max]=neon_i8mm) process=()
 for cpu in "${!isa_of[@]}"; do
   qemu-aarch64-static -cpu "$cpu" -L /usr/aarch64-linux-gnu $build/kernels/kernels_test \
-    "${isa_of[$cpu]}" "${1:-7}" >$build/$cpu.log &
+    "${isa_of[$cpu]}" >$build/$cpu.log &
   process[$cpu]=$!
 done
 failed=0

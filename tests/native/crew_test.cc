@@ -14,6 +14,7 @@
 
 #include "ops/crew.h"
 #include "ops/shares.h"
+#include "sample.h"
 #include "src/error.h"
 #include "test_check.h"
 
@@ -48,7 +49,7 @@ bool run_once(Crews* crews, int64_t threads, int64_t tickets) {
 void test_every_ticket_runs_once(bool spinning) {
   for (int64_t threads = 1; threads <= 8; ++threads) {
     Crews crews(threads, spinning);
-    for (int call = 0; call < 300; ++call) {
+    for (int64_t call = 0; call < repeats(300); ++call) {
       for (const int64_t tickets : {0, 1, 2, 3, 7, 8, 9, 65}) {
         CHECK(run_once(&crews, threads, tickets));
       }
@@ -61,7 +62,7 @@ void test_every_ticket_runs_once(bool spinning) {
 // other: a helper that is late from one must not run a ticket of the next.
 void test_calls_of_all_kinds_follow_each_other(bool spinning) {
   Crews crews(5, spinning);
-  for (int64_t call = 0; call < 5000; ++call) {
+  for (int64_t call = 0; call < repeats(5000); ++call) {
     const int64_t tickets = call * 7919 % 12;
     CHECK(run_once(&crews, 1 + call % 7, tickets));
     int64_t sum = 0;
@@ -77,7 +78,7 @@ void test_calls_of_all_kinds_follow_each_other(bool spinning) {
 void test_results_are_seen() {
   Crews crews(4, true);
   std::vector<int64_t> from(64), to(64);
-  for (int64_t call = 0; call < 3000; ++call) {
+  for (int64_t call = 0; call < repeats(3000); ++call) {
     for (int64_t& value : from) value = call;
     auto copying = [&](int64_t ticket) {
       const auto i = static_cast<size_t>(ticket);
@@ -94,7 +95,7 @@ void test_callers_at_once_do_not_meet() {
     std::vector<std::thread> callers;
     for (int i = 0; i < 4; ++i) {
       callers.emplace_back([&crews, threads, i] {
-        for (int64_t call = 0; call < 1000; ++call) {
+        for (int64_t call = 0; call < repeats(1000); ++call) {
           CHECK(run_once(&crews, threads, (call + i) % 10));
         }
       });
@@ -107,7 +108,7 @@ void test_callers_at_once_do_not_meet() {
 void test_a_call_keeps_to_its_threads() {
   Crews crews(6, true);
   for (int64_t threads = 1; threads <= 6; ++threads) {
-    for (int call = 0; call < 200; ++call) {
+    for (int64_t call = 0; call < repeats(200); ++call) {
       std::mutex mutex;
       std::set<std::thread::id> seen;
       auto body = [&](int64_t) {
@@ -169,7 +170,7 @@ void test_crews_end_in_any_state(bool spinning) {
 void test_stages_order_tickets() {
   for (int64_t threads = 1; threads <= 4; ++threads) {
     Crews crews(threads, true);
-    for (int64_t call = 0; call < 1000; ++call) {
+    for (int64_t call = 0; call < repeats(1000); ++call) {
       const int64_t first = call % 5, tickets = first + 8;
       Stage stage;
       std::vector<int64_t> written(5, 0);
@@ -266,7 +267,7 @@ void test_items_are_shared_out(int64_t items, int64_t workers, int64_t piece_ite
 
 void test_shares() {
   test_pieces_are_one_stream_then_stolen();
-  for (int round = 0; round < 200; ++round) {
+  for (int64_t round = 0; round < repeats(200); ++round) {
     for (const int64_t items : {0, 1, 7, 36, 3072}) {
       for (const int64_t workers : {1, 2, 4, 70}) {
         for (const int64_t piece : {1, 3, 100}) test_items_are_shared_out(items, workers, piece);

@@ -1,12 +1,9 @@
 // Tests of every kernel of every ISA that runs here, against references written from the formulas.
 //
-//   kernels_test [ISA [N]]    ISA: the one that must be this machine's best
-//                             N: one in N of the shapes of each format, for slow emulators
+//   kernels_test [ISA]    the one that must be this machine's best
 #include "kernels_test.h"
 
-#include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "kernels/features.h"
@@ -28,28 +25,38 @@ extern const KernelTable kTable;
 namespace edgelora::kernels::test {
 namespace {
 
-Arithmetic arithmetic_of(const std::string& isa) {
-  return isa == "avx2" ? Arithmetic::kLevels : Arithmetic::kBytes;
+// Null if there is none.
+const KernelTable* emulated(const std::string& isa) {
+#ifdef EDGELORA_EMULATED
+  if (isa == "avx_vnni") return &avx_vnni_emulated::kTable;
+  if (isa == "avx512_vnni") return &avx512_vnni_emulated::kTable;
+  if (isa == "amx_bf16") return &amx_bf16_emulated::kTable;
+#else
+  (void)isa;
+#endif
+  return nullptr;
 }
 
+TestedIsa tested(const std::string& isa, const KernelTable* table, const char* how) {
+  const Arithmetic few = isa == "avx2" ? Arithmetic::kLevels : Arithmetic::kBytes;
+  return {isa + how, table, few, isa == "amx_bf16" ? Arithmetic::kBfloat16 : few};
+}
+
+// Those of this machine, the best first, then what stands in for those that it lacks.
 std::vector<TestedIsa> isas_of_this_machine() {
-  std::vector<TestedIsa> isas;
+  std::vector<TestedIsa> isas, instead;
   const Features features = detect_features();
   for (int i = 0; isa_name(i) != nullptr; ++i) {
+    const std::string name = isa_name(i);
     if (isa_supported(i, features)) {
-      const std::string name = isa_name(i);
-      isas.push_back({name, select_kernels(features, isa_name(i)), arithmetic_of(name)});
-      if (name == "amx_bf16") isas.back().many = Arithmetic::kBfloat16;
+      isas.push_back(tested(name, select_kernels(features, isa_name(i)), ""));
+    } else if (emulated(name) != nullptr) {
+      instead.push_back(tested(name, emulated(name), " (emulated)"));
     } else {
       std::printf("not on this machine: %s\n", isa_name(i));
     }
   }
-#ifdef EDGELORA_EMULATED
-  isas.push_back({"avx_vnni (emulated)", &avx_vnni_emulated::kTable, Arithmetic::kBytes});
-  isas.push_back({"avx512_vnni (emulated)", &avx512_vnni_emulated::kTable, Arithmetic::kBytes});
-  isas.push_back({"amx_bf16 (emulated)", &amx_bf16_emulated::kTable, Arithmetic::kBytes,
-                  Arithmetic::kBfloat16});
-#endif
+  isas.insert(isas.end(), instead.begin(), instead.end());
   return isas;
 }
 
@@ -89,7 +96,6 @@ int main(int argc, char** argv) {
   const std::vector<TestedIsa> isas = isas_of_this_machine();
   for (const TestedIsa& isa : isas) std::printf("tested: %s\n", isa.name.c_str());
   if (argc > 1) KERNELS_CHECK(isas[0].name == argv[1], "the best ISA is %s", isas[0].name.c_str());
-  if (argc > 2) one_shape_in() = static_cast<size_t>(std::max(1, std::atoi(argv[2])));
   for (const Family& family : kFamilies) {
     const Counts before = counts();
     family.run(isas);

@@ -7,6 +7,7 @@
 
 #include "kernels_test.h"
 #include "kernels_test_check.h"
+#include "sample.h"
 
 namespace edgelora::kernels::test {
 namespace {
@@ -194,13 +195,13 @@ bool noticed(const Mutant& mutant) {
 }  // namespace
 
 void test_broken(const std::vector<TestedIsa>&) {
-  const size_t one_in = one_shape_in();
-  one_shape_in() = 3;  // coprime to all lists of shapes
+  const size_t one_in = edgelora::test::one_case_in();
+  edgelora::test::one_case_in() = 3;  // coprime to all lists of shapes
   for (const Mutant& mutant : kMutants) {
     KERNELS_CHECK(noticed(mutant), "no test fails with a kernel broken on purpose: %s",
                   mutant.what);
   }
-  one_shape_in() = one_in;
+  edgelora::test::one_case_in() = one_in;
 }
 
 }  // namespace edgelora::kernels::test

@@ -22,12 +22,6 @@ inline Counts& counts() {
   return all;
 }
 
-// Of the many shapes of a format, one in so many is tested.
-inline size_t& one_shape_in() {
-  static size_t count = 1;
-  return count;
-}
-
 // Every failure counts; the first twenty are printed.
 #define KERNELS_CHECK(condition, ...)                             \
   do {                                                            \

@@ -1,7 +1,9 @@
 #include "kernels_test_matrix.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace edgelora::kernels::test {
 
@@ -66,10 +68,11 @@ std::string Shape::name() const {
          " K=" + std::to_string(in_features) + " block=" + std::to_string(block_size);
 }
 
+// 1024 + mantissa times a power of two; subnormals have the smallest normal's and no 1024.
 double half_value(uint16_t half) {
   const int exponent = half >> 10 & 31, mantissa = half & 1023;
-  const double magnitude =
-      exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  const double power = static_cast<double>(1 << std::max(exponent - 1, 0)) * 0x1p-24;
+  const double magnitude = (exponent == 0 ? mantissa : 1024 + mantissa) * power;
   return (half & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
@@ -90,13 +93,16 @@ Matrix::Matrix(const Shape& shape, Fill fill, uint64_t seed) : shape_(shape) {
   } else if (shape.format != Format::kFloat) {
     fill_scales(fill, random);
   }
+  for (int64_t n = 0; shape.format != Format::kFloat && n < shape.out_features(); ++n) {
+    for (int64_t k = 0; k < shape.in_features; ++k) weights_.push_back(dequantized(n, k));
+  }
   pack();
 }
 
 void Matrix::fill_codes(Fill fill, Random& random) {
   const auto size = static_cast<size_t>(shape_.out_features() * shape_.in_features);
   if (shape_.format == Format::kFloat) {
-    for (size_t i = 0; i < size; ++i) floats_.push_back(random.symmetric());
+    for (size_t i = 0; i < size; ++i) weights_.push_back(random.symmetric());
     return;
   }
   const int low = shape_.format == Format::kInt8 ? -128 : 0;
@@ -191,10 +197,7 @@ float Matrix::exact_offset(int64_t n, int64_t k) const {
   return static_cast<float>(shape_.exact_offsets ? half * (1 + 0x1p-13) : half);
 }
 
-float Matrix::weight(int64_t n, int64_t k) const {
-  if (shape_.format == Format::kFloat) {
-    return floats_[static_cast<size_t>(n * shape_.in_features + k)];
-  }
+float Matrix::dequantized(int64_t n, int64_t k) const {
   // A double holds the product of two floats, and rounds to the same float as one operation would.
   const double value = has_codebook(shape_.format)
                            ? codebook_value(shape_.format, code(n, k))
@@ -204,103 +207,109 @@ float Matrix::weight(int64_t n, int64_t k) const {
 }
 
 void Matrix::pack() {
-  const int64_t rows = shape_.out_features(), panels = panels_of(shape_), blocks = shape_.blocks();
-  const int64_t padded = (shape_.in_features + 31) / 32 * 32;
-  // Zeros, and ones (as a scale: NaN) in the room between panels; no room after the last panel.
-  const auto allocate = [&](int64_t stride, int64_t used, size_t slack) {
-    const int64_t size = (panels - 1) * stride + used;
-    memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(size), slack));
-    uint8_t* out = memory_.back()->as<uint8_t>();
-    for (int64_t p = 0; p + 1 < panels; ++p) {
-      std::memset(out + p * stride + used, 0xff, static_cast<size_t>(stride - used));
-    }
-    return out;
-  };
-  const size_t slack = static_cast<size_t>(rows) % 2 * 2;  // half of the shapes: misaligned by 2
   packed_.format = shape_.format;
   packed_.in_features = shape_.in_features;
-  packed_.out_features = rows;
+  packed_.out_features = shape_.out_features();
   packed_.block_size = shape_.block_size;
   packed_.slices = shape_.slices.data();
   packed_.slice_count = static_cast<int64_t>(shape_.slices.size());
+  if (shape_.format == Format::kFloat) return pack_floats();
+  pack_codes();
+  has_codebook(shape_.format) ? pack_absmax() : pack_scales();
+}
 
-  if (shape_.format == Format::kFloat) {
-    const int64_t panel_stride = (shape_.in_features + shape_.room) * 64;
-    if (shape_.room != 0) packed_.panel_stride = panel_stride;
-    uint8_t* out = allocate(panel_stride, shape_.in_features * 64, slack);
-    for (int64_t n = 0; n < rows; ++n) {
-      for (int64_t k = 0; k < shape_.in_features; ++k) {
-        const float w = weight(n, k);
-        std::memcpy(out + n / 16 * panel_stride + (k * 16 + n % 16) * 4, &w, 4);
-      }
-    }
-    packed_.codes = out;
-    return;
+// Panels of `used` bytes, zero, and between them ones (as a scale: NaN); no room after the last
+// panel. Of half of the shapes misaligned by 2.
+uint8_t* Matrix::allocate(int64_t stride, int64_t used) {
+  const int64_t panels = panels_of(shape_), size = (panels - 1) * stride + used;
+  const auto slack = static_cast<size_t>(shape_.out_features() % 2 * 2);
+  memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(size), slack));
+  uint8_t* out = memory_.back()->as<uint8_t>();
+  for (int64_t p = 0; p + 1 < panels; ++p) {
+    std::memset(out + p * stride + used, 0xff, static_cast<size_t>(stride - used));
   }
+  return out;
+}
+
+void Matrix::pack_floats() {
+  const int64_t panel_stride = (shape_.in_features + shape_.room) * 64;
+  if (shape_.room != 0) packed_.panel_stride = panel_stride;
+  uint8_t* out = allocate(panel_stride, shape_.in_features * 64);
+  for (int64_t n = 0; n < shape_.out_features(); ++n) {
+    for (int64_t k = 0; k < shape_.in_features; ++k) {
+      const float w = weight(n, k);
+      std::memcpy(out + n / 16 * panel_stride + (k * 16 + n % 16) * 4, &w, 4);
+    }
+  }
+  packed_.codes = out;
+}
+
+void Matrix::pack_codes() {
   const bool bytes = shape_.format == Format::kInt8;
+  const int64_t padded = (shape_.in_features + 31) / 32 * 32;
   const int64_t code_bytes = 16 * padded / (bytes ? 1 : 2);
   const int64_t panel_stride = code_bytes + 16 * shape_.room / (bytes ? 1 : 2);
-  uint8_t* codes = allocate(panel_stride, code_bytes, slack);
-  const int64_t block_stride = blocks + shape_.room / shape_.block_size;
-  if (shape_.room != 0) {
-    packed_.panel_stride = panel_stride;
-    packed_.block_stride = has_codebook(shape_.format) ? 0 : block_stride;
-  }
-  for (int64_t n = 0; n < rows; ++n) {
+  if (shape_.room != 0) packed_.panel_stride = panel_stride;
+  uint8_t* codes = allocate(panel_stride, code_bytes);
+  for (int64_t n = 0; n < shape_.out_features(); ++n) {
+    uint8_t* row = codes + n / 16 * panel_stride + n % 16 * 4;
     for (int64_t k = 0; k < shape_.in_features; ++k) {
-      const int64_t p = n / 16, r = n % 16;
-      if (bytes) {
-        codes[p * panel_stride + k / 4 * 64 + 4 * r + k % 4] = static_cast<uint8_t>(code(n, k));
-      } else {
-        uint8_t& byte = codes[p * panel_stride + k / 8 * 64 + 4 * r + k % 4];
-        byte = static_cast<uint8_t>(byte | code(n, k) << (k % 8 < 4 ? 0 : 4));
-      }
+      uint8_t& byte = row[k / (bytes ? 4 : 8) * 64 + k % 4];
+      byte = static_cast<uint8_t>(byte | (code(n, k) & 0xff) << (bytes || k % 8 < 4 ? 0 : 4));
     }
   }
   packed_.codes = codes;
-  if (has_codebook(shape_.format)) {
-    const auto keep = [this](const void* from, size_t size) {
-      memory_.push_back(std::make_unique<GuardedBytes>(size));
-      uint8_t* to = memory_.back()->as<uint8_t>();
-      std::memcpy(to, from, size);
-      return to;
-    };
-    packed_.absmax = keep(absmax_.data(), absmax_.size());
-    packed_.nested_absmax = reinterpret_cast<float*>(keep(nested_.data(), nested_.size() * 4));
-    packed_.absmax_offset =
-        reinterpret_cast<float*>(keep(absmax_offset_.data(), absmax_offset_.size() * 4));
-    packed_.absmax_table = reinterpret_cast<float*>(keep(table_.data(), table_.size() * 4));
-    return;
-  }
-  const auto pack_halves = [&](const std::vector<uint16_t>& values) {
-    uint8_t* out = allocate(block_stride * 32, blocks * 32, slack);
-    for (int64_t n = 0; n < rows; ++n) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        std::memcpy(out + ((n / 16 * block_stride + b) * 16 + n % 16) * 2,
-                    &values[static_cast<size_t>(n * blocks + b)], 2);
-      }
-    }
-    return out;
+}
+
+void Matrix::pack_absmax() {
+  const auto keep = [this](const auto& values) {
+    const size_t size = values.size() * sizeof values[0];
+    memory_.push_back(std::make_unique<GuardedBytes>(size));
+    std::memcpy(memory_.back()->as<void>(), values.data(), size);
+    return memory_.back()->as<std::remove_const_t<std::remove_reference_t<decltype(values[0])>>>();
   };
-  packed_.scales = reinterpret_cast<uint16_t*>(pack_halves(scales_));
-  if (shape_.format == Format::kInt4Offsets) packed_.zero_points = pack_halves(offsets_);
-  if (shape_.exact_offsets) {
-    uint8_t* out = allocate(block_stride * 64, blocks * 64, slack);
-    for (int64_t n = 0; n < rows; ++n) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const float value = exact_offset(n, b * shape_.block_size);
-        std::memcpy(out + ((n / 16 * block_stride + b) * 16 + n % 16) * 4, &value, 4);
-      }
+  packed_.absmax = keep(absmax_);
+  packed_.nested_absmax = keep(nested_);
+  packed_.absmax_offset = keep(absmax_offset_);
+  packed_.absmax_table = keep(table_);
+}
+
+// [panels, blocks, 16] of value(n, block)
+template <class T, class Value>
+T* Matrix::pack_blocks(Value value) {
+  constexpr int64_t kBytes = 16 * sizeof(T);
+  const int64_t blocks = shape_.blocks();
+  uint8_t* out = allocate(block_stride() * kBytes, blocks * kBytes);
+  for (int64_t n = 0; n < shape_.out_features(); ++n) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const T one = value(n, b);
+      std::memcpy(out + (n / 16 * block_stride() + b) * kBytes + n % 16 * sizeof(T), &one,
+                  sizeof(T));
     }
-    packed_.exact_offsets = reinterpret_cast<float*>(out);
+  }
+  return reinterpret_cast<T*>(out);
+}
+
+void Matrix::pack_scales() {
+  if (shape_.room != 0) packed_.block_stride = block_stride();
+  const int64_t blocks = shape_.blocks();
+  const auto of = [&](const auto& values) {
+    return [&](int64_t n, int64_t b) { return values[static_cast<size_t>(n * blocks + b)]; };
+  };
+  packed_.scales = pack_blocks<uint16_t>(of(scales_));
+  if (shape_.format == Format::kInt4Offsets) {
+    packed_.zero_points = pack_blocks<uint16_t>(of(offsets_));
+  }
+  if (shape_.exact_offsets) {
+    packed_.exact_offsets = pack_blocks<float>(
+        [&](int64_t n, int64_t b) { return exact_offset(n, b * shape_.block_size); });
   }
   if (shape_.format == Format::kInt4ZeroPoints) {
-    uint8_t* out = allocate(block_stride * 8, blocks * 8, 0);
-    for (int64_t n = 0; n < rows; ++n) {
+    uint8_t* out = allocate(block_stride() * 8, blocks * 8);
+    for (int64_t n = 0; n < shape_.out_features(); ++n) {
       for (int64_t b = 0; b < blocks; ++b) {
-        uint8_t& byte = out[(n / 16 * block_stride + b) * 8 + n % 8];
-        const int zp = zero_points_[static_cast<size_t>(n * blocks + b)];
-        byte = static_cast<uint8_t>(byte | zp << (n % 16 < 8 ? 0 : 4));
+        uint8_t& byte = out[(n / 16 * block_stride() + b) * 8 + n % 8];
+        byte = static_cast<uint8_t>(byte | of(zero_points_)(n, b) << (n % 16 < 8 ? 0 : 4));
       }
     }
     packed_.zero_points = out;

@@ -47,7 +47,9 @@ class Matrix {
   double scale(int64_t n, int64_t k) const;  // nf4, fp4: absmax
   double offset(int64_t n, int64_t k) const;        // in float16
   float exact_offset(int64_t n, int64_t k) const;
-  float weight(int64_t n, int64_t k) const;  // dequantized as numpy does
+  float weight(int64_t n, int64_t k) const {  // dequantized as numpy does
+    return weights_[static_cast<size_t>(n * shape_.in_features + k)];
+  }
 
   Weights packed() const;  // points into this object
   Weights unpacked(
@@ -57,12 +59,22 @@ class Matrix {
   void fill_codes(Fill fill, Random& random);
   void fill_scales(Fill fill, Random& random);
   void fill_absmax(Fill fill, Random& random);
+  float dequantized(int64_t n, int64_t k) const;
+
   void pack();
+  void pack_floats();
+  void pack_codes();
+  void pack_absmax();
+  void pack_scales();
+  uint8_t* allocate(int64_t stride, int64_t used);
+  template <class T, class Value>
+  T* pack_blocks(Value value);
+  int64_t block_stride() const { return shape_.blocks() + shape_.room / shape_.block_size; }
   int64_t absmax_index(int64_t n, int64_t k, int64_t* slice) const;
 
   Shape shape_;
   std::vector<int> codes_;         // [N, K]
-  std::vector<float> floats_;      // [N, K]
+  std::vector<float> weights_;     // [N, K]
   std::vector<uint16_t> scales_;   // [N, blocks]
   std::vector<int> zero_points_;   // [N, blocks]
   std::vector<uint16_t> offsets_;  // [N, blocks]

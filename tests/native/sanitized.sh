@@ -5,6 +5,7 @@
 #   sanitized.sh address,undefined ops_test …  memory; the emulated ISAs are left out: they take minutes to build
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export EDGELORA_TEST_ONE_IN=${EDGELORA_TEST_ONE_IN-7}
 sanitizer=$1 build=.venv/sanitized-${1%%,*} log=.venv/build-sanitized-${1%%,*}.log
 shift
 { cmake -S runtime -B "$build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEDGELORA_BUILD_TESTS=ON -DSANITIZE="$sanitizer" \
