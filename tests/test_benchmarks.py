@@ -340,7 +340,7 @@ def test_kernels_benchs_lines_become_points() -> None:
     assert (decode.threads, both.threads, prefill.threads) == (1, 2, 1)
     assert decode.macs_per_byte == pytest.approx(32 / 18)
     assert both.rate == pytest.approx(18.0 * 32 / 18) and both.bandwidth == 20.0
-    assert prefill.macs_per_byte == pytest.approx(128 * 64 / 33) and prefill.rate == 50.0
+    assert prefill.macs_per_byte == pytest.approx(128 * 64 / 34) and prefill.rate == 50.0
 
 
 # ---- limits ----
@@ -400,10 +400,10 @@ def test_sequences_of_a_batch_decode_alike(tmp_path: Path) -> None:
 
 
 def test_scaling_is_written_and_drawn(tmp_path: Path) -> None:
-    points = [scaling.Point(n, b, t, 100.0, 10.0) for n, b, t in ((128, 1, 2), (512, 1, 2))]
+    points = [scaling.Point("context", n, 1, 2, 100.0, 10.0) for n in (128, 512)]
     scaling.write(points, "bundle, CPU", tmp_path)
     lines = (tmp_path / "scaling.csv").read_text().splitlines()
-    assert lines[1:] == ['128,1,2,100.0,10.0,"bundle, CPU"', '512,1,2,100.0,10.0,"bundle, CPU"']
+    assert lines[1:] == [f'context,{n},1,2,100.0,10.0,"bundle, CPU"' for n in (128, 512)]
     assert "tokens of prompt" in (tmp_path / "scaling.svg").read_text()
 
 

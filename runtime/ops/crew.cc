@@ -1,6 +1,7 @@
 #include "ops/crew.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -11,9 +12,8 @@ namespace edgelora::ops {
 namespace {
 
 constexpr int kPausesBeforeYield = 2000;
-// About a tenth of a millisecond to a millisecond, by the length of a pause: longer than what lies
-// between two tokens.
-constexpr int kPausesBeforeSleep = 20000;
+constexpr int kPausesPerLook = 256;  // at the clock: a pause takes 1 to 50 ns
+constexpr auto kAwake = std::chrono::milliseconds(1);  // longer than what lies between two tokens
 
 void pause() {
 #if defined(__x86_64__)
@@ -22,6 +22,21 @@ void pause() {
   __asm__ volatile("yield");
 #endif
 }
+
+// How long a helper spins; the clock is asked only now and then.
+class Awake {
+ public:
+  bool still() {
+    if (++pauses_ % kPausesPerLook != 0) return true;
+    const auto now = std::chrono::steady_clock::now();
+    if (pauses_ == kPausesPerLook) since_ = now;
+    return now - since_ < kAwake;
+  }
+
+ private:
+  int pauses_ = 0;
+  std::chrono::steady_clock::time_point since_;
+};
 
 template <typename Condition>
 void spin_until(Condition condition) {
@@ -104,7 +119,8 @@ uint64_t Crew::await(uint64_t seen) {
   const auto fresh = [&](uint64_t state) {
     return (state & kOpen) != 0 && state / kCall != seen;
   };
-  for (int spins = 0; spinning_ && spins < kPausesBeforeSleep; ++spins) {
+  Awake awake;
+  while (spinning_ && awake.still()) {
     const uint64_t state = state_.load(std::memory_order_acquire);
     if (fresh(state)) return state / kCall;
     if (stopping_.load(std::memory_order_relaxed)) return seen;

@@ -26,10 +26,11 @@ PACKAGES = {
 }
 LLAMA_TOOLS = ("bench", "batched-bench", "completion", "quantize", "perplexity", "export-lora")
 # GCC 12 drops what _tile_loadconfig reads but for its first 8 bytes, and then AMX traps.
+AMX_OPTIONS = ("-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse -fno-tree-sra",)
 LLAMA_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse -fno-tree-sra",
-    "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
 )  # fmt: skip
 
 
@@ -178,10 +179,16 @@ def _unpack_llama(peers: Peers, path: Path) -> None:
 
 def _build_llama(peers: Peers, path: Path) -> None:
     build = path.parent
-    _call(["cmake", "-S", peers.llama_source, "-B", build, *LLAMA_OPTIONS])
+    options = (*LLAMA_OPTIONS, *(AMX_OPTIONS if has_amx() else ()))
+    _call(["cmake", "-S", peers.llama_source, "-B", build, *options])
     targets = [f"llama-{tool}" for tool in LLAMA_TOOLS]
     _call(["cmake", "--build", build, "--parallel", "2", "--target", *targets])
     path.touch()
+
+
+def has_amx() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_tile" in cpuinfo.read_text()
 
 
 def _install(peers: Peers, peer: str, path: Path) -> None:

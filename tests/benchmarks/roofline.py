@@ -15,7 +15,7 @@ matplotlib.rcParams.update({"svg.hashsalt": "edgelora", "svg.fonttype": "none", 
 
 # Bytes of weights for one of their blocks' values, without the scales that the block shares.
 CODE_BYTES = {"int4": 0.5, "int4+zp": 0.5, "int4+off": 0.5, "int8": 1.0, "nf4": 0.5}
-SCALE_BYTES = {"int4": 2.0, "int4+zp": 2.5, "int4+off": 4.0, "int8": 2.0, "nf4": 1.0}
+SCALE_BYTES = {"int4": 2.0, "int4+zp": 2.5, "int4+off": 4.0, "int8": 2.0, "nf4": 2.0}
 MARKERS = {"int4": "o", "int4+zp": "s", "int4+off": "^", "int8": "D", "nf4": "v"}
 
 

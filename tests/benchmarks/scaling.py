@@ -28,8 +28,11 @@ STEP = 32  # positions, of a kv_cache's capacity
 
 @dataclass(frozen=True)
 class Point:
-    """Tokens a second, of all sequences together; context: tokens of the prompt."""
+    """Tokens a second, of all sequences together; context: tokens of the prompt. over: what of
+    the three the point's curve goes along.
+    """
 
+    over: str
     context: int
     batch: int
     threads: int
@@ -40,18 +43,18 @@ class Point:
 def measure(bundle: Path, most_threads: int, repeats: int) -> Iterator[Point]:
     """Along each of the three, the others at 128 tokens, one sequence and most_threads."""
     for context in CONTEXTS:
-        yield in_runtime(bundle, context, most_threads, repeats)
-    for threads in range(1, most_threads):
-        yield in_runtime(bundle, PROMPT, threads, repeats)
-    for batch in BATCHES[1:]:
+        yield in_runtime(bundle, "context", context, most_threads, repeats)
+    for threads in range(1, most_threads + 1):
+        yield in_runtime(bundle, "threads", PROMPT, threads, repeats)
+    for batch in BATCHES:
         yield in_graph(bundle, batch, most_threads, repeats)
 
 
-def in_runtime(bundle: Path, context: int, threads: int, repeats: int) -> Point:
+def in_runtime(bundle: Path, over: str, context: int, threads: int, repeats: int) -> Point:
     """One sequence, by `edgelora.bench`."""
     found = bench(bundle, threads=threads, prompt_tokens=context, new_tokens=NEW, repeats=repeats)
     rates = found.prefill_tokens_per_second, found.decode_tokens_per_second
-    return Point(context, 1, threads, *rates)
+    return Point(over, context, 1, threads, *rates)
 
 
 def in_graph(bundle: Path, batch: int, threads: int, repeats: int) -> Point:
@@ -60,7 +63,8 @@ def in_graph(bundle: Path, batch: int, threads: int, repeats: int) -> Point:
     decoding.run(PROMPT)  # warm-up
     runs = [(decoding.restart(), decoding.run(PROMPT), decoding.decode()) for _ in range(repeats)]
     prefill, decode = (statistics.median(run[i] for run in runs) for i in (1, 2))
-    return Point(PROMPT, batch, threads, batch * PROMPT / prefill, batch * NEW / decode)
+    rates = batch * PROMPT / prefill, batch * NEW / decode
+    return Point("batch", PROMPT, batch, threads, *rates)
 
 
 class Batch:
@@ -133,13 +137,8 @@ def write(points: list[Point], about: str, folder: Path) -> None:
 
 def draw(points: list[Point], about: str) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
-    most = max(point.threads for point in points)
-    rows = {
-        "context": [p for p in points if p.batch == 1 and p.threads == most],
-        "batch": [p for p in points if p.context == PROMPT and p.threads == most],
-        "threads": [p for p in points if p.context == PROMPT and p.batch == 1],
-    }
-    for axis, (what, chosen) in zip(axes, rows.items(), strict=True):
+    for axis, what in zip(axes, ("context", "batch", "threads"), strict=True):
+        chosen = [p for p in points if p.over == what]
         line = sorted((getattr(p, what), p.prefill, p.decode) for p in chosen)
         for i, name in ((1, "prefill"), (2, "decode")):
             axis.plot([p[0] for p in line], [p[i] / line[0][i] for p in line], "o-", label=name)

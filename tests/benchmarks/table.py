@@ -156,7 +156,8 @@ def _caption(rows: Sequence[Row]) -> str:
     if streams:
         middle = median(streams)
         parts += [f"streams of {streams[0]:.1f} to {streams[-1]:.1f} GB/s (median {middle:.1f})"]
-    parts += [f"medians of {times} interleaved rounds", f"commit {first.commit}"]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    parts += [f"medians of {times} interleaved rounds", f"commit {commits}"]
     return ", ".join(parts) + _versions(rows)
 
 

@@ -16,7 +16,6 @@ from benchmarks.figures import (
     about_machine,
     by_machine,
     latest,
-    median,
     of,
     ratio_in_turn,
 )
@@ -98,24 +97,19 @@ def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
     return min(eligible, key=bytes_of.__getitem__, default=OURS_INT4)
 
 
-def _rate(rows: Sequence[Row], name: str, what: str, prompt_tokens: int) -> float | None:
-    return median(getattr(row, what) for row in of(rows, name, prompt_tokens))
-
-
 def _ratios(
     groups: dict[tuple[str, int], list[Row]], model: str, ours: str, target: Target
 ) -> Iterator[float | None]:
-    """For each number of threads, ours ÷ the fastest peer's; None: not measured."""
+    """For each number of threads, the least of ours ÷ a peer's, each the median over the rounds
+    that have both; None: not measured.
+    """
     for threads in COUNTS:
         rows = groups.get((model, threads), [])
-        peers = {row.contestant for row in rows} - {
-            row.contestant for row in rows if row.contestant.startswith(OURS)
-        }
-        best = max(
-            (_rate(rows, name, target.what, target.prompt_tokens) or 0 for name in peers), default=0
-        )
-        mine = _rate(rows, ours, target.what, target.prompt_tokens)
-        yield mine / best if mine and best else None
+        peers = {row.contestant for row in rows if not row.contestant.startswith(OURS)}
+        beside = [
+            ratio_in_turn(rows, ours, peer, target.prompt_tokens, target.what) for peer in peers
+        ]
+        yield min((ratio for ratio in beside if ratio), default=None)
 
 
 def _of_stream(rows: Sequence[Row], name: str) -> str:

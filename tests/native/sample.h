@@ -8,8 +8,7 @@
 
 namespace edgelora::test {
 
-// One in so many; EDGELORA_TEST_ONE_IN of the environment, else all. 7 is coprime to the lengths
-// of the lists that cases are made of: with cases enough, every value of each list occurs.
+// One in about so many; EDGELORA_TEST_ONE_IN of the environment, else all.
 inline size_t& one_case_in() {
   static size_t count = [] {
     const char* said = std::getenv("EDGELORA_TEST_ONE_IN");

@@ -12,7 +12,7 @@
 //   rounding costs at most 0.0024 (0.0031) of absmax a weight. nf4's sums start at −5/32·Σx.
 //
 // Tile: 16 rows of W × 1 row of x (decode) or 2 (several rows, whose codes are unpacked once for up
-// to 32).
+// to kRowTile).
 //   sums [rows][4]   two registers each: int16 (int4) or int32 (int8, nf4, fp4), 16 of the 32
 //                    registers
 //   acc              float; registers for one row of x, [rows, 16] in L1 for several
