@@ -128,9 +128,10 @@ int PackedFactors::pack_b(const kernels::Factors& factors, int64_t panels) {
     for (int64_t r = 0; r < factors.rank; ++r) most = std::max(most, std::fabs(value(r)));
     const Scale scale(most);
     uint8_t* to = b_ + panel * stride;
+    uint8_t* codes = to + kernels::kPackedScaleBytes;
     std::memcpy(to + 2 * i, &scale.half, 2);
     for (int64_t r = 0; r < factors.rank; ++r) {
-      to[kernels::kPackedScaleBytes + r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));
+      codes[r / 4 * 64 + 4 * i + r % 4] = static_cast<uint8_t>(scale.code(value(r)));
     }
   }
   return values.exponent();
