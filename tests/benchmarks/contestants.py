@@ -18,6 +18,7 @@ PROGRAMS = Path(__file__).parent
 OURS = "EdgeLoRA"
 OURS_INT4 = f"{OURS} int4"
 MERGED = f"{OURS_INT4}, rank 16 merged"
+SMALLEST = f"{OURS_INT4}, balanced, block 128"
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,14 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
         yield edgelora(f"{OURS} {name}", folder / f"edgelora-{name}")
     yield edgelora(f"{OURS_INT4}, block 128", folder / "edgelora-int4-128")
     yield edgelora(f"{OURS_INT4}, balanced", folder / "edgelora-balanced")
-    yield edgelora(f"{OURS_INT4}, balanced, block 128", folder / "edgelora-balanced-128")
+    yield edgelora(SMALLEST, folder / "edgelora-balanced-128")
     yield edgelora(MERGED, folder / "edgelora-merged")
     yield edgelora(f"{OURS_INT4}, adapters loaded", folder / "edgelora-adapters", load=True)
     for rank in RANKS:
         yield edgelora(f"{OURS_INT4} + rank {rank}", folder / "edgelora-adapters", rank=rank)
+    for rank in (16, 64):
+        bundle = folder / "edgelora-balanced-128-adapters"
+        yield edgelora(f"{SMALLEST} + rank {rank}", bundle, rank=rank)
     for name in ("Q4_0", "Q4_K_M"):
         yield llama_cpp(peers, f"llama.cpp {name}", folder / f"{name}.gguf")
     for rank in (0, *GGUF_RANKS):  # 0: none, by the tool that can have one

@@ -10,7 +10,14 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.contestants import OURS, OURS_INT4, Load, about_adapters, contestants
+from benchmarks.contestants import (
+    OURS,
+    OURS_INT4,
+    SMALLEST,
+    Load,
+    about_adapters,
+    contestants,
+)
 from benchmarks.figures import SPEED, Row
 from benchmarks.folder import Peers
 from benchmarks.rounds import Setting
@@ -18,18 +25,18 @@ from edgelora import load
 from edgelora.model import Model, Session
 
 CSV = SPEED.with_name("paired.csv")
-FORMATS = (OURS_INT4, f"{OURS} nf4")
+PLAIN = (OURS_INT4, f"{OURS} nf4", SMALLEST)
 Side = tuple[Path, str | None]  # bundle, active adapter
 
 
 def sides(peers: Peers, model: str) -> dict[str, Side]:
-    """By name, the contestants that are about adapters or nf4 and what they stand beside; those
+    """By name, the contestants that are about adapters or nf4, and what they stand beside; those
     whose bundle is there. Its adapters are loaded as soon as one side has one.
     """
     found = {}
     for each in contestants(peers, model):
         bundle, *adapter = (path.parent for path in each.weights)
-        if each.name in FORMATS or (each.name.startswith(OURS) and about_adapters(each.name)):
+        if each.name in PLAIN or (each.name.startswith(OURS) and about_adapters(each.name)):
             found[each.name] = bundle, adapter[0].name if adapter else None
     return {name: side for name, side in found.items() if side[0].is_dir()}
 

@@ -49,8 +49,8 @@ def _of_machine(rows: Sequence[Row], folder: Path, in_turn: Sequence[Row]) -> It
         yield _save(_bars(group), folder / f"bars-{name}.svg")
         if len({row.prompt_tokens for row in group}) > 1:
             yield _save(_over_context(group), folder / f"context-{name}.svg")
-        if any(rank_of(row.contestant) for row in group):
-            ours = pairs.get((model, threads), group)
+        ours = pairs.get((model, threads), group)
+        if any(rank_of(row.contestant) for row in (*group, *ours)):
             yield _save(_over_rank(group, ours), folder / f"rank-{name}.svg")
 
 
@@ -114,9 +114,9 @@ def _over_rank(rows: Sequence[Row], ours: Sequence[Row]) -> Figure:
     prompt = min(row.prompt_tokens for row in rows)
     for axis, what in zip(axes, ("prefill", "decode"), strict=True):
         for base in dict.fromkeys(
-            row.contestant.partition(" + ")[0] for row in rows if rank_of(row.contestant)
+            row.contestant.partition(" + ")[0] for row in (*ours, *rows) if rank_of(row.contestant)
         ):
-            group = ours if base == OURS_INT4 else rows
+            group = ours if base.startswith(OURS) else rows
             points = sorted(_costs(group, base, prompt, what))
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=base)
@@ -133,7 +133,7 @@ def _costs(rows: Sequence[Row], base: str, prompt: int, what: str) -> Iterator[t
     plain = wanted if of(rows, wanted, prompt) else base
     for name in dict.fromkeys(row.contestant for row in rows):
         rank = rank_of(name)
-        if rank and name.startswith(base):
+        if rank and name.partition(" + ")[0] == base:
             ratio = ratio_in_turn(rows, plain, name, prompt, what)
             if ratio:
                 yield rank, 100 * (ratio - 1)

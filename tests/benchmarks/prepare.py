@@ -91,6 +91,10 @@ def bundles(peers: Peers, model: str) -> Iterator[Step]:
         kinds["balanced-128"] = (*balanced, "--block-size", "128")
     for name, options in kinds.items():
         yield _bundle(peers, model, name, options)
+    smallest = peers.model(model) / "edgelora-balanced-128"
+    if smallest.is_dir() or peers.calibration.exists():
+        product = smallest.with_name(f"{smallest.name}-adapters")
+        yield Step(product, lambda path: _with_adapters(smallest, adapters, path))
 
 
 def llama_steps(peers: Peers, peer: str) -> Iterator[Step]:
@@ -158,6 +162,12 @@ def _bundle(peers: Peers, model: str, name: str, options: Sequence[object]) -> S
 def _command(product: Path, command: Sequence[object]) -> Step:
     """A program whose last argument is the output."""
     return Step(product, lambda path: _call([*command, path]))
+
+
+def _with_adapters(bundle: Path, adapters: dict[str, Path], path: Path) -> None:
+    shutil.copytree(bundle, path)
+    for name, folder in adapters.items():
+        _call([*OURSELVES, "add-adapter", path, f"{name}={folder}"])
 
 
 def _quantizing(peers: Peers, source: Path, kind: str) -> Callable[[Path], None]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.contestants import OURS_INT4
+from benchmarks.contestants import OURS, OURS_INT4, about_adapters
 from benchmarks.figures import Row, about_machine, by_machine, latest, limit, median, of
 from benchmarks.losses import Loss, mean_kl
 
@@ -97,9 +97,9 @@ def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
     columns = [f"prefill {prompt}" for prompt in dict.fromkeys(prompts)]
     columns += [f"decode at {prompt}" for prompt in decoded]
     kl = mean_kl(losses, rows[0].model)
+    names = dict.fromkeys(row.contestant for row in rows if not _in_pairs(row.contestant))
     lines = [
-        [name, *_about(rows, name, kl), *_rates(rows, name, prompts, decoded)]
-        for name in dict.fromkeys(row.contestant for row in rows)
+        [name, *_about(rows, name, kl), *_rates(rows, name, prompts, decoded)] for name in names
     ]
     lines = _best_in_bold(lines)
     limits = [_number(limit(rows, OURS_INT4, prompt)) for prompt in decoded]
@@ -108,6 +108,11 @@ def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
     head = ["tokens/s", "MB", "KL", *columns]
     text = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1)), *map(_line, lines)]
     return "\n".join([_caption(rows), "", *text, ""])
+
+
+def _in_pairs(name: str) -> bool:
+    """Ours with adapters, whose cost `paired` tells."""
+    return name.startswith(OURS) and about_adapters(name)
 
 
 def _about(rows: Sequence[Row], name: str, kl: dict[str, float]) -> Iterator[str]:

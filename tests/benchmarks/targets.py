@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
+from benchmarks.contestants import MERGED, OURS, OURS_INT4, SMALLEST, about_adapters
 from benchmarks.figures import (
     Row,
     about_machine,
@@ -47,6 +47,8 @@ PAIRS = (
     ("nf4 beside int4", f"{OURS} nf4", OURS_INT4, 0.95),
     ("rank 16 beside merged", f"{OURS_INT4} + rank 16", MERGED, 0.95),
     ("rank 64 beside merged", f"{OURS_INT4} + rank 64", MERGED, 0.88),
+    ("rank 16, balanced in blocks of 128", f"{SMALLEST} + rank 16", SMALLEST, 0.95),
+    ("rank 64, balanced in blocks of 128", f"{SMALLEST} + rank 64", SMALLEST, 0.88),
     ("adapters loaded beside none", LOADED, OURS_INT4, None),
 )
 
