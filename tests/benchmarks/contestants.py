@@ -102,7 +102,8 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
         yield llama_cpp_adapter(peers, name, folder / "Q4_0.gguf", adapters)
     for name in ("int4", "int4-head8"):
         yield genai(peers, folder / f"genai-{name}")
-    yield openvino(peers, folder / "openvino-int4")
+    yield openvino(peers, "OpenVINO GenAI int4", folder / "openvino-int4")
+    yield openvino(peers, "OpenVINO GenAI int4, group 128", folder / "openvino-int4-128")
 
 
 def place(name: str) -> int:
@@ -178,9 +179,8 @@ def genai(peers: Peers, folder: Path) -> Contestant:
     return _scripted(peers, name, "genai", folder / "model.onnx.data", "onnxruntime-genai")
 
 
-def openvino(peers: Peers, folder: Path) -> Contestant:
-    weights = folder / "openvino_model.bin"
-    return _scripted(peers, "OpenVINO GenAI int4", "openvino", weights, "openvino-genai")
+def openvino(peers: Peers, name: str, folder: Path) -> Contestant:
+    return _scripted(peers, name, "openvino", folder / "openvino_model.bin", "openvino-genai")
 
 
 def _scripted(peers: Peers, name: str, peer: str, weights: Path, package: str) -> Contestant:

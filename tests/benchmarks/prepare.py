@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.folder import GGUF_RANKS, OURSELVES, RANKS, Peers, offline
+from benchmarks.folder import GGUF_RANKS, LLAMA_1B, OURSELVES, RANKS, Peers, offline
 from benchmarks.random_adapter import write_random_adapter
 
 PEERS = ("edgelora", "llama.cpp", "genai", "openvino")
@@ -135,12 +135,14 @@ def genai_models(peers: Peers, model: str) -> Iterator[Step]:
 
 
 def openvino_models(peers: Peers, model: str) -> Iterator[Step]:
-    """Groups of 64; the head in 8 bits, which is its default."""
+    """Groups of 64, and of 128 where they divide; the head in 8 bits, which is its default."""
     program = peers.environment("openvino") / "bin" / "optimum-cli"
     export = [*peers.isolated("openvino"), program, "export", "openvino"]
-    options = ["--weight-format", "int4", "--group-size", "64"]
     task = ["--task", "text-generation-with-past", "-m", peers.checkpoint(model)]
-    yield _command(peers.model(model) / "openvino-int4", [*export, *options, *task])
+    for group, name in ((64, "openvino-int4"), (128, "openvino-int4-128")):
+        if model == LLAMA_1B or group == 64:  # SmolLM2's 576 are no groups of 128
+            options = ["--weight-format", "int4", "--group-size", group]
+            yield _command(peers.model(model) / name, [*export, *options, *task])
 
 
 def _adapter(peers: Peers, model: str, rank: int) -> Step:
