@@ -32,7 +32,9 @@ inline const int8_t* packed_codes(const PackedT& t, int64_t row) {
 constexpr int64_t kFetchAhead = 4096;
 
 inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
-  for (int64_t i = 0; i < packed_panel_bytes(quads); i += 64) __builtin_prefetch(panel + kFetchAhead + i);
+  for (int64_t i = 0; i < packed_panel_bytes(quads); i += 64) {
+    __builtin_prefetch(panel + kFetchAhead + i);
+  }
 }
 
 // Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
