@@ -194,7 +194,7 @@ bool noticed(const Mutant& mutant) {
 
 }  // namespace
 
-// Of the shapes a sample suffices; where the kernels are tested with one themselves, once is enough.
+// A sample of the shapes suffices; nothing is done where the kernels are tested with one.
 void test_broken(const std::vector<TestedIsa>&) {
   size_t& one_in = edgelora::test::one_case_in();
   if (one_in > 1) return;
