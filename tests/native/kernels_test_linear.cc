@@ -1,5 +1,6 @@
 // linear and linear_float against double sums over the same quantized bytes.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -34,6 +35,12 @@ struct CodebookRounding {
                           static_cast<int>(4 * zero)
                     : static_cast<int>(std::nearbyint(scale() * value));
   }
+  std::array<int, 16> integers() const {  // of each code; none of int formats
+    std::array<int, 16> all{};
+    if (!has_codebook(format)) return all;
+    for (int i = 0; i < 16; ++i) all[static_cast<size_t>(i)] = integer(codebook_value(format, i));
+    return all;
+  }
   // What is taken from a block's dot: nf4's bytes are 5/32 too large on average.
   int64_t excess(int64_t codes) const {
     return levels() || fp4()
@@ -47,19 +54,17 @@ constexpr double kHalfEpsilon = 0x1p-11;  // absmax becomes a float16
 // What the integer path must give. The dots are exact integers. A block's term takes at most four
 // roundings (two scales, the table's scale, the product), the running sum one for each term added
 // to it.
-Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n, CodebookRounding rounding) {
+Expected integer_sum(const Matrix& w, Rows& x, int64_t m, int64_t n,
+                     const CodebookRounding& rounding, const std::array<int, 16>& integers) {
   const bool coded = has_codebook(w.shape().format);
   const int64_t features = w.shape().in_features;
   double sum = 0.0, magnitude = 0.0;
-  int integers[16] = {};
-  for (int i = 0; coded && i < 16; ++i) {
-    integers[i] = rounding.integer(codebook_value(rounding.format, i));
-  }
   for (int64_t b = 0; b < x.blocks; ++b) {
     const int64_t end = std::min<int64_t>(features, b * 32 + 32);
     int64_t dot = 0, codes = 0;
     for (int64_t k = b * 32; k < end; ++k) {
-      const int integer = coded ? integers[w.code(n, k)] : w.code(n, k) - w.zero_point(n, k);
+      const int code = w.code(n, k);
+      const int integer = coded ? integers[static_cast<size_t>(code)] : code - w.zero_point(n, k);
       dot += integer * x.code(m, k);
       codes += x.code(m, k);
     }
@@ -135,12 +140,14 @@ void check_gaps(Output& out, int64_t columns, const std::string& name) {
 
 std::vector<Expected> expected_linear(const Matrix& w, Rows& x, int64_t rows,
                                       Arithmetic arithmetic) {
+  const CodebookRounding rounding{arithmetic, w.shape().format};
+  const std::array<int, 16> integers = rounding.integers();
   std::vector<Expected> all;
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < w.shape().out_features(); ++n) {
       all.push_back(arithmetic == Arithmetic::kBfloat16
                         ? bfloat16_sum(w, x, m, n)
-                        : integer_sum(w, x, m, n, CodebookRounding{arithmetic, w.shape().format}));
+                        : integer_sum(w, x, m, n, rounding, integers));
     }
   }
   return all;

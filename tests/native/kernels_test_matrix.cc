@@ -219,10 +219,9 @@ void Matrix::pack() {
 }
 
 // Panels of `used` bytes, zero, and between them ones (as a scale: NaN); no room after the last
-// panel. Of half of the shapes misaligned by 2.
-uint8_t* Matrix::allocate(int64_t stride, int64_t used) {
+// panel.
+uint8_t* Matrix::allocate(int64_t stride, int64_t used, size_t slack) {
   const int64_t panels = panels_of(shape_), size = (panels - 1) * stride + used;
-  const auto slack = static_cast<size_t>(shape_.out_features() % 2 * 2);
   memory_.push_back(std::make_unique<GuardedBytes>(static_cast<size_t>(size), slack));
   uint8_t* out = memory_.back()->as<uint8_t>();
   for (int64_t p = 0; p + 1 < panels; ++p) {
@@ -234,7 +233,7 @@ uint8_t* Matrix::allocate(int64_t stride, int64_t used) {
 void Matrix::pack_floats() {
   const int64_t panel_stride = (shape_.in_features + shape_.room) * 64;
   if (shape_.room != 0) packed_.panel_stride = panel_stride;
-  uint8_t* out = allocate(panel_stride, shape_.in_features * 64);
+  uint8_t* out = allocate(panel_stride, shape_.in_features * 64, slack());
   for (int64_t n = 0; n < shape_.out_features(); ++n) {
     for (int64_t k = 0; k < shape_.in_features; ++k) {
       const float w = weight(n, k);
@@ -250,7 +249,7 @@ void Matrix::pack_codes() {
   const int64_t code_bytes = 16 * padded / (bytes ? 1 : 2);
   const int64_t panel_stride = code_bytes + 16 * shape_.room / (bytes ? 1 : 2);
   if (shape_.room != 0) packed_.panel_stride = panel_stride;
-  uint8_t* codes = allocate(panel_stride, code_bytes);
+  uint8_t* codes = allocate(panel_stride, code_bytes, slack());
   for (int64_t n = 0; n < shape_.out_features(); ++n) {
     uint8_t* row = codes + n / 16 * panel_stride + n % 16 * 4;
     for (int64_t k = 0; k < shape_.in_features; ++k) {
@@ -279,7 +278,7 @@ template <class T, class Value>
 T* Matrix::pack_blocks(Value value) {
   constexpr int64_t kBytes = 16 * sizeof(T);
   const int64_t blocks = shape_.blocks();
-  uint8_t* out = allocate(block_stride() * kBytes, blocks * kBytes);
+  uint8_t* out = allocate(block_stride() * kBytes, blocks * kBytes, slack());
   for (int64_t n = 0; n < shape_.out_features(); ++n) {
     for (int64_t b = 0; b < blocks; ++b) {
       const T one = value(n, b);
@@ -305,7 +304,7 @@ void Matrix::pack_scales() {
         [&](int64_t n, int64_t b) { return exact_offset(n, b * shape_.block_size); });
   }
   if (shape_.format == Format::kInt4ZeroPoints) {
-    uint8_t* out = allocate(block_stride() * 8, blocks * 8);
+    uint8_t* out = allocate(block_stride() * 8, blocks * 8, 0);
     for (int64_t n = 0; n < shape_.out_features(); ++n) {
       for (int64_t b = 0; b < blocks; ++b) {
         uint8_t& byte = out[(n / 16 * block_stride() + b) * 8 + n % 8];

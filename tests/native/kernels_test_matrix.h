@@ -66,7 +66,9 @@ class Matrix {
   void pack_codes();
   void pack_absmax();
   void pack_scales();
-  uint8_t* allocate(int64_t stride, int64_t used);
+  uint8_t* allocate(int64_t stride, int64_t used, size_t slack);
+  // Half of the shapes: misaligned by 2.
+  size_t slack() const { return static_cast<size_t>(shape_.out_features() % 2 * 2); }
   template <class T, class Value>
   T* pack_blocks(Value value);
   int64_t block_stride() const { return shape_.blocks() + shape_.room / shape_.block_size; }
