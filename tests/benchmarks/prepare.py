@@ -16,6 +16,7 @@ import click
 
 from benchmarks.folder import GGUF_RANKS, LLAMA_1B, OURSELVES, RANKS, Peers, offline
 from benchmarks.random_adapter import write_random_adapter
+from benchmarks.rounds import isa
 
 PEERS = ("edgelora", "llama.cpp", "genai", "openvino")
 # An open torch takes gigabytes of CUDA: this is what .ci/constraints.txt has.
@@ -191,16 +192,11 @@ def _unpack_llama(peers: Peers, path: Path) -> None:
 
 def _build_llama(peers: Peers, path: Path) -> None:
     build = path.parent
-    options = (*LLAMA_OPTIONS, *(AMX_OPTIONS if has_amx() else ()))
+    options = (*LLAMA_OPTIONS, *(AMX_OPTIONS if isa() == "amx_bf16" else ()))
     _call(["cmake", "-S", peers.llama_source, "-B", build, *options])
     targets = [f"llama-{tool}" for tool in LLAMA_TOOLS]
     _call(["cmake", "--build", build, "--parallel", "2", "--target", *targets])
     path.touch()
-
-
-def has_amx() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_tile" in cpuinfo.read_text()
 
 
 def _install(peers: Peers, peer: str, path: Path) -> None:
