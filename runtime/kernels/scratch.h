@@ -14,7 +14,7 @@ struct ScratchLayout {
   int64_t scales;  // float [Kp / 32, kRowTile]; neon_i8mm: twice as many
   int64_t group_scales;  // panel_pairs.h: float [groups of Kp / 32, kRowTile],
   int64_t magics;        // float [groups, kRowTile, 4]
-  int64_t magic_terms;   // int32 [groups, kRowTile, 4]
+  int64_t magic_steps;   // int32 or float [groups, kRowTile, 4]
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]
   int64_t starts;  // nf4, fp4: int16 [Kp / 32, kRowTile, 2, 2]
   int64_t wide;    // nf4, fp4: uint8 [Kp / 32, kRowTile]
@@ -42,7 +42,7 @@ inline ScratchLayout scratch_layout(const Weights& weights) {
   const int64_t groups = activation_groups(weights.in_features);
   layout.group_scales = take(end, groups * kRowTile * 4);
   layout.magics = take(end, groups * kRowTile * kGroupBlocks * 4);
-  layout.magic_terms = take(end, groups * kRowTile * kGroupBlocks * 4);
+  layout.magic_steps = take(end, groups * kRowTile * kGroupBlocks * 4);
   layout.codes = take(end, blocks * kRowTile * kActivationBlock);
   if (has_codebook(weights.format)) {
     layout.starts = take(end, blocks * kRowTile * 8);

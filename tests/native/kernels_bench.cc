@@ -160,12 +160,13 @@ class Linear {
   Weights weights_;
 };
 
+// grouped: as quantize_groups leaves them, here with one scale for all.
 struct Rows {
-  Rows(int64_t rows, int64_t in_features)
+  Rows(int64_t rows, int64_t in_features, bool grouped)
       : codes(static_cast<size_t>(rows * in_features), 3),
         scales(static_cast<size_t>(rows * in_features / 32), 0.01f),
         sums(static_cast<size_t>(rows * in_features / 32), 96),
-        view{rows, codes.data(), scales.data(), sums.data()} {}
+        view{rows, codes.data(), scales.data(), sums.data(), false, grouped} {}
   std::vector<int8_t> codes;
   std::vector<float> scales;
   std::vector<int32_t> sums;
@@ -205,6 +206,11 @@ struct Wish {
   }
 };
 
+// As the operators quantize x for these weights.
+bool groups_scales(const KernelTable& table, const Kind& kind) {
+  return table.quantize_groups != nullptr && !has_codebook(kind.format);
+}
+
 std::string line_name(const char* what, const KernelTable& table, const Kind& kind,
                       const Shape& shape, int64_t rows) {
   return std::string(what) + " " + table.isa + " " + kind.name + " b" +
@@ -216,7 +222,7 @@ void bench_decode(const KernelTable& table, const Kind& kind, const Shape& shape
   const std::string name = line_name("decode", table, kind, shape, rows);
   if (!wish.covers(name)) return;
   const Linear linear(kind, shape, kCold);
-  const Rows x(rows, shape.in_features);
+  const Rows x(rows, shape.in_features, groups_scales(table, kind));
   Aligned stream(kCold);
   std::memset(stream.as<char>(), 1, kCold);
   std::printf("%-50s", name.c_str());
@@ -241,7 +247,7 @@ void bench_macs(const char* what, const KernelTable& table, const Kind& kind, co
   const std::string name = line_name(what, table, kind, shape, rows);
   if (!wish.covers(name)) return;
   const Linear linear(kind, shape, 0);
-  const Rows x(rows, shape.in_features);
+  const Rows x(rows, shape.in_features, groups_scales(table, kind));
   const double macs = static_cast<double>(rows * shape.in_features * shape.out_features);
   const auto passes = static_cast<size_t>(1 + 2e8 / macs);
   std::printf("%-50s", name.c_str());

@@ -56,7 +56,7 @@ void check_block(const std::string& name, const float* x, int64_t count, float t
 }
 
 // The largest magnitude of a block; if grouped, that of its group halved while no value of the
-// block is above.
+// block is above, five times at most.
 float top_of(bool grouped, const float* x, int64_t features, int64_t block) {
   const auto largest_of = [&](int64_t begin, int64_t count) {
     return largest_magnitude(x + begin, std::min(count, features - begin));
@@ -64,7 +64,7 @@ float top_of(bool grouped, const float* x, int64_t features, int64_t block) {
   const float amax = largest_of(32 * block, 32);
   if (!grouped) return amax;
   float top = largest_of(block / 4 * 128, 128);
-  for (int i = 0; i < 24 && top / 2.0f >= amax; ++i) top /= 2.0f;
+  for (int i = 0; i < 5 && top / 2.0f >= amax; ++i) top /= 2.0f;
   return top;
 }
 

@@ -347,8 +347,9 @@ Rows::Rows(int64_t rows, int64_t in_features, Fill fill, uint64_t seed, bool gro
     const float positive = fill == Fill::kRandom ? 0.001f + random.unit() : power;
     const float scale = fill == Fill::kSaturated ? 1.0f : positive;
     if (i % blocks % kGroupBlocks == 0) group_scale = scale;
-    const float lowered = std::ldexp(group_scale, -random.between(0, 3));
-    const float some = grouped && fill == Fill::kRandom ? lowered : scale;
+    const int halvings = fill == Fill::kPowers ? 0 : random.between(0, 5);
+    const float lowered = std::ldexp(group_scale, -halvings);
+    const float some = grouped ? lowered : scale;
     scales.as<float>()[i] = zero ? 0.0f : some;
     int32_t sum = 0;
     for (int64_t j = 0; j < 32; ++j) {

@@ -23,13 +23,15 @@ const std::vector<int64_t> kSlices = {704, 51};
 constexpr int64_t kColumns = 755;
 
 // Rows whose int8 codes are exact: each block has 127, and all else is a whole number of the same
-// step, a power of two.
+// step, a power of two that changes where sums of several rows are not rounded (magic_steps.h): with
+// the row and the group of four blocks.
 std::vector<float> exact_rows(int64_t rows) {
   kernels::test::Random random(static_cast<uint64_t>(rows));
   std::vector<float> x(static_cast<size_t>(rows * kFeatures));
   for (size_t i = 0; i < x.size(); ++i) {
     const int code = i % 32 == 5 ? 127 : random.between(-127, 127);
-    x[i] = std::ldexp(static_cast<float>(code), -static_cast<int>(i / 32 % 3));
+    const size_t row = i / kFeatures, group = i % kFeatures / 128;
+    x[i] = std::ldexp(static_cast<float>(code), -static_cast<int>((row + group) % 3));
   }
   return x;
 }

@@ -198,7 +198,7 @@ inline Step step_of(const std::vector<double>& row, size_t block, double hair) {
   const double most = largest_magnitude(row, block, 32);
   if (integer_kernels().quantize_groups == nullptr || most == 0) return {most / 127, false};
   double top = largest_magnitude(row, block / 128 * 128, 128);
-  while (top / 2 >= most) top /= 2;
+  for (int i = 0; i < 5 && top / 2 >= most; ++i) top /= 2;
   return {top / 127, top < 2 * most && top / 2 >= most * (1 - hair) && top != most};
 }
 

@@ -119,12 +119,10 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
   tile->shifts = sums;
 }
 
-constexpr bool can_pair(Format format) { return !has_extras(format) && !has_codebook(format); }
-
 // Whether several rows of x meet two panels at a time, in groups of at most Isa::kPairRows.
 template <class Isa>
 bool pairs_panels(const Weights& weights, const Activations& x, int64_t rows) {
-  return Isa::kPairRows > 0 && x.grouped && rows > 1 && can_pair(weights.format) &&
+  return Isa::kPairRows > 0 && x.grouped && rows > 1 && weights.format == Format::kInt4 &&
          weights.block_size > kActivationBlock;
 }
 
@@ -138,7 +136,7 @@ inline ScratchLayout group_layout(const Weights& weights, int64_t slot) {
   layout.terms += slot * blocks * 4;
   layout.group_scales += slot * groups * 4;
   layout.magics += slot * groups * kGroupBlocks * 4;
-  layout.magic_terms += slot * groups * kGroupBlocks * 4;
+  layout.magic_steps += slot * groups * kGroupBlocks * 4;
   layout.starts += slot * blocks * 8;
   layout.wide += slot * blocks;
   return layout;
@@ -154,7 +152,7 @@ RowTile pack_group(const Weights& weights, const Activations& x, int64_t first_r
   if constexpr (Isa::kPairRows > 0) {
     if (paired) {
       pack_codes(x, first_row, tile.blocks, &tile, scratch, layout);
-      Isa::pack_pairs(x, first_row, Isa::term_zero(weights.format), &tile, scratch, layout);
+      Isa::pack_pairs(weights, x, first_row, &tile, scratch, layout);
       return tile;
     }
   }
@@ -264,15 +262,15 @@ struct Ahead {
 };
 
 // The same for Isa::panel_pair.
-template <class Isa, Format kFormat, int kRows, int kPanels>
+template <class Isa, int kRows, int kPanels>
 void panel_pair(const PanelView panels[], const RowTile& group, const Out out[],
                 const Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (group.rows < kRows) {
-      return panel_pair<Isa, kFormat, kRows - 1, kPanels>(panels, group, out, ahead);
+      return panel_pair<Isa, kRows - 1, kPanels>(panels, group, out, ahead);
     }
   }
-  Isa::template panel_pair<kFormat, kRows, kPanels>(panels, group, out, ahead);
+  Isa::template panel_pair<kRows, kPanels>(panels, group, out, ahead);
 }
 
 // Whether panels are taken one by one after all: the rows of one group wait for memory, which is
@@ -283,7 +281,7 @@ bool streams_panels(const Weights& weights, const RowGroups& groups) {
 }
 
 // kPanels panels from p on.
-template <class Isa, Format kFormat, int kPanels>
+template <class Isa, int kPanels>
 void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, float* y,
                    int64_t y_stride) {
   alignas(64) float acc[kRowTile * kPanelRows];  // of the last panel of W, if it is not full
@@ -293,14 +291,14 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
     panels[i] = panel_view(weights, p + i);
     out[i] = out_of(weights, p + i, {y, y_stride}, acc);
   }
-  constexpr int64_t kLines = kPanels * (kFormat == Format::kInt8 ? 8 : 4);  // of a block
+  constexpr int64_t kLines = kPanels * 4;  // of a block
   const int64_t blocks = panels[0].blocks;
   const auto* codes = reinterpret_cast<const char*>(panels[0].codes);
   const bool streams = streams_panels<Isa>(weights, groups);
   Ahead ahead{codes + (streams ? Isa::kPrefetchBytes : blocks * kLines * 64),
               ceil_div(kLines, groups.count)};
   for (int64_t g = 0; g < groups.count; ++g) {
-    panel_pair<Isa, kFormat, Isa::kPairRows, kPanels>(panels, groups.of[g], out, ahead);
+    panel_pair<Isa, Isa::kPairRows, kPanels>(panels, groups.of[g], out, ahead);
     ahead.from += blocks * ahead.lines * 64;
     for (Out& each : out) each.to += groups.of[g].rows * each.stride;
   }
@@ -310,14 +308,14 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
 template <class Isa, Format kFormat>
 void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                      int64_t panel_end, float* y, int64_t y_stride) {
-  if constexpr (Isa::kPairRows > 0 && can_pair(kFormat)) {
+  if constexpr (Isa::kPairRows > 0 && kFormat == Format::kInt4) {
     if (groups.paired) {
       int64_t p = panel_begin;
       const bool streams = streams_panels<Isa>(weights, groups);
       for (; p + 1 < panel_end && !streams; p += 2) {
-        multiply_pair<Isa, kFormat, 2>(weights, groups, p, y, y_stride);
+        multiply_pair<Isa, 2>(weights, groups, p, y, y_stride);
       }
-      for (; p < panel_end; ++p) multiply_pair<Isa, kFormat, 1>(weights, groups, p, y, y_stride);
+      for (; p < panel_end; ++p) multiply_pair<Isa, 1>(weights, groups, p, y, y_stride);
       return;
     }
   }

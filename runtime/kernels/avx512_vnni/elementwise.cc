@@ -3,7 +3,7 @@
 //   code = round_half_even(x · inverse) of 32 values, two registers; activation_block.h
 //   The same in groups of up to four blocks, whose scales are powers of two apart (panel_pairs.h
 //   tells what for): scale = most / 127 · 2^−e, most the group's largest amax, of numbers, and e =
-//   0…24 as large as it may be while amax ≤ most · 2^−e.
+//   0…5 as large as it may be while amax ≤ most · 2^−e.
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at
 //   |r| ≤ 0.347 truncated by 5e-9 of the value: the error is float32's own rounding (≤ 2 ulp).
 #include <immintrin.h>
@@ -19,7 +19,7 @@
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
-constexpr int32_t kMostHalvings = 24;  // of a group's scale
+constexpr int32_t kMostHalvings = 5;  // of a group's scale
 constexpr int32_t kMantissaBits = 23;
 constexpr float kLowest = -87.0f;  // e^x < 2e-38 below, nothing beside 1
 constexpr float kHighest = 89.0f;  // e^x is Inf here already

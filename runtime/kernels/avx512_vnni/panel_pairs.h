@@ -1,17 +1,16 @@
-// Several rows of x where a scale of W holds for more than one block of x: two panels at a time.
-// What is broadcast of x serves both, and 6 rows' dots and sums with 32 rows of W fill 24 of the 32
-// registers. A last panel alone is computed likewise: what y is must not depend on where a thread's
-// panels end.
-//   dots [rows][panels]   int32, of one block: as many chains of vpdpbusd
-//   sums [rows][panels]   float, of the blocks that share a scale of W and a group's of x
-//   acc                   float, in L1 from the first such blocks to the last, which write y
+// Several rows of x where a scale of W holds for more than one block of x, int4: two panels at a
+// time. What is broadcast of x serves both, what is unpacked of W serves 8 rows, whose sums
+// with 32 rows of W fill 16 of the 32 registers. A last panel alone is computed likewise: what y is
+// must not depend on where a thread's panels end.
+//   sums [rows][panels]   magic_steps.h, of the blocks that share a scale of W and a group's of x:
+//                         as many chains of vpdpbusd
+//   acc  [rows][panels]   float, in L1, of the blocks before
 //
-// Multiplications take vpdpbusd's place, additions do not; and scales of x in a group are powers of
-// two apart. So a block's dots start from 1.5·2^(23 − e) as an int32, whose lowest bit is worth
-// 2^−e as a float. Read as floats and with the start taken away, they are dot · 2^−e, exactly,
-// since |dot| < 2^22.
+// On Intel's CPUs every vector instruction takes vpdpbusd's place, and where two threads share a
+// core every instruction does: hence one addition a block, and places that only move on.
 #pragma once
 
+#include "kernels/avx512_vnni/magic_steps.h"
 #include "kernels/avx512_vnni/registers.h"
 
 namespace edgelora::kernels::avx512_vnni {
@@ -19,149 +18,146 @@ namespace {
 
 struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
-  static constexpr int kPairRows = 6;
+  static constexpr int kPairRows = 8;
 
-  // starts = magic + zero_term
-  static void pack_pairs(const Activations& x, int64_t first_row, int32_t zero, RowTile* tile,
-                         void* scratch, const ScratchLayout& layout) {
-    const int64_t groups = ceil_div(tile->blocks, kGroupBlocks);
-    auto* group_scales = reinterpret_cast<float*>(at(scratch, layout.group_scales));
-    auto* magics = reinterpret_cast<__m128i*>(at(scratch, layout.magics));
-    auto* terms = reinterpret_cast<__m128i*>(at(scratch, layout.magic_terms));
-    for (int64_t m = 0; m < tile->rows; ++m) {
-      const int64_t row = (first_row + m) * tile->blocks;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t b = g * kGroupBlocks, to = g * tile->rows + m;
-        const __m128i there = first_lanes(tile->blocks - b);
-        const __m128i scale = _mm_castps_si128(_mm_maskload_ps(x.scales + row + b, there));
-        const __m128i sum = _mm_maskload_epi32(x.sums + row + b, there);
-        const __m128i most = largest_lane(scale);  // NaN above all
-        const __m128i none = _mm_cmpeq_epi32(scale, _mm_setzero_si128());
-        const __m128i exponent = _mm_andnot_si128(none, _mm_sub_epi32(scale, most));
-        const __m128i magic = _mm_add_epi32(_mm_set1_epi32(kMagicBits), exponent);
-        _mm_store_ss(group_scales + to, _mm_castsi128_ps(most));
-        _mm_store_si128(magics + to, magic);
-        _mm_store_si128(terms + to, _mm_add_epi32(magic, zero_terms(zero, sum)));
-      }
-    }
-    tile->group_scales = group_scales;
-    tile->magics = reinterpret_cast<const float*>(magics);
-    tile->magic_terms = reinterpret_cast<const int32_t*>(terms);
+  static void pack_pairs(const Weights& weights, const Activations& x, int64_t first_row,
+                         RowTile* tile, void* scratch, const ScratchLayout& layout) {
+    pack_magic_steps(x, weights.block_size, first_row, tile, scratch, layout);
   }
 
   // out[p] [kRows, 16] = panel p · x
-  template <Format kFormat, int kRows, int kPanels>
+  template <int kRows, int kPanels>
   static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[],
                          const Ahead& ahead) {
     const int64_t step = int64_t{1} << panels[0].shift, blocks = panels[0].blocks;
-    alignas(64) float acc[kPanels][kRows * kPanelRows];
-    Out sums[kPanels];
-    for (int p = 0; p < kPanels; ++p) sums[p] = {acc[p], kPanelRows};
-    if (blocks <= step) {
-      return add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, blocks}, sums, out, ahead);
+    alignas(64) float acc[kRows * kPanels * kPanelRows] = {};
+    Place<kPanels> place = first_place<kPanels>(panels, x, ahead);
+    for (int64_t first = 0;; first += step) {
+      const int64_t end = min_of(first + step, blocks);
+      Floats sums[kRows][kPanels];
+      start<kRows, kPanels>(place, sums);
+      add_dots<kRows, kPanels>(place, ahead.lines, sums);
+      for (int64_t b = first + 1; b < end; ++b) {
+        go_on<kRows, kPanels>(place, sums);
+        add_dots<kRows, kPanels>(place, ahead.lines, sums);
+      }
+      const float* magics = place.magics + (end - 1) % kGroupBlocks;
+      if (end == blocks) {
+        Out to[kPanels];
+        for (int p = 0; p < kPanels; ++p) to[p] = out[p];
+        return scale<kRows, kPanels>(place, magics, sums, acc, [&](int p, float*, Floats y) {
+          V::store(to[p].to, y);
+          to[p].to += to[p].stride;
+        });
+      }
+      scale<kRows, kPanels>(place, magics, sums, acc,
+                            [](int, float* of, Floats y) { V::store(of, y); });
+      next_scale<kRows, kPanels>(x, end, &place);
     }
-    add_blocks<kFormat, kRows, kPanels, true>(panels, x, {0, step}, sums, sums, ahead);
-    int64_t first = step;
-    for (; first + step < blocks; first += step) {
-      add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, first + step}, sums, sums,
-                                                 ahead);
-    }
-    add_blocks<kFormat, kRows, kPanels, false>(panels, x, {first, blocks}, sums, out, ahead);
   }
 
  private:
-  static constexpr int32_t kMagicBits = 0x4b400000;  // of 1.5·2^23
-
-  static __m128i first_lanes(int64_t count) {
-    return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int32_t>(count)),
-                           _mm_setr_epi32(0, 1, 2, 3));
-  }
-
-  static __m128i zero_terms(int32_t zero, __m128i sums) {
-    const __m128i products = _mm_mullo_epi32(sums, _mm_set1_epi32(zero));
-    return _mm_srai_epi32(_mm_add_epi32(products, _mm_set1_epi32(16)), 5);
-  }
-
-  // Where magics and magic_terms of a block lie.
-  template <int kRows>
-  static int64_t lane(int64_t b, int64_t row) {
-    return (b / kGroupBlocks * kRows + row) * kGroupBlocks + b % kGroupBlocks;
-  }
-
-  struct Blocks {  // that share a scale
-    int64_t begin, end;
+  template <int kPanels>
+  struct Place {  // of what is read next
+    const uint8_t* w[kPanels];
+    const uint16_t* scales[kPanels];
+    const int8_t* codes;
+    const float* steps;         // of the first row; kGroupBlocks further that of the next
+    const float* magics;        // of the group's first block, likewise
+    const float* group_scales;  // of the group's rows
+    const char* ahead;
   };
 
-  // to = from + blocks · x; without `from` where they are the first.
-  template <Format kFormat, int kRows, int kPanels, bool kFirst>
-  static void add_blocks(const PanelView panels[], const RowTile& x, const Blocks& blocks,
-                         const Out from[], const Out to[], const Ahead& ahead) {
-    Floats scales[kPanels];
+  template <int kPanels>
+  static Place<kPanels> first_place(const PanelView panels[], const RowTile& x,
+                                    const Ahead& ahead) {
+    Place<kPanels> place{{}, {}, x.codes, x.magic_steps, x.magics, x.group_scales, ahead.from};
     for (int p = 0; p < kPanels; ++p) {
-      scales[p] = V::scales<kFormat>(panels[p], blocks.begin, 0).scale;
+      place.w[p] = panels[p].codes;
+      place.scales[p] = panels[p].scales;
     }
-    Floats sums[kRows][kPanels];
-    for (auto& row : sums) {
-      for (Floats& sum : row) sum = V::zero_floats();
-    }
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      ahead.prefetch(b);
-      Ints dots[kRows][kPanels];
-      block_dots<kFormat, kRows, kPanels>(panels, x, b, dots);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Floats magic = V::broadcast(x.magics[lane<kRows>(b, r)]);
-        for (int p = 0; p < kPanels; ++p) {
-          sums[r][p] = V::add(sums[r][p], V::sub(V::as_floats(dots[r][p]), magic));
-        }
-      }
-    }
+    return place;
+  }
+
+  template <int kRows, int kPanels>
+  static void next_scale(const RowTile& x, int64_t block, Place<kPanels>* place) {
+    for (const uint16_t*& scales : place->scales) scales += kPanelRows;
+    if (block % kGroupBlocks != 0) return;
+    place->group_scales += kRows;
+    place->magics += kGroupBlocks * kRows;
+    place->steps = x.magic_steps + (place->magics - x.magics);
+  }
+
+  template <int kRows, int kPanels>
+  static void start(const Place<kPanels>& place, Floats sums[kRows][kPanels]) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Floats x_scale = V::broadcast(x.group_scales[blocks.begin / kGroupBlocks * kRows + r]);
-      for (int p = 0; p < kPanels; ++p) {
-        const Floats sum = V::mul(sums[r][p], x_scale);
-        Floats y = V::mul(sum, scales[p]);
-        if (!kFirst) y = V::fmadd(sum, scales[p], V::load(from[p].to + r * from[p].stride));
-        V::store(to[p].to + r * to[p].stride, y);
-      }
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = V::broadcast(place.steps[kGroupBlocks * r]);
     }
   }
 
-  template <Format kFormat, int kRows, int kPanels>
-  static void block_dots(const PanelView panels[], const RowTile& x, int64_t b,
-                         Ints dots[kRows][kPanels]) {
-    const int8_t* codes = x.codes + b * kRows * kActivationBlock;
+  template <int kRows, int kPanels>
+  static void go_on(const Place<kPanels>& place, Floats sums[kRows][kPanels]) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) dots[r][p] = V::broadcast(x.magic_terms[lane<kRows>(b, r)]);
+      const Floats step = V::broadcast(place.steps[kGroupBlocks * r]);
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = V::add(sums[r][p], step);
     }
+  }
+
+  // One block. As a call, as those below, it would hand the sums over in memory.
+  template <int kRows, int kPanels>
+  __attribute__((always_inline)) static void add_dots(Place<kPanels>& place, int64_t lines,
+                                                      Floats sums[kRows][kPanels]) {
+    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(place.ahead + i * 64, _MM_HINT_T0);
+    place.ahead += lines * 64;
 #pragma GCC unroll 4
     for (int line = 0; line < 4; ++line) {
-      Ints w[kPanels][2];
-      for (int p = 0; p < kPanels; ++p) unpack_line<kFormat>(panels[p].codes, b, line, w[p]);
+      Ints w[kPanels];
+      for (int p = 0; p < kPanels; ++p) w[p] = V::load(place.w[p] + 64 * line);
+      const int8_t* codes = place.codes + 8 * line;
+      add_quad<kRows, kPanels>(w, V::low_nibbles, codes, sums);
+      add_quad<kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
+    }
+    for (const uint8_t*& w : place.w) w += kBlockBytes / 2;
+    place.codes += kRows * kActivationBlock;
+    ++place.steps;
+  }
+
+  // Four columns of W, nibbles(w), and of each row of x.
+  template <int kRows, int kPanels, class Nibbles>
+  __attribute__((always_inline)) static void add_quad(const Ints w[kPanels], Nibbles nibbles,
+                                                      const int8_t* codes,
+                                                      Floats sums[kRows][kPanels]) {
+    Ints columns[kPanels];
+    for (int p = 0; p < kPanels; ++p) columns[p] = nibbles(w[p]);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Ints low = V::broadcast4(codes + r * kActivationBlock + 8 * line);
-        const Ints high = V::broadcast4(codes + r * kActivationBlock + 8 * line + 4);
-        for (int p = 0; p < kPanels; ++p) dots[r][p] = V::dot(dots[r][p], w[p][0], low);
-        for (int p = 0; p < kPanels; ++p) dots[r][p] = V::dot(dots[r][p], w[p][1], high);
+    for (int r = 0; r < kRows; ++r) {
+      const Ints quad = V::broadcast4(codes + r * kActivationBlock);
+      for (int p = 0; p < kPanels; ++p) {
+        sums[r][p] = V::as_floats(V::dot(V::as_ints(sums[r][p]), columns[p], quad));
       }
     }
   }
 
-  // Unsigned bytes of K 8·line … 8·line + 3, and of the four that follow.
-  template <Format kFormat>
-  static void unpack_line(const uint8_t* panel_codes, int64_t b, int line, Ints bytes[2]) {
-    if constexpr (kFormat == Format::kInt8) {
-      const uint8_t* codes = panel_codes + b * kBlockBytes + 128 * line;
-      bytes[0] = V::flip(V::load(codes));
-      bytes[1] = V::flip(V::load(codes + 64));
-      return;
+  // put(panel, its acc, acc + the sums times their scales) of each row in turn.
+  template <int kRows, int kPanels, class Put>
+  __attribute__((always_inline)) static void scale(const Place<kPanels>& place,
+                                                   const float* magics,
+                                                   const Floats sums[kRows][kPanels], float* acc,
+                                                   Put put) {
+    Floats scales[kPanels];
+    for (int p = 0; p < kPanels; ++p) scales[p] = V::load_halves(place.scales[p]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Floats magic = V::broadcast(magics[kGroupBlocks * r]);
+      const Floats x_scale = V::broadcast(place.group_scales[r]);
+      for (int p = 0; p < kPanels; ++p) {
+        float* of = acc + (r * kPanels + p) * kPanelRows;
+        const Floats sum = V::mul(V::sub(sums[r][p], magic), x_scale);
+        put(p, of, V::fmadd(sum, scales[p], V::load(of)));
+      }
     }
-    const Ints codes = V::load(panel_codes + b * kBlockBytes / 2 + 64 * line);
-    bytes[0] = V::low_nibbles(codes);
-    bytes[1] = V::high_nibbles(codes);
   }
 };
 

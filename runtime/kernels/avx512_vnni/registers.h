@@ -46,6 +46,7 @@ struct Registers {
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+  static Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
