@@ -23,8 +23,8 @@ const std::vector<int64_t> kSlices = {704, 51};
 constexpr int64_t kColumns = 755;
 
 // Rows whose int8 codes are exact: each block has 127, and all else is a whole number of the same
-// step, a power of two that changes where sums of several rows are not rounded (magic_steps.h): with
-// the row and the group of four blocks.
+// step, a power of two that changes where sums of several rows are not rounded (magic_steps.h):
+// with the row and the group of four blocks.
 std::vector<float> exact_rows(int64_t rows) {
   kernels::test::Random random(static_cast<uint64_t>(rows));
   std::vector<float> x(static_cast<size_t>(rows * kFeatures));
