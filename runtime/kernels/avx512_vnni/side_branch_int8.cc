@@ -3,9 +3,10 @@
 // b of a panel: 16 scales, then four columns r at a time, 64 bytes, a register whose 32-bit lanes
 // are the panel's rows:
 //     │ row 0: r … r+3 │ row 1: r … r+3 │ … │ row 15 │
-// vpdpbusd multiplies unsigned by signed: b xor 0x80 = b + 128, once for up to kMostRows rows of t,
-// and a row's sum starts at −128·Σt.
-//   sums [rows]   int32, the 16 rows of b; one row alone has kChains of them, to hide the latency
+// vpdpbusd multiplies unsigned by signed: b xor 0x80 = b + 128, and a row's sum starts at −128·Σt.
+//   sums [rows][panels]   int32, 16 rows of b; what is broadcast of t serves two panels, what is
+//                         loaded of b up to kMostRows rows of t. One row alone has kChains sums of
+//                         one panel, to hide the latency
 #include <immintrin.h>
 
 #include "kernels/avx512_vnni/avx512_vnni.h"
@@ -14,10 +15,13 @@
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
-inline __m512i add_quad(__m512i sum, __m512i column, const int8_t* t) {
+constexpr int kMostRows = 8;
+constexpr int kChains = 4;
+
+inline __m512i quad_of(const int8_t* t) {
   int32_t quad;
   std::memcpy(&quad, t, sizeof quad);
-  return _mm512_dpbusd_epi32(sum, column, _mm512_set1_epi32(quad));
+  return _mm512_set1_epi32(quad);
 }
 
 inline __m512i unsigned_column(const uint8_t* b) {
@@ -25,66 +29,116 @@ inline __m512i unsigned_column(const uint8_t* b) {
 }
 
 inline __m512i start(const PackedT& t, int64_t row) {
-  return _mm512_set1_epi32(-128 * packed_sum(t, row));
+  return _mm512_sub_epi32(_mm512_setzero_si512(),
+                          _mm512_slli_epi32(_mm512_set1_epi32(packed_sum(t, row)), 7));
 }
 
-template <int kRows>
-void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, __m512i* sums) {
-  for (int r = 0; r < kRows; ++r) sums[r] = start(t, m + r);
-  for (int64_t q = 0; q < quads; ++q) {
-    const __m512i column = unsigned_column(b + 64 * q);
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = add_quad(sums[r], column, packed_codes(t, m + r) + 4 * q);
-    }
-  }
-}
+// Neighbouring panels and where their rows of y lie; of the last one those in `lanes`.
+struct Panels {
+  const uint8_t* first;
+  int64_t quads;
+  __mmask16 lanes;
+  float* y;
+  int64_t y_stride;
 
-constexpr int kChains = 4;
-
-template <>
-void sum_panel<1>(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, __m512i* sums) {
-  const int8_t* codes = packed_codes(t, m);
-  __m512i chains[kChains] = {start(t, m)};
-  for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
-  int64_t q = 0;
-  for (; q + kChains <= quads; q += kChains) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) {
-      chains[i] = add_quad(chains[i], unsigned_column(b + 64 * (q + i)), codes + 4 * (q + i));
-    }
-  }
-  for (; q < quads; ++q)
-    chains[0] = add_quad(chains[0], unsigned_column(b + 64 * q), codes + 4 * q);
-  sums[0] = _mm512_add_epi32(_mm512_add_epi32(chains[0], chains[1]),
-                             _mm512_add_epi32(chains[2], chains[3]));
-}
-
-struct SideBranch {
-  static constexpr int kMostRows = 8;
-
-  template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
-                       int64_t columns, float* y, int64_t y_stride) {
-    const auto lanes = static_cast<__mmask16>((1 << columns) - 1);
-    __m512i sums[kRows];
-    sum_panel<kRows>(panel + kPackedScaleBytes, t, m, quads, sums);
-    const __m512 scales =
-        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
-    for (int r = 0; r < kRows; ++r) {
-      float* to = y + (m + r) * y_stride;
-      const __m512 factor = _mm512_mul_ps(scales, _mm512_set1_ps(packed_scale(t, m + r)));
-      const __m512 before = _mm512_maskz_loadu_ps(lanes, to);
-      _mm512_mask_storeu_ps(to, lanes,
-                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), factor, before));
-    }
-  }
+  const uint8_t* at(int p) const { return first + p * packed_panel_bytes(quads); }
+  const uint8_t* codes(int p) const { return at(p) + kPackedScaleBytes; }
 };
+
+inline void add_row(const Panels& panels, int p, __mmask16 lanes, int64_t row, __m512i sum,
+                    __m512 scale, __m512 factor) {
+  float* to = panels.y + row * panels.y_stride + p * kPanelRows;
+  const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+  const __m512 before = _mm512_maskz_loadu_ps(lanes, to);
+  _mm512_mask_storeu_ps(to, lanes, _mm512_fmadd_ps(product, factor, before));
+}
+
+inline __m512 load_scales(const uint8_t* panel) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
+}
+
+template <int kRows, int kPanels>
+void sum_panels(const Panels& panels, const PackedT& t, int64_t m, __m512i sums[kRows][kPanels]) {
+  const int8_t* codes = packed_codes(t, m);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) sums[r][p] = start(t, m + r);
+  }
+  for (int64_t q = 0; q < panels.quads; ++q, codes += 4) {
+    __m512i columns[kPanels];
+    for (int p = 0; p < kPanels; ++p) columns[p] = unsigned_column(panels.codes(p) + 64 * q);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i quad = quad_of(codes + 4 * r * t.stride);
+      for (int p = 0; p < kPanels; ++p) {
+        sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], columns[p], quad);
+      }
+    }
+  }
+}
+
+// Rows m … m + kRows − 1 of t.
+template <int kRows, int kPanels>
+void add_rows(const Panels& panels, const PackedT& t, int64_t m) {
+  __m512i sums[kRows][kPanels];
+  sum_panels<kRows, kPanels>(panels, t, m, sums);
+  __m512 scales[kPanels];
+  for (int p = 0; p < kPanels; ++p) scales[p] = load_scales(panels.at(p));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 factor = _mm512_set1_ps(packed_scale(t, m + r));
+    for (int p = 0; p < kPanels; ++p) {
+      const __mmask16 lanes = p + 1 < kPanels ? __mmask16{0xffff} : panels.lanes;
+      add_row(panels, p, lanes, m + r, sums[r][p], scales[p], factor);
+    }
+  }
+}
+
+void add_one_row(const Panels& panel, const PackedT& t) {
+  const int8_t* codes = packed_codes(t, 0);
+  const uint8_t* b = panel.codes(0);
+  __m512i chains[kChains] = {start(t, 0)};
+  for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
+  const auto add = [&](__m512i sum, int64_t q) {
+    return _mm512_dpbusd_epi32(sum, unsigned_column(b + 64 * q), quad_of(codes + 4 * q));
+  };
+  int64_t q = 0;
+  for (; q + kChains <= panel.quads; q += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) chains[i] = add(chains[i], q + i);
+  }
+  for (; q < panel.quads; ++q) chains[0] = add(chains[0], q);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(chains[0], chains[1]),
+                                       _mm512_add_epi32(chains[2], chains[3]));
+  add_row(panel, 0, panel.lanes, 0, sum, load_scales(panel.at(0)),
+          _mm512_set1_ps(packed_scale(t, 0)));
+}
+
+template <int kPanels>
+void add_panels(const Panels& panels, const PackedT& t) {
+  int64_t m = 0;
+  for (; m + kMostRows <= t.rows; m += kMostRows) add_rows<kMostRows, kPanels>(panels, t, m);
+  for (; m + 2 <= t.rows; m += 2) add_rows<2, kPanels>(panels, t, m);
+  if (m < t.rows) add_rows<1, kPanels>(panels, t, m);
+}
 
 }  // namespace
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
+  const int64_t quads = ceil_div(factors.rank, 4);
+  const auto panels = [&](int64_t p, int64_t last) {
+    const int64_t columns = min_of(kPanelRows, out_features - last * kPanelRows);
+    return Panels{packed_panel(factors, p), quads, static_cast<__mmask16>((1 << columns) - 1),
+                  y + p * kPanelRows, y_stride};
+  };
+  int64_t p = panel_begin;
+  for (; t.rows > 1 && p + 1 < panel_end; p += 2) add_panels<2>(panels(p, p + 1), t);
+  for (; p < panel_end; ++p) {
+    const Panels one = panels(p, p);
+    fetch_ahead(one.first, quads);
+    t.rows == 1 ? add_one_row(one, t) : add_panels<1>(one, t);
+  }
 }
 
 }  // namespace edgelora::kernels::avx512_vnni
