@@ -41,7 +41,7 @@ struct VnniIsa {
 
   static constexpr int kGroupRows = V::kGroupRows;
   static constexpr int kFewRows = V::kFewRows;
-  static constexpr int kPairRows = 0;
+  static constexpr int pair_rows(Format) { return 0; }
   // Emerald Rapids from memory, two threads: none 22 GB/s, 2 KB 25, 4 KB 30, 8 KB 31.
   static constexpr int64_t kPrefetchBytes = 6144;
 

@@ -215,7 +215,7 @@ void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_
 
 // What these read grouped scales of x for.
 bool wants_groups(const std::vector<TestedIsa>& isas, const Shape& shape) {
-  return shape.block_size > 32 && !has_codebook(shape.format) &&
+  return !has_codebook(shape.format) &&
          std::any_of(isas.begin(), isas.end(),
                      [](const TestedIsa& isa) { return isa.table->quantize_groups != nullptr; });
 }

@@ -121,7 +121,7 @@ constexpr int64_t kLargestSum = 32767 / 63;  // of |x| in a lane that is not `wi
 struct Isa {
   static constexpr int kGroupRows = 4;  // what sixteen registers hold
   static constexpr int kFewRows = 1;
-  static constexpr int kPairRows = 0;
+  static constexpr int pair_rows(Format) { return 0; }
   static constexpr int64_t kPrefetchBytes = 2048;
 
   static int32_t term_zero(Format format) {

@@ -21,9 +21,9 @@ namespace {
 constexpr int32_t kMagicBits = 0x4b400000;  // of 1.5·2^23
 constexpr int32_t kOneBits = 0x3f800000;
 
-// Lanes of the first of `step` blocks that share a scale of W: two or four.
+// Lanes of the first of `step` blocks that share a scale of W: one, two or four.
 inline __m128i first_blocks(int64_t step) {
-  return step == 2 ? _mm_setr_epi32(-1, 0, -1, 0) : _mm_setr_epi32(-1, 0, 0, 0);
+  return _mm_setr_epi32(-1, step == 1 ? -1 : 0, step < 4 ? -1 : 0, step == 1 ? -1 : 0);
 }
 
 inline __m128i lanes_below(int64_t count) {

@@ -1,9 +1,8 @@
-// Several rows of x where a scale of W holds for more than one block of x, int4: two panels at a
-// time. What is broadcast of x serves both, what is unpacked of W serves 8 rows, whose sums
-// with 32 rows of W fill 16 of the 32 registers. A last panel alone is computed likewise: what y is
-// must not depend on where a thread's panels end.
-//   sums [rows][panels]   magic_steps.h, of the blocks that share a scale of W and a group's of x:
-//                         as many chains of vpdpbusd
+// Several rows of x and two panels of W at a time, of int4 and of codebooks. What is broadcast of x
+// serves both panels, what is unpacked of W all rows. A last panel alone is computed likewise: what
+// y is must not depend on where a thread's panels end.
+//   sums [rows][panels]   int32, as many chains of vpdpbusd: of int4 the blocks that share a scale of
+//                         W and a group's of x (magic_steps.h), of a codebook one block
 //   acc  [rows][panels]   float, in L1, of the blocks before
 //
 // On Intel's CPUs every vector instruction takes vpdpbusd's place, and where two threads share a
@@ -18,7 +17,11 @@ namespace {
 
 struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
-  static constexpr int kPairRows = 8;
+
+  // 0: formats whose panels go alone. Codebooks take longer to unpack, so more rows share it.
+  static constexpr int pair_rows(Format format) {
+    return has_codebook(format) ? 12 : format == Format::kInt4 ? 8 : 0;
+  }
 
   static void pack_pairs(const Weights& weights, const Activations& x, int64_t first_row,
                          RowTile* tile, void* scratch, const ScratchLayout& layout) {
@@ -26,138 +29,199 @@ struct PanelPairs : VnniIsa<Registers> {
   }
 
   // out[p] [kRows, 16] = panel p · x
-  template <int kRows, int kPanels>
+  template <Format kFormat, int kRows, int kPanels>
   static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[],
                          const Ahead& ahead) {
-    const int64_t step = int64_t{1} << panels[0].shift, blocks = panels[0].blocks;
-    alignas(64) float acc[kRows * kPanels * kPanelRows] = {};
-    Place<kPanels> place = first_place<kPanels>(panels, x, ahead);
-    for (int64_t first = 0;; first += step) {
-      const int64_t end = min_of(first + step, blocks);
-      Floats sums[kRows][kPanels];
-      start<kRows, kPanels>(place, sums);
-      add_dots<kRows, kPanels>(place, ahead.lines, sums);
-      for (int64_t b = first + 1; b < end; ++b) {
-        go_on<kRows, kPanels>(place, sums);
-        add_dots<kRows, kPanels>(place, ahead.lines, sums);
-      }
-      const float* magics = place.magics + (end - 1) % kGroupBlocks;
-      if (end == blocks) {
-        Out to[kPanels];
-        for (int p = 0; p < kPanels; ++p) to[p] = out[p];
-        return scale<kRows, kPanels>(place, magics, sums, acc, [&](int p, float*, Floats y) {
-          V::store(to[p].to, y);
-          to[p].to += to[p].stride;
-        });
-      }
-      scale<kRows, kPanels>(place, magics, sums, acc,
-                            [](int, float* of, Floats y) { V::store(of, y); });
-      next_scale<kRows, kPanels>(x, end, &place);
+    if constexpr (has_codebook(kFormat)) {
+      coded_pair<kFormat, kRows, kPanels>(panels, x, out, ahead);
+    } else {
+      grouped_pair<kRows, kPanels>(panels, x, out, ahead);
     }
   }
 
  private:
   template <int kPanels>
   struct Place {  // of what is read next
+    Place(const PanelView panels[], const RowTile& x, const Ahead& from)
+        : codes(x.codes), ahead(from.from), lines(from.lines) {
+      for (int p = 0; p < kPanels; ++p) {
+        w[p] = panels[p].codes;
+        scales[p] = panels[p].scales;
+      }
+    }
+    void next_scale() {
+      for (const uint16_t*& of : scales) of += kPanelRows;
+    }
     const uint8_t* w[kPanels];
     const uint16_t* scales[kPanels];
     const int8_t* codes;
-    const float* steps;         // of the first row; kGroupBlocks further that of the next
-    const float* magics;        // of the group's first block, likewise
-    const float* group_scales;  // of the group's rows
     const char* ahead;
+    int64_t lines;
   };
 
-  template <int kPanels>
-  static Place<kPanels> first_place(const PanelView panels[], const RowTile& x,
-                                    const Ahead& ahead) {
-    Place<kPanels> place{{}, {}, x.codes, x.magic_steps, x.magics, x.group_scales, ahead.from};
-    for (int p = 0; p < kPanels; ++p) {
-      place.w[p] = panels[p].codes;
-      place.scales[p] = panels[p].scales;
+  // Of the first row of x in a group; kGroupBlocks further steps and magics of the next.
+  struct GroupPlace {
+    const float* steps;
+    const float* magics;
+    const float* scales;
+  };
+
+  template <int kRows, int kPanels>
+  static void grouped_pair(const PanelView panels[], const RowTile& x, const Out out[],
+                           const Ahead& ahead) {
+    const int64_t step = int64_t{1} << panels[0].shift, blocks = panels[0].blocks;
+    alignas(64) float acc[kRows * kPanels * kPanelRows] = {};
+    Place<kPanels> place(panels, x, ahead);
+    GroupPlace group{x.magic_steps, x.magics, x.group_scales};
+    for (int64_t first = 0;; first += step) {
+      const int64_t end = min_of(first + step, blocks), before = first % kGroupBlocks;
+      Ints sums[kRows][kPanels];
+      start<kRows, kPanels>(group.steps + before, kGroupBlocks, sums);
+      add_dots<Format::kInt4, kRows, kPanels>(&place, sums);
+      for (int64_t b = 1; b < end - first; ++b) {
+        go_on<kRows, kPanels>(group.steps + before + b, sums);
+        add_dots<Format::kInt4, kRows, kPanels>(&place, sums);
+      }
+      const float* magics = group.magics + (end - 1) % kGroupBlocks;
+      const auto row = [&](int r) {
+        const Floats magic = V::broadcast(magics[kGroupBlocks * r]);
+        const Floats scale = V::broadcast(group.scales[r]);
+        return [magic, scale](Ints sum) { return V::mul(V::sub(V::as_floats(sum), magic), scale); };
+      };
+      if (end == blocks) return finish<kRows, kPanels>(place, sums, row, V::broadcast(1.0f), acc, out);
+      add_scaled<kRows, kPanels>(place, sums, row, acc);
+      place.next_scale();
+      if (end % kGroupBlocks == 0) next_group<kRows>(&group);
     }
-    return place;
   }
 
-  template <int kRows, int kPanels>
-  static void next_scale(const RowTile& x, int64_t block, Place<kPanels>* place) {
-    for (const uint16_t*& scales : place->scales) scales += kPanelRows;
-    if (block % kGroupBlocks != 0) return;
-    place->group_scales += kRows;
-    place->magics += kGroupBlocks * kRows;
-    place->steps = x.magic_steps + (place->magics - x.magics);
+  template <int kRows>
+  static void next_group(GroupPlace* group) {
+    group->steps += kGroupBlocks * kRows;
+    group->magics += kGroupBlocks * kRows;
+    group->scales += kRows;
   }
 
-  template <int kRows, int kPanels>
-  static void start(const Place<kPanels>& place, Floats sums[kRows][kPanels]) {
-#pragma GCC unroll 8
+  template <Format kFormat, int kRows, int kPanels>
+  static void coded_pair(const PanelView panels[], const RowTile& x, const Out out[],
+                         const Ahead& ahead) {
+    const int64_t blocks = panels[0].blocks, last_of_scale = (1 << panels[0].shift) - 1;
+    alignas(64) float acc[kRows * kPanels * kPanelRows] = {};
+    Place<kPanels> place(panels, x, ahead);
+    const int32_t* terms = x.terms;
+    const float* scales = x.scales;
+    for (int64_t b = 0;; ++b) {
+      Ints sums[kRows][kPanels];
+      start<kRows, kPanels>(terms, 1, sums);
+      add_dots<kFormat, kRows, kPanels>(&place, sums);
+      const auto row = [&](int r) {
+        const Floats scale = V::broadcast(scales[r]);
+        return [scale](Ints sum) { return V::mul(V::to_float(sum), scale); };
+      };
+      if (b + 1 == blocks) {
+        return finish<kRows, kPanels>(place, sums, row, V::broadcast(panels[0].unit), acc, out);
+      }
+      add_scaled<kRows, kPanels>(place, sums, row, acc);
+      if ((b & last_of_scale) == last_of_scale) place.next_scale();
+      terms += kRows;
+      scales += kRows;
+    }
+  }
+
+  static Ints bits_of(const float* from) { return V::as_ints(V::broadcast(*from)); }
+  static Ints bits_of(const int32_t* from) { return V::broadcast(*from); }
+
+  // from: of the first row, `stride` further of the next.
+  template <int kRows, int kPanels, class T>
+  static void start(const T* from, int64_t stride, Ints sums[kRows][kPanels]) {
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) sums[r][p] = V::broadcast(place.steps[kGroupBlocks * r]);
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = bits_of(from + stride * r);
     }
   }
 
   template <int kRows, int kPanels>
-  static void go_on(const Place<kPanels>& place, Floats sums[kRows][kPanels]) {
-#pragma GCC unroll 8
+  static void go_on(const float* steps, Ints sums[kRows][kPanels]) {
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const Floats step = V::broadcast(place.steps[kGroupBlocks * r]);
-      for (int p = 0; p < kPanels; ++p) sums[r][p] = V::add(sums[r][p], step);
+      const Floats step = V::broadcast(steps[kGroupBlocks * r]);
+      for (int p = 0; p < kPanels; ++p) {
+        sums[r][p] = V::as_ints(V::add(V::as_floats(sums[r][p]), step));
+      }
     }
   }
 
   // One block. As a call, as those below, it would hand the sums over in memory.
-  template <int kRows, int kPanels>
-  __attribute__((always_inline)) static void add_dots(Place<kPanels>& place, int64_t lines,
-                                                      Floats sums[kRows][kPanels]) {
-    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(place.ahead + i * 64, _MM_HINT_T0);
-    place.ahead += lines * 64;
+  template <Format kFormat, int kRows, int kPanels>
+  __attribute__((always_inline)) static void add_dots(Place<kPanels>* place,
+                                                      Ints sums[kRows][kPanels]) {
+    for (int64_t i = 0; i < place->lines; ++i) _mm_prefetch(place->ahead + i * 64, _MM_HINT_T0);
+    place->ahead += place->lines * 64;
 #pragma GCC unroll 4
     for (int line = 0; line < 4; ++line) {
       Ints w[kPanels];
-      for (int p = 0; p < kPanels; ++p) w[p] = V::load(place.w[p] + 64 * line);
-      const int8_t* codes = place.codes + 8 * line;
-      add_quad<kRows, kPanels>(w, V::low_nibbles, codes, sums);
-      add_quad<kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
+      for (int p = 0; p < kPanels; ++p) w[p] = V::load(place->w[p] + 64 * line);
+      const int8_t* codes = place->codes + 8 * line;
+      add_quad<kFormat, kRows, kPanels>(w, V::low_nibbles, codes, sums);
+      add_quad<kFormat, kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
     }
-    for (const uint8_t*& w : place.w) w += kBlockBytes / 2;
-    place.codes += kRows * kActivationBlock;
-    ++place.steps;
+    for (const uint8_t*& w : place->w) w += kBlockBytes / 2;
+    place->codes += kRows * kActivationBlock;
   }
 
   // Four columns of W, nibbles(w), and of each row of x.
-  template <int kRows, int kPanels, class Nibbles>
+  template <Format kFormat, int kRows, int kPanels, class Nibbles>
   __attribute__((always_inline)) static void add_quad(const Ints w[kPanels], Nibbles nibbles,
                                                       const int8_t* codes,
-                                                      Floats sums[kRows][kPanels]) {
+                                                      Ints sums[kRows][kPanels]) {
     Ints columns[kPanels];
-    for (int p = 0; p < kPanels; ++p) columns[p] = nibbles(w[p]);
-#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) {
+      columns[p] = nibbles(w[p]);
+      if constexpr (has_codebook(kFormat)) columns[p] = V::template look_up<kFormat>(columns[p]);
+    }
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const Ints quad = V::broadcast4(codes + r * kActivationBlock);
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = V::dot(sums[r][p], columns[p], quad);
+    }
+  }
+
+  // put(panel, its acc, acc + the sums times their scales) of each row in turn; row(r): a sum of
+  // that row → float, times the scale of x.
+  template <int kRows, int kPanels, class Row, class Put>
+  __attribute__((always_inline)) static void scale(const Place<kPanels>& place,
+                                                   const Ints sums[kRows][kPanels], Row row,
+                                                   float* acc, Put put) {
+    Floats scales[kPanels];
+    for (int p = 0; p < kPanels; ++p) scales[p] = V::load_halves(place.scales[p]);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const auto scaled = row(r);
       for (int p = 0; p < kPanels; ++p) {
-        sums[r][p] = V::as_floats(V::dot(V::as_ints(sums[r][p]), columns[p], quad));
+        float* of = acc + (r * kPanels + p) * kPanelRows;
+        put(p, of, V::fmadd(scaled(sums[r][p]), scales[p], V::load(of)));
       }
     }
   }
 
-  // put(panel, its acc, acc + the sums times their scales) of each row in turn.
-  template <int kRows, int kPanels, class Put>
-  __attribute__((always_inline)) static void scale(const Place<kPanels>& place,
-                                                   const float* magics,
-                                                   const Floats sums[kRows][kPanels], float* acc,
-                                                   Put put) {
-    Floats scales[kPanels];
-    for (int p = 0; p < kPanels; ++p) scales[p] = V::load_halves(place.scales[p]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Floats magic = V::broadcast(magics[kGroupBlocks * r]);
-      const Floats x_scale = V::broadcast(place.group_scales[r]);
-      for (int p = 0; p < kPanels; ++p) {
-        float* of = acc + (r * kPanels + p) * kPanelRows;
-        const Floats sum = V::mul(V::sub(sums[r][p], magic), x_scale);
-        put(p, of, V::fmadd(sum, scales[p], V::load(of)));
-      }
-    }
+  template <int kRows, int kPanels, class Row>
+  __attribute__((always_inline)) static void add_scaled(const Place<kPanels>& place,
+                                                        const Ints sums[kRows][kPanels], Row row,
+                                                        float* acc) {
+    scale<kRows, kPanels>(place, sums, row, acc,
+                          [](int, float* of, Floats y) { V::store(of, y); });
+  }
+
+  template <int kRows, int kPanels, class Row>
+  __attribute__((always_inline)) static void finish(const Place<kPanels>& place,
+                                                    const Ints sums[kRows][kPanels], Row row,
+                                                    Floats unit, float* acc, const Out out[]) {
+    Out to[kPanels];
+    for (int p = 0; p < kPanels; ++p) to[p] = out[p];
+    scale<kRows, kPanels>(place, sums, row, acc, [&](int p, float*, Floats y) {
+      V::store(to[p].to, V::mul(y, unit));
+      to[p].to += to[p].stride;
+    });
   }
 };
 
