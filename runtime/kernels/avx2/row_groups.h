@@ -127,7 +127,7 @@ constexpr int64_t kFewAlone = 4;
 template <class Isa>
 bool pairs_panels(const Weights& weights, const Activations& x, int64_t rows) {
   if (Isa::pair_rows(weights.format) == 0) return false;
-  if (has_codebook(weights.format)) return rows > kFewAlone;
+  if (weights.format != Format::kInt4) return rows > kFewAlone;
   return x.grouped && rows > (weights.block_size > kActivationBlock ? 1 : kFewAlone);
 }
 
@@ -292,7 +292,7 @@ void multiply_pair(const Weights& weights, const RowGroups& groups, int64_t p, f
     panels[i] = panel_view(weights, p + i);
     out[i] = out_of(weights, p + i, {y, y_stride}, acc);
   }
-  constexpr int64_t kLines = kPanels * 4;  // of a block
+  constexpr int64_t kLines = kPanels * (kFormat == Format::kInt8 ? 8 : 4);  // of a block
   const int64_t blocks = panels[0].blocks;
   const auto* codes = reinterpret_cast<const char*>(panels[0].codes);
   const bool streams = streams_panels<Isa>(weights, groups);

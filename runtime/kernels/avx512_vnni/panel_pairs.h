@@ -1,8 +1,8 @@
-// Several rows of x and two panels of W at a time, of int4 and of codebooks. What is broadcast of x
-// serves both panels, what is unpacked of W all rows. A last panel alone is computed likewise: what
+// Several rows of x and two panels of W at a time. What is broadcast of x serves both panels, what
+// is unpacked of W all rows. A last panel alone is computed likewise: what
 // y is must not depend on where a thread's panels end.
 //   sums [rows][panels]   int32, as many chains of vpdpbusd: of int4 the blocks that share a scale of
-//                         W and a group's of x (magic_steps.h), of a codebook one block
+//                         W and a group's of x (magic_steps.h), else one block
 //   acc  [rows][panels]   float, in L1, of the blocks before
 //
 // On Intel's CPUs every vector instruction takes vpdpbusd's place, and where two threads share a
@@ -18,9 +18,10 @@ namespace {
 struct PanelPairs : VnniIsa<Registers> {
   using V = Registers;
 
-  // 0: formats whose panels go alone. Codebooks take longer to unpack, so more rows share it.
+  // 0: formats whose panels go alone. Of int4 12 rows were slower than 8, whose sums and what else
+  // is at hand fit in registers (Ice Lake: 230 and 239 GMAC/s).
   static constexpr int pair_rows(Format format) {
-    return has_codebook(format) ? 12 : format == Format::kInt4 ? 8 : 0;
+    return has_extras(format) ? 0 : format == Format::kInt4 ? 8 : 12;
   }
 
   static void pack_pairs(const Weights& weights, const Activations& x, int64_t first_row,
@@ -32,10 +33,10 @@ struct PanelPairs : VnniIsa<Registers> {
   template <Format kFormat, int kRows, int kPanels>
   static void panel_pair(const PanelView panels[], const RowTile& x, const Out out[],
                          const Ahead& ahead) {
-    if constexpr (has_codebook(kFormat)) {
-      coded_pair<kFormat, kRows, kPanels>(panels, x, out, ahead);
-    } else {
+    if constexpr (kFormat == Format::kInt4) {
       grouped_pair<kRows, kPanels>(panels, x, out, ahead);
+    } else {
+      block_pair<kFormat, kRows, kPanels>(panels, x, out, ahead);
     }
   }
 
@@ -66,6 +67,7 @@ struct PanelPairs : VnniIsa<Registers> {
     const float* scales;
   };
 
+  // int4, blocks of x in groups.
   template <int kRows, int kPanels>
   static void grouped_pair(const PanelView panels[], const RowTile& x, const Out out[],
                            const Ahead& ahead) {
@@ -102,8 +104,9 @@ struct PanelPairs : VnniIsa<Registers> {
     group->scales += kRows;
   }
 
+  // The others, each block of x with a scale of its own.
   template <Format kFormat, int kRows, int kPanels>
-  static void coded_pair(const PanelView panels[], const RowTile& x, const Out out[],
+  static void block_pair(const PanelView panels[], const RowTile& x, const Out out[],
                          const Ahead& ahead) {
     const int64_t blocks = panels[0].blocks, last_of_scale = (1 << panels[0].shift) - 1;
     alignas(64) float acc[kRows * kPanels * kPanelRows] = {};
@@ -159,13 +162,20 @@ struct PanelPairs : VnniIsa<Registers> {
     place->ahead += place->lines * 64;
 #pragma GCC unroll 4
     for (int line = 0; line < 4; ++line) {
-      Ints w[kPanels];
-      for (int p = 0; p < kPanels; ++p) w[p] = V::load(place->w[p] + 64 * line);
       const int8_t* codes = place->codes + 8 * line;
-      add_quad<kFormat, kRows, kPanels>(w, V::low_nibbles, codes, sums);
-      add_quad<kFormat, kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
+      Ints w[kPanels];
+      if constexpr (kFormat == Format::kInt8) {
+        for (int p = 0; p < kPanels; ++p) w[p] = V::load(place->w[p] + 128 * line);
+        add_quad<kFormat, kRows, kPanels>(w, V::flip, codes, sums);
+        for (int p = 0; p < kPanels; ++p) w[p] = V::load(place->w[p] + 128 * line + 64);
+        add_quad<kFormat, kRows, kPanels>(w, V::flip, codes + 4, sums);
+      } else {
+        for (int p = 0; p < kPanels; ++p) w[p] = V::load(place->w[p] + 64 * line);
+        add_quad<kFormat, kRows, kPanels>(w, V::low_nibbles, codes, sums);
+        add_quad<kFormat, kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
+      }
     }
-    for (const uint8_t*& w : place->w) w += kBlockBytes / 2;
+    for (const uint8_t*& w : place->w) w += kFormat == Format::kInt8 ? kBlockBytes : kBlockBytes / 2;
     place->codes += kRows * kActivationBlock;
   }
 
