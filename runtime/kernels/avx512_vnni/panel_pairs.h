@@ -1,8 +1,8 @@
 // Several rows of x and two panels of W at a time. What is broadcast of x serves both panels, what
 // is unpacked of W all rows. A last panel alone is computed likewise: what
 // y is must not depend on where a thread's panels end.
-//   sums [rows][panels]   int32, as many chains of vpdpbusd: of int4 the blocks that share a scale of
-//                         W and a group's of x (magic_steps.h), else one block
+//   sums [rows][panels]   int32, as many chains of vpdpbusd: of int4 the blocks that share a scale
+//                         of W and a group's of x (magic_steps.h), else one block
 //   acc  [rows][panels]   float, in L1, of the blocks before
 //
 // On Intel's CPUs every vector instruction takes vpdpbusd's place, and where two threads share a
@@ -90,7 +90,9 @@ struct PanelPairs : VnniIsa<Registers> {
         const Floats scale = V::broadcast(group.scales[r]);
         return [magic, scale](Ints sum) { return V::mul(V::sub(V::as_floats(sum), magic), scale); };
       };
-      if (end == blocks) return finish<kRows, kPanels>(place, sums, row, V::broadcast(1.0f), acc, out);
+      if (end == blocks) {
+        return finish<kRows, kPanels>(place, sums, row, V::broadcast(1.0f), acc, out);
+      }
       add_scaled<kRows, kPanels>(place, sums, row, acc);
       place.next_scale();
       if (end % kGroupBlocks == 0) next_group<kRows>(&group);
@@ -175,7 +177,8 @@ struct PanelPairs : VnniIsa<Registers> {
         add_quad<kFormat, kRows, kPanels>(w, V::high_nibbles, codes + 4, sums);
       }
     }
-    for (const uint8_t*& w : place->w) w += kFormat == Format::kInt8 ? kBlockBytes : kBlockBytes / 2;
+    constexpr int64_t kBytes = kFormat == Format::kInt8 ? kBlockBytes : kBlockBytes / 2;
+    for (const uint8_t*& w : place->w) w += kBytes;
     place->codes += kRows * kActivationBlock;
   }
 
