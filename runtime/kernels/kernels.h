@@ -104,7 +104,8 @@ struct KernelTable {
   void (*quantize_activations)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                                int32_t* sums);
 
-  // The same, but the scales of four blocks are powers of two apart: each up to twice amax/127.
+  // The same, but the scales of four blocks are powers of two apart, 2^5 at most: each up to twice
+  // amax/127, or 1/32 of the largest.
   // Null where `linear` is no faster with them.
   void (*quantize_groups)(const float* x, int64_t in_features, int8_t* codes, float* scales,
                           int32_t* sums);

@@ -119,8 +119,8 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
   tile->shifts = sums;
 }
 
-// Where each block is scaled by itself, so few rows are faster with one panel: two at a
-// time are 0.81 to 1.1 times as fast with 4 rows, 0.93 to 1.4 with 8 (Ice Lake, from memory).
+// Rows that are faster with one panel at a time where each block is scaled by itself: two panels
+// are 0.81 to 1.1 times as fast with 4 rows, 0.93 to 1.4 with 8 (Ice Lake, from memory).
 constexpr int64_t kFewAlone = 4;
 
 // Whether several rows of x meet two panels at a time, in groups of at most Isa::pair_rows.

@@ -1,7 +1,6 @@
 // `linear` in 512-bit registers: a register is the 16 rows of a panel. vnni_linear.h has the rest,
-// and panel_pairs.h several rows where scales of W hold for more than one block of x. Elsewhere 12
-// rows of x at a time: 12 chains of vpdpbusd, each with its broadcast of x from memory, as many
-// loads a cycle as the CPUs do.
+// and panel_pairs.h several rows of the formats that have no zero points or offsets. Of those that
+// do 12 rows of x at a time: 12 chains of vpdpbusd, each with its broadcast of x from memory.
 #include "kernels/avx512_vnni/avx512_vnni.h"
 #include "kernels/avx512_vnni/panel_pairs.h"
 #include "kernels/absmax_scales.h"
