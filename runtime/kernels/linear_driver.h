@@ -30,7 +30,7 @@ struct RowTile {
   const uint8_t* wide;    // [blocks], of avx2's nf4 and fp4
   const float* group_scales;   // [groups of blocks, rows], and
   const float* magics;         // [groups, rows, 4], and
-  const float* magic_steps;    // [groups, rows, 4], of panel_pairs.h
+  const float* magic_steps;    // [groups, rows, 4], of magic_steps.h
 };
 
 // One panel of W.

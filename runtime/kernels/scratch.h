@@ -12,7 +12,7 @@ struct ScratchLayout {
   int64_t absmax;  // nf4, fp4: float [K / absmax_step, 16], of one panel
   int64_t terms;   // int32 or float [Kp / 32, kRowTile]; neon_i8mm: twice as many
   int64_t scales;  // float [Kp / 32, kRowTile]; neon_i8mm: twice as many
-  int64_t group_scales;  // panel_pairs.h: float [groups of Kp / 32, kRowTile],
+  int64_t group_scales;  // magic_steps.h: float [groups of Kp / 32, kRowTile],
   int64_t magics;        // float [groups, kRowTile, 4]
   int64_t magic_steps;   // int32 or float [groups, kRowTile, 4]
   int64_t codes;   // int8 [Kp / 32, kRowTile, 32]

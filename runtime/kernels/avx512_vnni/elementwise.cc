@@ -1,7 +1,7 @@
 // Activations → int8 blocks, the exponentials of a softmax, SwiGLU.
 //
 //   code = round_half_even(x · inverse) of 32 values, two registers; activation_block.h
-//   The same in groups of up to four blocks, whose scales are powers of two apart (panel_pairs.h
+//   The same in groups of up to four blocks, whose scales are powers of two apart (magic_steps.h
 //   tells what for): scale = most / 127 · 2^−e, most the group's largest amax, of numbers, and e =
 //   0…5 as large as it may be while amax ≤ most · 2^−e.
 //   e^x = 2^n · p(r), n = round(x / ln 2), r = x − n·ln 2 in two parts; p: Taylor's to r^7/5040, at

@@ -1,6 +1,6 @@
 // Several rows of x and two panels of W at a time. What is broadcast of x serves both panels, what
-// is unpacked of W all rows. A last panel alone is computed likewise: what
-// y is must not depend on where a thread's panels end.
+// is unpacked of W all rows. A last panel alone is computed likewise: what y is must not depend on
+// where a thread's panels end.
 //   sums [rows][panels]   int32, as many chains of vpdpbusd: of int4 the blocks that share a scale
 //                         of W and a group's of x (magic_steps.h), else one block
 //   acc  [rows][panels]   float, in L1, of the blocks before

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx512_vnni/avx512_vnni.h"
+#include "kernels/avx512_vnni/registers.h"
 #include "kernels/packed_factors.h"
 
 namespace edgelora::kernels::avx512_vnni {
@@ -18,15 +19,7 @@ namespace {
 constexpr int kMostRows = 8;
 constexpr int kChains = 4;
 
-inline __m512i quad_of(const int8_t* t) {
-  int32_t quad;
-  std::memcpy(&quad, t, sizeof quad);
-  return _mm512_set1_epi32(quad);
-}
-
-inline __m512i unsigned_column(const uint8_t* b) {
-  return _mm512_xor_si512(_mm512_loadu_si512(b), _mm512_set1_epi8(-128));
-}
+inline __m512i unsigned_column(const uint8_t* b) { return Registers::flip(Registers::load(b)); }
 
 inline __m512i start(const PackedT& t, int64_t row) {
   return _mm512_sub_epi32(_mm512_setzero_si512(),
@@ -54,7 +47,7 @@ inline void add_row(const Panels& panels, int p, __mmask16 lanes, int64_t row, _
 }
 
 inline __m512 load_scales(const uint8_t* panel) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel)));
+  return Registers::load_halves(reinterpret_cast<const uint16_t*>(panel));
 }
 
 template <int kRows, int kPanels>
@@ -69,7 +62,7 @@ void sum_panels(const Panels& panels, const PackedT& t, int64_t m, __m512i sums[
     for (int p = 0; p < kPanels; ++p) columns[p] = unsigned_column(panels.codes(p) + 64 * q);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512i quad = quad_of(codes + 4 * r * t.stride);
+      const __m512i quad = Registers::broadcast4(codes + 4 * r * t.stride);
       for (int p = 0; p < kPanels; ++p) {
         sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], columns[p], quad);
       }
@@ -100,7 +93,7 @@ void add_one_row(const Panels& panel, const PackedT& t) {
   __m512i chains[kChains] = {start(t, 0)};
   for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
   const auto add = [&](__m512i sum, int64_t q) {
-    return _mm512_dpbusd_epi32(sum, unsigned_column(b + 64 * q), quad_of(codes + 4 * q));
+    return _mm512_dpbusd_epi32(sum, unsigned_column(b + 64 * q), Registers::broadcast4(codes + 4 * q));
   };
   int64_t q = 0;
   for (; q + kChains <= panel.quads; q += kChains) {
