@@ -64,7 +64,7 @@ void sum_panels(const Panels& panels, const PackedT& t, int64_t m, __m512i sums[
     for (int r = 0; r < kRows; ++r) {
       const __m512i quad = Registers::broadcast4(codes + 4 * r * t.stride);
       for (int p = 0; p < kPanels; ++p) {
-        sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], columns[p], quad);
+        sums[r][p] = Registers::dot(sums[r][p], columns[p], quad);
       }
     }
   }
@@ -93,7 +93,7 @@ void add_one_row(const Panels& panel, const PackedT& t) {
   __m512i chains[kChains] = {start(t, 0)};
   for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
   const auto add = [&](__m512i sum, int64_t q) {
-    return _mm512_dpbusd_epi32(sum, unsigned_column(b + 64 * q), Registers::broadcast4(codes + 4 * q));
+    return Registers::dot(sum, unsigned_column(b + 64 * q), Registers::broadcast4(codes + 4 * q));
   };
   int64_t q = 0;
   for (; q + kChains <= panel.quads; q += kChains) {
