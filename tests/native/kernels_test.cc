@@ -71,6 +71,7 @@ constexpr Family kFamilies[] = {
     {"linear: formats, blocks, shapes", test_linear},
     {"linear: saturated codes", test_linear_saturated},
     {"linear: zero blocks", test_linear_zero},
+    {"linear: rows alone", test_linear_rows_alone},
     {"linear: panel ranges", test_linear_panel_ranges},
     {"linear: room between panels", test_linear_room},
     {"linear: NaN and Inf", test_linear_not_a_number},

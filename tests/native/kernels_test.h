@@ -25,6 +25,7 @@ struct TestedIsa {
 void test_linear(const std::vector<TestedIsa>& isas);
 void test_linear_saturated(const std::vector<TestedIsa>& isas);
 void test_linear_zero(const std::vector<TestedIsa>& isas);
+void test_linear_rows_alone(const std::vector<TestedIsa>& isas);
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas);
 void test_linear_room(const std::vector<TestedIsa>& isas);
 void test_linear_not_a_number(const std::vector<TestedIsa>& isas);

@@ -429,6 +429,44 @@ void check_panels_alone(const TestedIsa& isa, const Shape& shape, int64_t rows, 
                 shape.name().c_str(), static_cast<int>(rows));
 }
 
+// The same bits however many rows there are: what a session computes token by token and at once.
+// Not of int4 whose scale holds for several blocks of grouped x: their sums are rounded otherwise.
+void check_rows_alone(const TestedIsa& isa, const Shape& shape, bool grouped) {
+  constexpr int64_t kRows = 29;
+  Matrix w(shape, Fill::kRandom, 11);
+  Rows x(kRows, shape.in_features, Fill::kRandom, 12, grouped);
+  const Weights packed = w.unpacked(*isa.table);
+  const int64_t columns = shape.out_features(), panels = (columns + 15) / 16;
+  Output together(kRows, columns), alone(1, columns);
+  Scratch scratch(packed);
+  const Activations all = x.activations();
+  isa.table->linear(packed, all, 0, panels, together.y, together.stride, scratch.memory.as<void>());
+  for (int64_t m = 0; m < kRows; ++m) {
+    const int64_t block = m * x.blocks;
+    const Activations one{1,     all.codes + block * kActivationBlock, all.scales + block,
+                          all.sums + block, false, grouped};
+    isa.table->linear(packed, one, 0, panels, alone.y, alone.stride, scratch.memory.as<void>());
+    KERNELS_CHECK(!std::memcmp(together.y + m * together.stride, alone.y,
+                               static_cast<size_t>(columns) * sizeof(float)),
+                  "%s: other bits of row %d alone, %s", isa.name.c_str(), static_cast<int>(m),
+                  shape.name().c_str());
+  }
+}
+
+void test_linear_rows_alone(const std::vector<TestedIsa>& isas) {
+  for (const TestedIsa& isa : isas) {
+    if (isa.of(1) != isa.of(kMostRows)) continue;  // many rows are multiplied in another way
+    for (Format format : kIntegerFormats) {
+      for_each_width(format, [&](int64_t features, int64_t block) {
+        const Shape shape{format, features, {49}, block};
+        check_rows_alone(isa, shape, false);
+        const bool together = format == Format::kInt4 && block > 32;
+        if (wants_groups({isa}, shape) && !together) check_rows_alone(isa, shape, true);
+      });
+    }
+  }
+}
+
 void test_linear_panel_ranges(const std::vector<TestedIsa>& isas) {
   for (const TestedIsa& isa : isas) {
     for (Format format : kIntegerFormats) {

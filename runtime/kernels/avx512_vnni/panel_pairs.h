@@ -87,13 +87,13 @@ struct PanelPairs : VnniIsa<Registers> {
       const float* magics = group.magics + (end - 1) % kGroupBlocks;
       const auto row = [&](int r) {
         const Floats magic = V::broadcast(magics[kGroupBlocks * r]);
-        const Floats scale = V::broadcast(group.scales[r]);
-        return [magic, scale](Ints sum) { return V::mul(V::sub(V::as_floats(sum), magic), scale); };
+        return [magic](Ints sum) { return V::sub(V::as_floats(sum), magic); };
       };
       if (end == blocks) {
-        return finish<kRows, kPanels>(place, sums, row, V::broadcast(1.0f), acc, out);
+        const Floats unit = V::broadcast(1.0f);
+        return finish<kRows, kPanels>(place, sums, row, group.scales, unit, acc, out);
       }
-      add_scaled<kRows, kPanels>(place, sums, row, acc);
+      add_scaled<kRows, kPanels>(place, sums, row, group.scales, acc);
       place.next_scale();
       if (end % kGroupBlocks == 0) next_group<kRows>(&group);
     }
@@ -119,14 +119,12 @@ struct PanelPairs : VnniIsa<Registers> {
       Ints sums[kRows][kPanels];
       start<kRows, kPanels>(terms, 1, sums);
       add_dots<kFormat, kRows, kPanels>(&place, sums);
-      const auto row = [&](int r) {
-        const Floats scale = V::broadcast(scales[r]);
-        return [scale](Ints sum) { return V::mul(V::to_float(sum), scale); };
-      };
+      const auto row = [](int) { return V::to_float; };
       if (b + 1 == blocks) {
-        return finish<kRows, kPanels>(place, sums, row, V::broadcast(panels[0].unit), acc, out);
+        const Floats unit = V::broadcast(panels[0].unit);
+        return finish<kRows, kPanels>(place, sums, row, scales, unit, acc, out);
       }
-      add_scaled<kRows, kPanels>(place, sums, row, acc);
+      add_scaled<kRows, kPanels>(place, sums, row, scales, acc);
       if ((b & last_of_scale) == last_of_scale) place.next_scale();
       terms += kRows;
       scales += kRows;
@@ -200,19 +198,21 @@ struct PanelPairs : VnniIsa<Registers> {
   }
 
   // put(panel, its acc, acc + the sums times their scales) of each row in turn; row(r): a sum of
-  // that row → float, times the scale of x.
+  // that row → float; x_scales: of the rows. Rounded as few_rows rounds where a block is scaled by
+  // itself: how many rows there are changes no bit of y then.
   template <int kRows, int kPanels, class Row, class Put>
   __attribute__((always_inline)) static void scale(const Place<kPanels>& place,
                                                    const Ints sums[kRows][kPanels], Row row,
-                                                   float* acc, Put put) {
+                                                   const float* x_scales, float* acc, Put put) {
     Floats scales[kPanels];
     for (int p = 0; p < kPanels; ++p) scales[p] = V::load_halves(place.scales[p]);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const auto scaled = row(r);
+      const auto value = row(r);
+      const Floats x_scale = V::broadcast(x_scales[r]);
       for (int p = 0; p < kPanels; ++p) {
         float* of = acc + (r * kPanels + p) * kPanelRows;
-        put(p, of, V::fmadd(scaled(sums[r][p]), scales[p], V::load(of)));
+        put(p, of, V::fmadd(value(sums[r][p]), V::mul(scales[p], x_scale), V::load(of)));
       }
     }
   }
@@ -220,18 +220,19 @@ struct PanelPairs : VnniIsa<Registers> {
   template <int kRows, int kPanels, class Row>
   __attribute__((always_inline)) static void add_scaled(const Place<kPanels>& place,
                                                         const Ints sums[kRows][kPanels], Row row,
-                                                        float* acc) {
-    scale<kRows, kPanels>(place, sums, row, acc,
+                                                        const float* x_scales, float* acc) {
+    scale<kRows, kPanels>(place, sums, row, x_scales, acc,
                           [](int, float* of, Floats y) { V::store(of, y); });
   }
 
   template <int kRows, int kPanels, class Row>
   __attribute__((always_inline)) static void finish(const Place<kPanels>& place,
                                                     const Ints sums[kRows][kPanels], Row row,
-                                                    Floats unit, float* acc, const Out out[]) {
+                                                    const float* x_scales, Floats unit,
+                                                    float* acc, const Out out[]) {
     Out to[kPanels];
     for (int p = 0; p < kPanels; ++p) to[p] = out[p];
-    scale<kRows, kPanels>(place, sums, row, acc, [&](int p, float*, Floats y) {
+    scale<kRows, kPanels>(place, sums, row, x_scales, acc, [&](int p, float*, Floats y) {
       V::store(to[p].to, V::mul(y, unit));
       to[p].to += to[p].stride;
     });
