@@ -88,6 +88,13 @@ void add_blocks(PanelView w, int g, GroupedRows x, int64_t group, int64_t begin,
   if constexpr (has_terms(kFormat)) x.terms += first * Isa::kValues;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t scale_block = b >> w.shift;
+    if constexpr (kFormat == Format::kInt4Offsets) {
+      const auto offset = Isa::widen(load_half4(w.offsets + scale_block * 16 + g * 4));
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroups; ++i) {
+        Isa::add_products(offset, x.terms + i * Isa::kValues, sums[i]);
+      }
+    }
     int8x16_t bytes[8];
     const uint8_t* zero_points =
         kFormat == Format::kInt4ZeroPoints ? w.zero_points + scale_block * 8 : nullptr;
@@ -96,13 +103,6 @@ void add_blocks(PanelView w, int g, GroupedRows x, int64_t group, int64_t begin,
     const auto scale = Isa::widen(load_half4(w.scales + scale_block * 16 + g * 4));
     multiply_groups<Isa, kFormat, 0, kGroups>(
         bytes, x.codes, has_starts(kFormat) ? x.terms : kNoTerms, x.scales, scale, bias, sums);
-    if constexpr (kFormat == Format::kInt4Offsets) {
-      const auto offset = Isa::widen(load_half4(w.offsets + scale_block * 16 + g * 4));
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroups; ++i) {
-        Isa::add_products(offset, x.terms + i * Isa::kValues, sums[i]);
-      }
-    }
     x.codes += x.groups * kGroupBytes;
     x.scales += x.groups * Isa::kValues;
     if constexpr (has_terms(kFormat)) x.terms += x.groups * Isa::kValues;

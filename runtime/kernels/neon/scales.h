@@ -1,6 +1,8 @@
 // What `linear` of all NEON folders does with a block's dots:
 //
-//   acc += float(dot) · (scale · xscale)  [+ offset · xscale·Σx]
+//   acc = acc [+ offset · xscale·Σx] + (float(dot) · xscale) · scale
+//   rounded in this order for one row and for groups of four, so that the number of rows changes
+//   no bit of y
 //   int4, zero points: dot = Σ code·x − zp·Σx where codes go straight from the panel into the sums,
 //   which start at −zp·Σx; Σ (code − zp)·x where a block is unpacked for many rows
 #pragma once
@@ -100,15 +102,15 @@ EDGELORA_INLINE XScale x_scale(const RowTile& x, int64_t i) {
 template <Format kFormat>
 EDGELORA_INLINE void add_block(const float32x4_t dots[4], const Scales& s, const XScale& x,
                                float32x4_t acc[4]) {
-  float32x4_t scales[4];
+  float32x4_t products[4];
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) scales[g] = vmulq_n_f32(s.scale[g], x.scale);
+  for (int g = 0; g < 4; ++g) products[g] = vmulq_n_f32(dots[g], x.scale);
   if constexpr (kFormat == Format::kInt4Offsets) {
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) acc[g] = vfmaq_n_f32(acc[g], s.offset[g], x.shift);
   }
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) acc[g] = vfmaq_f32(acc[g], dots[g], scales[g]);
+  for (int g = 0; g < 4; ++g) acc[g] = vfmaq_f32(acc[g], products[g], s.scale[g]);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ struct Isa : FewOrGroupedRows<Isa, Sdot> {
   using Bias = const float*;  // no register is left for it
   static Bias bias() { return kNoTerms; }
 
-  // acc[2p + i], pair p of x and pair i of W: += float(dot) · scale · xscale. As assembly because
+  // acc[2p + i], pair p of x and pair i of W: += float(dot) · xscale · scale. As assembly because
   // compilers put sums next to each other that wait for each other, or run out of registers.
   template <int kGroup, int kStart>
   static EDGELORA_INLINE void multiply(const int8x16_t w[8], const int8_t* x, const float* starts,
@@ -101,14 +101,14 @@ struct Isa : FewOrGroupedRows<Isa, Sdot> {
         "fsub %[s2].4s, %[s2].4s, %[a].4s\n"
         "fsub %[s3].4s, %[s3].4s, %[a].4s\n"
         "ldr %q[a], [%[x_scales], #(%c[at] / 4)]\n"
-        "fmul %[s0].4s, %[s0].4s, %[first].4s\n"
-        "fmul %[s1].4s, %[s1].4s, %[last].4s\n"
-        "fmul %[s2].4s, %[s2].4s, %[first].4s\n"
-        "fmul %[s3].4s, %[s3].4s, %[last].4s\n"
-        "fmla %[acc0].4s, %[s0].4s, %[a].4s\n"
-        "fmla %[acc1].4s, %[s1].4s, %[a].4s\n"
-        "fmla %[acc2].4s, %[s2].4s, %[b].4s\n"
-        "fmla %[acc3].4s, %[s3].4s, %[b].4s\n"
+        "fmul %[s2].4s, %[s2].4s, %[b].4s\n"
+        "fmul %[s3].4s, %[s3].4s, %[b].4s\n"
+        "fmul %[s0].4s, %[s0].4s, %[a].4s\n"
+        "fmul %[s1].4s, %[s1].4s, %[a].4s\n"
+        "fmla %[acc2].4s, %[s2].4s, %[first].4s\n"
+        "fmla %[acc3].4s, %[s3].4s, %[last].4s\n"
+        "fmla %[acc0].4s, %[s0].4s, %[first].4s\n"
+        "fmla %[acc1].4s, %[s1].4s, %[last].4s\n"
         : [acc0] "+w"(acc[0]), [acc1] "+w"(acc[1]), [acc2] "+w"(acc[2]), [acc3] "+w"(acc[3]),
           [s0] "=&w"(s0), [s1] "=&w"(s1), [s2] "=&w"(s2), [s3] "=&w"(s3), [a] "=&w"(a),
           [b] "=&w"(b)
