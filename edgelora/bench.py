@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelora.device import read_cpuinfo
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import read_manifest
 from edgelora.model import Adapter, Model, Session, load
@@ -76,7 +77,7 @@ def bench(
             weight_mb=model.info.weight_bytes / 1e6,
             threads=model.info.threads,
             isa=model.info.isa,
-            machine=_machine(),
+            machine=read_cpuinfo().name or platform.processor() or platform.machine(),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             adapter=adapter,
@@ -138,12 +139,3 @@ def _peak_resident_mb() -> float | None:
         return None
     peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(peaks[0].split()[1]) * 1024 / 1e6 if peaks else None
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

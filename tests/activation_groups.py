@@ -4,13 +4,14 @@
 """
 
 import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.device import read_cpuinfo
+
 GROUP = 4  # blocks of 32
-MOST_HALVINGS = 24
+MOST_HALVINGS = 5
 
 
 def can_group() -> bool:
@@ -18,8 +19,7 @@ def can_group() -> bool:
     forced = os.environ.get("EDGELORA_FORCE_ISA")
     if forced:
         return forced in ("avx512_vnni", "amx_bf16")
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text()
+    return "avx512_vnni" in read_cpuinfo().features
 
 
 def groups_scales(format: str) -> bool:

@@ -32,8 +32,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def has_amx() -> bool:
     """Whether prefill multiplies bfloat16 here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    from edgelora.device import read_cpuinfo
+
+    return "amx_bf16" in read_cpuinfo().features
 
 
 @pytest.fixture(scope="module")

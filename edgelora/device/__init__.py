@@ -1,6 +1,6 @@
 """Device profiles, and detection of the machine that this runs on."""
 
-from edgelora.device.cpuinfo import CpuInfo, parse_cpuinfo, select_isa
+from edgelora.device.cpuinfo import CpuInfo, parse_cpuinfo, read_cpuinfo, select_isa
 from edgelora.device.detection import (
     DetectedDevice,
     detect,
@@ -36,6 +36,7 @@ __all__ = [
     "parse_cpuinfo",
     "predict_decode_tokens_per_second",
     "profile_ids",
+    "read_cpuinfo",
     "select_isa",
     "streamed_bandwidth",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 _AVX512_VNNI = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
@@ -65,6 +66,14 @@ def _kind(fields_of_processor: dict[str, str]) -> str:
     part = fields_of_processor.get("CPU part", "?")
     name = _ARM_PARTS.get(int(part, 16)) if implementer == "0x41" and part != "?" else None
     return name or f"implementer {implementer} part {part}"
+
+
+def read_cpuinfo(root: Path = Path("/")) -> CpuInfo:
+    """Of the machine whose files lie under `root`; nothing where it has no such file."""
+    try:
+        return parse_cpuinfo((root / "proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        return CpuInfo((), frozenset())
 
 
 def parse_cpuinfo(text: str) -> CpuInfo:

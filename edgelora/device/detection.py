@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelora.device.cpuinfo import parse_cpuinfo, select_isa
+from edgelora.device.cpuinfo import read_cpuinfo, select_isa
 from edgelora.device.profile import ISA_FAMILIES, DeviceProfile, list_profiles
 
 
@@ -148,7 +148,7 @@ def nearest_profile(device: DetectedDevice, profiles: Iterable[DeviceProfile]) -
 
 def _describe(root: Path, processors: set[int]) -> DetectedDevice:
     """All that files tell, without measuring."""
-    cpu = parse_cpuinfo(_read(root / "proc/cpuinfo") or "")
+    cpu = read_cpuinfo(root)
     leaders = _core_leaders(root, processors)
     performance = None if leaders is None else _performance_cores(root, leaders, cpu.kinds)
     return DetectedDevice(

@@ -19,6 +19,7 @@ from benchmarks import bandwidth
 from benchmarks.contestants import Contestant, Load, about_adapters, contestants, output
 from benchmarks.figures import Row, append, read
 from benchmarks.folder import OURSELVES, Peers
+from edgelora.device import read_cpuinfo
 
 MAX_ADAPTER_PROMPT = 512  # longer prompts say nothing new of a side branch and take minutes
 
@@ -109,10 +110,8 @@ def rounds_of(csv: Path, run: str) -> int:
 
 def machine() -> str:
     """The CPU's name and the number of its cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(named)} × {named[0]}" if named else platform.machine()
+    cpu = read_cpuinfo()
+    return f"{len(cpu.kinds)} × {cpu.name}" if cpu.kinds else platform.machine()
 
 
 def isa() -> str:
