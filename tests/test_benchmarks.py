@@ -27,7 +27,16 @@ from benchmarks import (
     targets,
 )
 from benchmarks.contestants import Contestant, Load
-from benchmarks.figures import SPEED, Row, append, latest, limit, machine_folder, read
+from benchmarks.figures import (
+    SPEED,
+    Row,
+    append,
+    latest,
+    limit,
+    machine_folder,
+    named_machine,
+    read,
+)
 from benchmarks.folder import RANKS, SMOLLM2, Peers
 from benchmarks.prepare import Step
 from benchmarks.random_adapter import write_random_adapter
@@ -456,14 +465,14 @@ def test_plots_are_drawn_and_are_the_same_each_time(
     ]
     once = {path: path.read_bytes() for path in draw(rows, tmp_path)}
     names = [f"{kind}-{SMOLLM2}-2t.svg" for kind in ("bars", "context", "rank")]
-    assert [*once] == [tmp_path / "2-cpu" / name for name in names]
+    assert [*once] == [tmp_path / "2-cpu-avx2" / name for name in names]
     assert once == {path: path.read_bytes() for path in draw(rows, tmp_path)}
 
 
 def test_a_machine_s_folder_has_its_name() -> None:
     xeon = "2 × Intel(R) Xeon(R) Processor @ 2.80GHz"
-    assert machine_folder(xeon) == "2-intel-xeon-2-80ghz"
-    assert machine_folder("2 × AMD EPYC") == "2-amd-epyc"
+    assert machine_folder(named_machine(xeon, "avx512_vnni")) == "2-intel-xeon-2-80ghz-avx512-vnni"
+    assert machine_folder(named_machine("2 × AMD EPYC", "avx2")) == "2-amd-epyc-avx2"
 
 
 # ---- the command ----

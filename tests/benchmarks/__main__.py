@@ -19,7 +19,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.contestants import Load
-from benchmarks.figures import SPEED, append, machine_folder, read, read_quality
+from benchmarks.figures import SPEED, append, machine_folder, named_machine, read, read_quality
 from benchmarks.folder import MODELS, SMOLLM2, Peers
 from benchmarks.prepare import PEERS, steps
 from benchmarks.roofline import draw_roofline
@@ -66,9 +66,9 @@ def loads_option(*default: str) -> Callable[[Callable[..., None]], Callable[...,
     )
 
 
-def of_machine(machine: str) -> Path:
+def of_machine(setting: Setting) -> Path:
     """Where results that stand for one machine lie."""
-    return SPEED.parent / machine_folder(machine)
+    return SPEED.parent / machine_folder(named_machine(setting.machine, setting.isa))
 
 
 @click.group(invoke_without_command=True)
@@ -168,7 +168,7 @@ def measure_scaling(bundle: Path, threads: int, repeats: int) -> None:
         streamed = bandwidth.streamed(stream, bundle / "model.onnx.data", threads)
     about = f"{bundle.name}, {setting.machine} {setting.isa}, {streamed:.1f} GB/s"
     about += f", {setting.run}, commit {setting.commit}"
-    scaling.write(points, about, of_machine(setting.machine))
+    scaling.write(points, about, of_machine(setting))
 
 
 @main.command("limits")
@@ -201,7 +201,7 @@ def plot(csv_path: Path, to: Path) -> None:
 def roofline(output: TextIO, to: Path | None, peak: float | None) -> None:
     """Draws what kernels_bench said (a file, or - for stdin), and keeps it beside the drawing."""
     said, setting = output.read(), Setting.here(None)
-    to = to or of_machine(setting.machine)
+    to = to or of_machine(setting)
     to.mkdir(parents=True, exist_ok=True)
     about = f"# {setting.machine} {setting.isa}, {setting.run}, commit {setting.commit}\n"
     click.echo(draw_roofline(said, to / "roofline.svg", peak))

@@ -66,22 +66,22 @@ def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:
 
 
 def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each machine, in the file's order."""
+    """The rows of each machine, by what tells it from others, in the file's order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.machine, []).append(row)
+        groups.setdefault(named_machine(row.machine, row.isa), []).append(row)
     return groups
 
 
+def named_machine(machine: str, isa: str) -> str:
+    """Its name, and what ours chooses there: AMD's hosts call four generations "AMD EPYC"."""
+    return ", ".join(part for part in (machine, isa) if part)
+
+
 def machine_folder(machine: str) -> str:
-    """A name for its folder: 2-intel-xeon-2-80ghz."""
+    """A name for its folder: 2-intel-xeon-2-80ghz-avx512-vnni."""
     bare = re.sub(r"\(\w+\)|Processor", "", machine)
     return "-".join(re.findall(r"[a-z0-9]+", bare.lower()))
-
-
-def about_machine(rows: Sequence[Row]) -> str:
-    """Of rows of one machine: its name and what ours chose there last."""
-    return ", ".join(part for part in (rows[-1].machine, rows[-1].isa) if part)
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:

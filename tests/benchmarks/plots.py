@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from benchmarks.contestants import MERGED, OURS, OURS_INT4, about_adapters
 from benchmarks.figures import (
     Row,
-    about_machine,
     by_machine,
     latest,
     limit,
     machine_folder,
+    named_machine,
     median,
     of,
     ratio_in_turn,
@@ -143,7 +143,7 @@ def _titled(figure: Figure, rows: Sequence[Row]) -> Figure:
     first = rows[0]
     bandwidth = median(row.bandwidth for row in rows)
     streamed = f", {bandwidth:.1f} GB/s" if bandwidth else ""
-    about = f"{about_machine(rows)}{streamed}, commit {first.commit}"
+    about = f"{named_machine(first.machine, first.isa)}{streamed}, commit {first.commit}"
     figure.suptitle(f"{first.model}, threads: {first.threads} ({about})", fontsize=9)
     figure.set_layout_engine("constrained")
     return figure

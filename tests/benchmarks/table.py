@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contestants import OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, about_machine, by_machine, latest, limit, median, of
+from benchmarks.figures import Row, by_machine, latest, limit, median, named_machine, of
 from benchmarks.losses import Loss, mean_kl
 
 README = Path(__file__).parents[2] / "README.md"
@@ -156,7 +156,8 @@ def _caption(rows: Sequence[Row]) -> str:
     rounds = sorted({len(of(rows, row.contestant, row.prompt_tokens)) for row in rows})
     times = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
-    parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {about_machine(rows)}"]
+    machine = named_machine(first.machine, first.isa)
+    parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {machine}"]
     streams = sorted(row.bandwidth for row in rows if row.bandwidth)
     if streams:
         middle = median(streams)

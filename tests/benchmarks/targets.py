@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.contestants import MERGED, OURS, OURS_INT4, SMALLEST, about_adapters
 from benchmarks.figures import (
     Row,
-    about_machine,
     by_machine,
     latest,
     of,
@@ -59,7 +58,7 @@ def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> s
     """
     pairs = by_machine(in_turn)
     return "\n".join(
-        f"**{about_machine(mine)}**\n\n{_of_machine(mine, losses, pairs.get(machine, []))}"
+        f"**{machine}**\n\n{_of_machine(mine, losses, pairs.get(machine, []))}"
         for machine, mine in by_machine(rows).items()
     )
 
