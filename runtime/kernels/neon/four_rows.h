@@ -6,7 +6,8 @@
 //       for each four rows of W
 //         for each block of 32 K                  … and here in registers
 //           codes → bytes in eight registers, for all these rows of x
-//           for each group: Isa::multiply         acc += float(dot) · xscale · scale
+//           for each group: Isa::multiply         acc += float(dot) · xscale · scale, of which
+//                                                 Isa::kRounded is rounded first
 //
 // int4: codes 0 … 15 as they are, the sum starts at −8·Σx. Zero points: codes less theirs.
 // int8: bytes as they are.
@@ -166,7 +167,7 @@ struct FewOrGroupedRows {
 
   template <Format kFormat>
   static void panel(const PanelView& view, const RowTile& x, float* acc) {
-    one_row<OneRow, kFormat>(view, x, acc);
+    one_row<OneRow, kFormat, Isa::kRounded>(view, x, acc);
   }
   template <Format kFormat>
   static void panel(const PanelView& view, const SeparateRows& x, float* acc) {

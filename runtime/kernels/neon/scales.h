@@ -1,8 +1,8 @@
 // What `linear` of all NEON folders does with a block's dots:
 //
-//   acc = acc [+ offset · xscale·Σx] + (float(dot) · xscale) · scale
-//   rounded in this order for one row and for groups of four, so that the number of rows changes
-//   no bit of y
+//   acc = acc [+ offset · xscale·Σx] + float(dot) · scale · xscale
+//   of the last three factors two are multiplied, and rounded, before the addition: the same two
+//   for one row and for groups of four, so that the number of rows changes no bit of y
 //   int4, zero points: dot = Σ code·x − zp·Σx where codes go straight from the panel into the sums,
 //   which start at −zp·Σx; Σ (code − zp)·x where a block is unpacked for many rows
 #pragma once
@@ -86,6 +86,10 @@ EDGELORA_INLINE Codes load_bytes_of(const uint8_t* block, const Scales& s, int q
   return {vsubq_s8(w.low, zero_point), vsubq_s8(w.high, zero_point)};
 }
 
+// What is rounded before it is added: scale · xscale, which need not wait for the dots, or
+// float(dot) · xscale, which takes fewer registers.
+enum class Rounded { kScales, kDots };
+
 // What one row of x brings to a block, read before anything is stored.
 struct XScale {
   float scale;
@@ -97,20 +101,42 @@ EDGELORA_INLINE XScale x_scale(const RowTile& x, int64_t i) {
   return {x.scales[i], kFormat == Format::kInt4Offsets ? x.shifts[i] : 0.0f};
 }
 
+// acc[g] += (dots[g] · x_scale) · scales[g]. As assembly because compilers put each product before
+// its sum, where a core that does not reorder waits for it four times.
+EDGELORA_INLINE void add_scaled(const float32x4_t dots[4], float x_scale,
+                                const float32x4_t scales[4], float32x4_t acc[4]) {
+  float32x4_t p0 = dots[0], p1 = dots[1], p2 = dots[2], p3 = dots[3];
+  asm("fmul %[p0].4s, %[p0].4s, %[x].s[0]\n"
+      "fmul %[p1].4s, %[p1].4s, %[x].s[0]\n"
+      "fmul %[p2].4s, %[p2].4s, %[x].s[0]\n"
+      "fmul %[p3].4s, %[p3].4s, %[x].s[0]\n"
+      "fmla %[acc0].4s, %[p0].4s, %[s0].4s\n"
+      "fmla %[acc1].4s, %[p1].4s, %[s1].4s\n"
+      "fmla %[acc2].4s, %[p2].4s, %[s2].4s\n"
+      "fmla %[acc3].4s, %[p3].4s, %[s3].4s\n"
+      : [acc0] "+w"(acc[0]), [acc1] "+w"(acc[1]), [acc2] "+w"(acc[2]), [acc3] "+w"(acc[3]),
+        [p0] "+w"(p0), [p1] "+w"(p1), [p2] "+w"(p2), [p3] "+w"(p3)
+      : [x] "w"(x_scale), [s0] "w"(scales[0]), [s1] "w"(scales[1]), [s2] "w"(scales[2]),
+        [s3] "w"(scales[3]));
+}
+
 // acc [16] + one block. Step by step for all four registers: one after the other, each would wait
 // for its own results on a core that does not reorder.
-template <Format kFormat>
+template <Format kFormat, Rounded kRounded = Rounded::kScales>
 EDGELORA_INLINE void add_block(const float32x4_t dots[4], const Scales& s, const XScale& x,
                                float32x4_t acc[4]) {
-  float32x4_t products[4];
+  float32x4_t scales[4];
+  if constexpr (kRounded == Rounded::kScales) {
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) products[g] = vmulq_n_f32(dots[g], x.scale);
+    for (int g = 0; g < 4; ++g) scales[g] = vmulq_n_f32(s.scale[g], x.scale);
+  }
   if constexpr (kFormat == Format::kInt4Offsets) {
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) acc[g] = vfmaq_n_f32(acc[g], s.offset[g], x.shift);
   }
+  if constexpr (kRounded == Rounded::kDots) return add_scaled(dots, x.scale, s.scale, acc);
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) acc[g] = vfmaq_f32(acc[g], products[g], s.scale[g]);
+  for (int g = 0; g < 4; ++g) acc[g] = vfmaq_f32(acc[g], dots[g], scales[g]);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ namespace {
 // clang-format on
 
 struct Isa : FewOrGroupedRows<Isa, Sdot> {
+  static constexpr Rounded kRounded = Rounded::kScales;
   static constexpr int kValues = 4;  // one for each row of x
 
   // 16 K of four rows at a time: │ m: K0 … K3 │ m+1 │ m+2 │ m+3 │ m: K4 … K7 │ …
@@ -51,7 +52,7 @@ struct Isa : FewOrGroupedRows<Isa, Sdot> {
   static EDGELORA_INLINE void arrange(int8x16_t[8]) {}
   static EDGELORA_INLINE Scale widen(float32x4_t scale) { return scale; }
 
-  // acc[n], of row n of W: += float(dot) · xscale · scale[n]. As assembly because compilers put
+  // acc[n], of row n of W: += float(dot) · (xscale · scale[n]). As assembly because compilers put
   // sums next to each other that wait for each other, or run out of registers.
   template <int kGroup, int kStart>
   static EDGELORA_INLINE void multiply(const int8x16_t w[8], const int8_t* x, const float* starts,
@@ -74,18 +75,18 @@ struct Isa : FewOrGroupedRows<Isa, Sdot> {
         EDGELORA_FOUR_K("b", "w5", "[a], [%[x], #(%c[at] + 96)]")
         EDGELORA_FOUR_K("a", "w6", "[b], [%[x], #(%c[at] + 112)]")
         EDGELORA_FOUR_K("b", "w7", "[a], [%[x_scales], #(%c[at] / 8)]")
+        "fmul %[b].4s, %[a].4s, %[scale].s[0]\n"
         "fsub %[s0].4s, %[s0].4s, %[bias].4s\n"
         "fsub %[s1].4s, %[s1].4s, %[bias].4s\n"
         "fsub %[s2].4s, %[s2].4s, %[bias].4s\n"
         "fsub %[s3].4s, %[s3].4s, %[bias].4s\n"
-        "fmul %[s0].4s, %[s0].4s, %[a].4s\n"
-        "fmul %[s1].4s, %[s1].4s, %[a].4s\n"
-        "fmul %[s2].4s, %[s2].4s, %[a].4s\n"
-        "fmul %[s3].4s, %[s3].4s, %[a].4s\n"
-        "fmla %[acc0].4s, %[s0].4s, %[scale].s[0]\n"
-        "fmla %[acc1].4s, %[s1].4s, %[scale].s[1]\n"
-        "fmla %[acc2].4s, %[s2].4s, %[scale].s[2]\n"
-        "fmla %[acc3].4s, %[s3].4s, %[scale].s[3]\n"
+        "fmla %[acc0].4s, %[s0].4s, %[b].4s\n"
+        "fmul %[b].4s, %[a].4s, %[scale].s[1]\n"
+        "fmul %[s0].4s, %[a].4s, %[scale].s[2]\n"
+        "fmul %[a].4s, %[a].4s, %[scale].s[3]\n"
+        "fmla %[acc1].4s, %[s1].4s, %[b].4s\n"
+        "fmla %[acc2].4s, %[s2].4s, %[s0].4s\n"
+        "fmla %[acc3].4s, %[s3].4s, %[a].4s\n"
         : [acc0] "+w"(acc[0]), [acc1] "+w"(acc[1]), [acc2] "+w"(acc[2]), [acc3] "+w"(acc[3]),
           [s0] "=&w"(s0), [s1] "=&w"(s1), [s2] "=&w"(s2), [s3] "=&w"(s3), [a] "=&w"(a),
           [b] "=&w"(b)

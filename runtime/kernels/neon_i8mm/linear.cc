@@ -32,6 +32,7 @@ struct PairScale {
 };
 
 struct Isa : FewOrGroupedRows<Isa, Sdot> {
+  static constexpr Rounded kRounded = Rounded::kDots;  // no register is left for more products
   static constexpr int kValues = 8;  // two of each row of x, as they lie in the sums
 
   // [8 K of four][pairs of rows]: │ m: K0 … K7 │ m+1: K0 … K7 │
