@@ -10,6 +10,10 @@
 #include "kernels/ceil_div.h"
 #include "kernels/kernels.h"
 
+// For the steps of an inner loop: arrays of registers that are handed on stay registers only when
+// the step is inlined.
+#define EDGELORA_INLINE __attribute__((always_inline)) inline
+
 namespace edgelora::kernels {
 namespace {
 

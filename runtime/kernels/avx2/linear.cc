@@ -194,8 +194,7 @@ struct Isa {
           add_wide_levels_half<kFormat, kRows>(chunk, b, 0, x, i, acc);
           add_wide_levels_half<kFormat, kRows>(chunk, b, 1, x, i, acc);
         } else {
-          add_levels_half<kFormat, kRows>(chunk, b, 0, x, i, acc);
-          add_levels_half<kFormat, kRows>(chunk, b, 1, x, i, acc);
+          add_levels_by_two<kFormat, kRows>(chunk, b, x, i, acc);
         }
       } else {
         add_int4<kFormat, kRows>(chunk, b, x, i, acc);

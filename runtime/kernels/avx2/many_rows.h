@@ -1,9 +1,8 @@
-// Several rows of x (avx2/linear.cc has formula and layout): up to 4 rows meet 16 rows of W (int8,
-// nf4, fp4: 8) at a time, bytes of a chunk unpacked before.
-//   low, high [4]       int4: int16 sums of rows 0–7 and 8–15
-//   dots [4]            int8, nf4, fp4: int32
-//   first, second [4]   nf4, fp4: int16, of 16 K each
-//   acc                 float [rows, 16], in L1
+// Several rows of x (avx2/linear.cc has formula and layout), bytes of a chunk unpacked before:
+//   int4        4 rows meet 16 rows of W; low, high [4]: int16 sums of rows 0–7 and 8–15
+//   nf4, fp4    2 rows meet 16; low, high [2]: int16, of 16 K; low_dots, high_dots [2]: int32
+//   int8, and nf4 and fp4 where |x| may add up to too much: 4 rows meet 8; dots [4]: int32
+//   acc         float [rows, 16], in L1
 #pragma once
 
 #include "kernels/avx2/products.h"
@@ -61,8 +60,8 @@ void add_int4(const Chunk& chunk, int64_t b, const RowTile& x, int64_t i, float*
 }
 
 template <int kRows>
-void add_int8_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
-                   float* acc) {
+EDGELORA_INLINE void add_int8_half(const Chunk& chunk, int64_t b, int half, const RowTile& x,
+                                   int64_t i, float* acc) {
   const HalfBlock<kRows> block(chunk, b, half, x, i);
   __m256i dots[kRows] = {};
 #pragma GCC unroll 8
@@ -77,44 +76,66 @@ void add_int8_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, in
   add_dots<Format::kInt8, kRows>(chunk, b, half, dots, x, i, acc);
 }
 
+// int16 sums of 16 K, lines q … q + 3 of a chunk's block, of 16 rows of W.
+template <int kRows>
+EDGELORA_INLINE void add_levels_lines(const uint8_t* w, const int8_t* codes, int q,
+                                      __m256i (&low)[kRows], __m256i (&high)[kRows]) {
+#pragma GCC unroll 4
+  for (int end = q + 4; q < end; ++q) {
+    __m256i w0 = load_bytes(w + 64 * q), w1 = load_bytes(w + 64 * q + 32);
+    keep_order(&w0, &w1);  // loaded once for all rows
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i xr = broadcast4(codes + r * kActivationBlock + 4 * q);
+      low[r] = add16(low[r], _mm256_maddubs_epi16(w0, xr));
+      high[r] = add16(high[r], _mm256_maddubs_epi16(w1, xr));
+      keep_order(&low[r], &high[r]);
+    }
+  }
+}
+
+// Both halves at once, since a load of x is as dear as a product; so two rows are all that fits.
 template <Format kFormat, int kRows>
-void add_levels_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
-                  float* acc) {
-  const HalfBlock<kRows> block(chunk, b, half, x, i);
-  __m256i dots[kRows], first[kRows], second[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) first[r] = broadcast4(x.starts + (i + r) * 4);
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __m256i w = block.bytes(q);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      first[r] = add16(first[r], _mm256_maddubs_epi16(w, block.row(r, q)));
-      keep_order(&first[r]);
-    }
-  }
-#pragma GCC unroll 4
+EDGELORA_INLINE void add_levels(const Chunk& chunk, int64_t b, const RowTile& x, int64_t i,
+                                float* acc) {
+  const uint8_t* w = chunk.bytes + b * kBlockBytes;
+  const int8_t* codes = x.codes + i * kActivationBlock;
+  __m256i low[kRows], high[kRows], low_dots[kRows], high_dots[kRows];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) low[r] = high[r] = broadcast4(x.starts + (i + r) * 4);
+  add_levels_lines<kRows>(w, codes, 0, low, high);
+#pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) {
-    dots[r] = add32(widen(first[r], 4), level_term<kFormat>(x.terms[i + r]));
-    second[r] = broadcast4(x.starts + (i + r) * 4 + 2);
+    const __m256i term = level_term<kFormat>(x.terms[i + r]);
+    low_dots[r] = add32(widen(low[r], 4), term);
+    high_dots[r] = add32(widen(high[r], 4), term);
+    low[r] = high[r] = broadcast4(x.starts + (i + r) * 4 + 2);
   }
-#pragma GCC unroll 4
-  for (int q = 4; q < 8; ++q) {
-    const __m256i w = block.bytes(q);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      second[r] = add16(second[r], _mm256_maddubs_epi16(w, block.row(r, q)));
-      keep_order(&second[r]);
-    }
+  add_levels_lines<kRows>(w, codes, 4, low, high);
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+    low_dots[r] = add32(low_dots[r], widen(low[r], 4));
+    high_dots[r] = add32(high_dots[r], widen(high[r], 4));
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) dots[r] = add32(dots[r], widen(second[r], 4));
-  add_dots<kFormat, kRows>(chunk, b, half, dots, x, i, acc);
+  add_dots<kFormat, kRows>(chunk, b, 0, low_dots, x, i, acc);
+  add_dots<kFormat, kRows>(chunk, b, 1, high_dots, x, i, acc);
+}
+
+template <Format kFormat, int kRows>
+EDGELORA_INLINE void add_levels_by_two(const Chunk& chunk, int64_t b, const RowTile& x, int64_t i,
+                                       float* acc) {
+#pragma GCC unroll 2
+  for (int r = 0; r + 2 <= kRows; r += 2) {
+    add_levels<kFormat, 2>(chunk, b, x, i + r, acc + r * kPanelRows);
+  }
+  if constexpr (kRows % 2 == 1) {
+    add_levels<kFormat, 1>(chunk, b, x, i + kRows - 1, acc + (kRows - 1) * kPanelRows);
+  }
 }
 
 template <Format kFormat, int kRows>
 void add_wide_levels_half(const Chunk& chunk, int64_t b, int half, const RowTile& x, int64_t i,
-                       float* acc) {
+                          float* acc) {
   const HalfBlock<kRows> block(chunk, b, half, x, i);
   __m256i dots[kRows];
 #pragma GCC unroll 4

@@ -156,7 +156,7 @@ struct PanelPairs : VnniIsa<Registers> {
 
   // One block. As a call, as those below, it would hand the sums over in memory.
   template <Format kFormat, int kRows, int kPanels>
-  __attribute__((always_inline)) static void add_dots(Place<kPanels>* place,
+  EDGELORA_INLINE static void add_dots(Place<kPanels>* place,
                                                       Ints sums[kRows][kPanels]) {
     for (int64_t i = 0; i < place->lines; ++i) _mm_prefetch(place->ahead + i * 64, _MM_HINT_T0);
     place->ahead += place->lines * 64;
@@ -182,7 +182,7 @@ struct PanelPairs : VnniIsa<Registers> {
 
   // Four columns of W, nibbles(w), and of each row of x.
   template <Format kFormat, int kRows, int kPanels, class Nibbles>
-  __attribute__((always_inline)) static void add_quad(const Ints w[kPanels], Nibbles nibbles,
+  EDGELORA_INLINE static void add_quad(const Ints w[kPanels], Nibbles nibbles,
                                                       const int8_t* codes,
                                                       Ints sums[kRows][kPanels]) {
     Ints columns[kPanels];
@@ -201,7 +201,7 @@ struct PanelPairs : VnniIsa<Registers> {
   // that row → float; x_scales: of the rows. Rounded as few_rows rounds where a block is scaled by
   // itself: how many rows there are changes no bit of y then.
   template <int kRows, int kPanels, class Row, class Put>
-  __attribute__((always_inline)) static void scale(const Place<kPanels>& place,
+  EDGELORA_INLINE static void scale(const Place<kPanels>& place,
                                                    const Ints sums[kRows][kPanels], Row row,
                                                    const float* x_scales, float* acc, Put put) {
     Floats scales[kPanels];
@@ -218,7 +218,7 @@ struct PanelPairs : VnniIsa<Registers> {
   }
 
   template <int kRows, int kPanels, class Row>
-  __attribute__((always_inline)) static void add_scaled(const Place<kPanels>& place,
+  EDGELORA_INLINE static void add_scaled(const Place<kPanels>& place,
                                                         const Ints sums[kRows][kPanels], Row row,
                                                         const float* x_scales, float* acc) {
     scale<kRows, kPanels>(place, sums, row, x_scales, acc,
@@ -226,7 +226,7 @@ struct PanelPairs : VnniIsa<Registers> {
   }
 
   template <int kRows, int kPanels, class Row>
-  __attribute__((always_inline)) static void finish(const Place<kPanels>& place,
+  EDGELORA_INLINE static void finish(const Place<kPanels>& place,
                                                     const Ints sums[kRows][kPanels], Row row,
                                                     const float* x_scales, Floats unit,
                                                     float* acc, const Out out[]) {

@@ -7,11 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/kernels.h"
-
-// For the steps of an inner loop: arrays of registers that are handed on stay registers only when
-// the step is inlined.
-#define EDGELORA_INLINE __attribute__((always_inline)) inline
+#include "kernels/panels.h"
 
 namespace edgelora::kernels {
 namespace {
