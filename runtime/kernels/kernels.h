@@ -161,6 +161,12 @@ struct KernelTable {
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
 };
 
+// Whether x is rounded in groups where it meets weights of this format. Not beside nf4 and fp4,
+// whose bytes are rounded already.
+inline bool groups_scales(const KernelTable& kernels, Format format) {
+  return kernels.quantize_groups != nullptr && !has_codebook(format);
+}
+
 // Bytes of scratch that `linear` and `linear_float` want for these weights.
 int64_t linear_scratch_bytes(const Weights& weights);
 

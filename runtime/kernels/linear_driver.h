@@ -3,13 +3,14 @@
 //
 //   for each tile of up to kRowTile rows      activations rearranged once, block by block
 //     for each panel
-//       run_panel: Isa::panel of the format   acc [rows, 16]
+//       Isa::panel of the format              acc [rows, 16]
 //       acc → y
 //
 // One row needs no rearranging: [Kp / 32, 1, 32] is how it lies already.
 #pragma once
 
 #include <cassert>
+#include <type_traits>
 
 #include "kernels/codebooks.h"
 #include "kernels/scratch.h"
@@ -21,16 +22,16 @@ namespace {
 // are a power of two apart would share a few cache sets.
 struct RowTile {
   int64_t rows;
-  int64_t blocks;         // Kp / 32
-  const int8_t* codes;    // [blocks, rows, 32]
-  const float* scales;    // [blocks, rows]
-  const int32_t* terms;   // [blocks, rows], zero_term; null if the ISA wants none
-  const float* shifts;    // [blocks, rows], scale · Σ codes; kInt4Offsets only
-  const int16_t* starts;  // [blocks, rows, 2, 2], and
-  const uint8_t* wide;    // [blocks], of avx2's nf4 and fp4
-  const float* group_scales;   // [groups of blocks, rows], and
-  const float* magics;         // [groups, rows, 4], and
-  const float* magic_steps;    // [groups, rows, 4], of magic_steps.h
+  int64_t blocks;             // Kp / 32
+  const int8_t* codes;        // [blocks, rows, 32]
+  const float* scales;        // [blocks, rows]
+  const int32_t* terms;       // [blocks, rows], zero_term; null if the ISA wants none
+  const float* shifts;        // [blocks, rows], scale · Σ codes; kInt4Offsets only
+  const int16_t* starts;      // [blocks, rows, 2, 2], and
+  const uint8_t* wide;        // [blocks], of avx2's nf4 and fp4
+  const float* group_scales;  // [groups of blocks, rows], and
+  const float* magics;        // [groups, rows, 4], and
+  const float* magic_steps;   // [groups, rows, 4], of magic_steps.h
 };
 
 // One panel of W.
@@ -167,23 +168,24 @@ inline void store_tile(const float* acc, int64_t rows, int64_t columns, float* y
   }
 }
 
-template <class Isa, class Tile>
-void run_panel(Format format, const PanelView& view, const Tile& x, float* acc) {
+// body(std::integral_constant<Format, format>): of the formats that have an integer path.
+template <class Body>
+void with_format(Format format, const Body& body) {
   switch (format) {
     case Format::kInt4:
-      return Isa::template panel<Format::kInt4>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kInt4>());
     case Format::kInt4ZeroPoints:
-      return Isa::template panel<Format::kInt4ZeroPoints>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kInt4ZeroPoints>());
     case Format::kInt4Offsets:
-      return Isa::template panel<Format::kInt4Offsets>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kInt4Offsets>());
     case Format::kInt8:
-      return Isa::template panel<Format::kInt8>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kInt8>());
     case Format::kNf4:
-      return Isa::template panel<Format::kNf4>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kNf4>());
     case Format::kFp4:
-      return Isa::template panel<Format::kFp4>(view, x, acc);
+      return body(std::integral_constant<Format, Format::kFp4>());
     case Format::kFloat:
-      return;  // has no integer path
+      return;
   }
 }
 
@@ -192,12 +194,14 @@ template <class Isa, class Tile>
 void run_panels(const Weights& weights, const Tile& x, int64_t panel_begin, int64_t panel_end,
                 float* y, int64_t y_stride) {
   alignas(64) float acc[kRowTile * kPanelRows];
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const PanelView view = panel_view(weights, p);
-    run_panel<Isa>(weights.format, view, x, acc);
-    scale_tile(view.unit, x.rows, acc);
-    store_tile(acc, x.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
-  }
+  with_format(weights.format, [&](auto format) {
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const PanelView view = panel_view(weights, p);
+      Isa::template panel<decltype(format)::value>(view, x, acc);
+      scale_tile(view.unit, x.rows, acc);
+      store_tile(acc, x.rows, panel_rows(weights, p), y + p * kPanelRows, y_stride);
+    }
+  });
 }
 
 template <class Isa>

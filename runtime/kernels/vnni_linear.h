@@ -58,8 +58,8 @@ struct VnniIsa {
   // would hand them over in memory: nf4, one row, 23 instead of 43 GB/s; int4, two rows, 20 instead
   // of 37 (Zen 4).
   template <Format kFormat>
-  EDGELORA_INLINE static void unpack_part(const uint8_t* panel_codes, int64_t b,
-                                                         int part, Ints bytes[8]) {
+  EDGELORA_INLINE static void unpack_part(const uint8_t* panel_codes, int64_t b, int part,
+                                          Ints bytes[8]) {
     if constexpr (kFormat == Format::kInt8) {
       const uint8_t* codes = panel_codes + b * kBlockBytes + part * V::kBytes;
       for (int q = 0; q < 8; ++q) bytes[q] = V::flip(V::load(codes + 64 * q));

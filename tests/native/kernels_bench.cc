@@ -206,11 +206,6 @@ struct Wish {
   }
 };
 
-// As the operators quantize x for these weights.
-bool groups_scales(const KernelTable& table, const Kind& kind) {
-  return table.quantize_groups != nullptr && !has_codebook(kind.format);
-}
-
 std::string line_name(const char* what, const KernelTable& table, const Kind& kind,
                       const Shape& shape, int64_t rows) {
   return std::string(what) + " " + table.isa + " " + kind.name + " b" +
@@ -222,7 +217,7 @@ void bench_decode(const KernelTable& table, const Kind& kind, const Shape& shape
   const std::string name = line_name("decode", table, kind, shape, rows);
   if (!wish.covers(name)) return;
   const Linear linear(kind, shape, kCold);
-  const Rows x(rows, shape.in_features, groups_scales(table, kind));
+  const Rows x(rows, shape.in_features, groups_scales(table, kind.format));
   Aligned stream(kCold);
   std::memset(stream.as<char>(), 1, kCold);
   std::printf("%-50s", name.c_str());
@@ -247,7 +242,7 @@ void bench_macs(const char* what, const KernelTable& table, const Kind& kind, co
   const std::string name = line_name(what, table, kind, shape, rows);
   if (!wish.covers(name)) return;
   const Linear linear(kind, shape, 0);
-  const Rows x(rows, shape.in_features, groups_scales(table, kind));
+  const Rows x(rows, shape.in_features, groups_scales(table, kind.format));
   const double macs = static_cast<double>(rows * shape.in_features * shape.out_features);
   const auto passes = static_cast<size_t>(1 + 2e8 / macs);
   std::printf("%-50s", name.c_str());

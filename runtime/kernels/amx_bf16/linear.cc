@@ -17,12 +17,12 @@ namespace edgelora::kernels::amx_bf16 {
 namespace {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kRows = kWideRows;     // of x, converted at a time; half as many where
-constexpr int64_t kMostABytes = 1 << 20; // they would fill the second cache
-constexpr int64_t kFewRows = 16;         // avx512_vnni is as fast up to here
-constexpr int64_t kPanels = 2;           // of W, multiplied at a time
-constexpr int64_t kChunk = 8;            // blocks of K: 16 KB of B, beside as much of A
-constexpr int64_t kRowBytes = 64;        // of 32 K, of a row of C
+constexpr int64_t kRows = kWideRows;      // of x, converted at a time; half as many where
+constexpr int64_t kMostABytes = 1 << 20;  // they would fill the second cache
+constexpr int64_t kFewRows = 16;          // avx512_vnni is as fast up to here
+constexpr int64_t kPanels = 2;            // of W, multiplied at a time
+constexpr int64_t kChunk = 8;             // blocks of K: 16 KB of B, beside as much of A
+constexpr int64_t kRowBytes = 64;         // of 32 K, of a row of C
 constexpr int64_t kTileBytes = kTileRows * kRowBytes;
 
 struct TileShapes {  // ldtilecfg's palette 1
@@ -66,8 +66,8 @@ struct Product {
   const char* b;
   int64_t b_panel;  // bytes from a panel to the next
   int64_t blocks;
-  float* c;        // [groups][panels][16, 16]
-  bool first;      // C starts at zero
+  float* c;    // [groups][panels][16, 16]
+  bool first;  // C starts at zero
 };
 
 // A of all rows lies in L2.
@@ -134,8 +134,8 @@ void multiply_panels(const PanelView* views, int64_t panels, const RowTiles& x, 
     }
     for (int64_t g = 0; g < x.groups; g += 2) {
       const char* a = x.tiles + (first * x.groups + g) * kTileBytes;
-      multiply({a, x.groups * kTileBytes, memory->b, kChunk * kTileBytes, count,
-                memory->c[g][0], chunk == 0},
+      multiply({a, x.groups * kTileBytes, memory->b, kChunk * kTileBytes, count, memory->c[g][0],
+                chunk == 0},
                min_of(2, x.groups - g), panels);
     }
   }
@@ -173,29 +173,6 @@ void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begi
   }
 }
 
-void multiply_rows(const Weights& weights, const RowTiles& x, int64_t panel_begin,
-                   int64_t panel_end, float* y, int64_t y_stride) {
-  const auto run = [&](auto multiply) {
-    multiply(weights, x, panel_begin, panel_end, y, y_stride);
-  };
-  switch (weights.format) {
-    case Format::kInt4:
-      return run(multiply_rows<Format::kInt4>);
-    case Format::kInt4ZeroPoints:
-      return run(multiply_rows<Format::kInt4ZeroPoints>);
-    case Format::kInt4Offsets:
-      return run(multiply_rows<Format::kInt4Offsets>);
-    case Format::kInt8:
-      return run(multiply_rows<Format::kInt8>);
-    case Format::kNf4:
-      return run(multiply_rows<Format::kNf4>);
-    case Format::kFp4:
-      return run(multiply_rows<Format::kFp4>);
-    case Format::kFloat:
-      return;  // has no integer path
-  }
-}
-
 }  // namespace
 
 void linear(const Weights& weights, const Activations& x, int64_t panel_begin, int64_t panel_end,
@@ -209,7 +186,10 @@ void linear(const Weights& weights, const Activations& x, int64_t panel_begin, i
   _tile_loadconfig(&kShapes);
   for (int64_t m = 0; m < x.rows; m += rows_at_once(blocks)) {
     const RowTiles tiles = convert_rows(x, m, blocks, at(scratch, layout.wide_rows));
-    multiply_rows(weights, tiles, panel_begin, panel_end, y + m * y_stride, y_stride);
+    with_format(weights.format, [&](auto format) {
+      multiply_rows<decltype(format)::value>(weights, tiles, panel_begin, panel_end,
+                                             y + m * y_stride, y_stride);
+    });
   }
   _tile_release();
 }

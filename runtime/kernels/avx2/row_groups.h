@@ -182,14 +182,14 @@ void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, 
                void* scratch) {
   groups->rows = min_of(kRowTile, x.rows - first_row);
   groups->paired = pairs_panels<Isa>(weights, x, groups->rows);
-  groups->count = ceil_div(groups->rows, groups->paired ? Isa::pair_rows(weights.format)
-                                                        : Isa::kGroupRows);
+  groups->count =
+      ceil_div(groups->rows, groups->paired ? Isa::pair_rows(weights.format) : Isa::kGroupRows);
   int64_t slot = 0;
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
     const ScratchLayout layout = group_layout(weights, slot);
-    groups->of[g] = pack_group<Isa>(weights, x, first_row + slot, rows, groups->paired, scratch,
-                                    layout);
+    groups->of[g] =
+        pack_group<Isa>(weights, x, first_row + slot, rows, groups->paired, scratch, layout);
     slot += rows;
   }
 }
@@ -339,25 +339,10 @@ void multiply_panels(const Weights& weights, const RowGroups& groups, int64_t pa
 template <class Isa>
 void multiply_tile(const Weights& weights, const RowGroups& groups, int64_t panel_begin,
                    int64_t panel_end, float* y, int64_t y_stride) {
-  const auto run = [&](auto multiply) {
-    multiply(weights, groups, panel_begin, panel_end, y, y_stride);
-  };
-  switch (weights.format) {
-    case Format::kInt4:
-      return run(multiply_panels<Isa, Format::kInt4>);
-    case Format::kInt4ZeroPoints:
-      return run(multiply_panels<Isa, Format::kInt4ZeroPoints>);
-    case Format::kInt4Offsets:
-      return run(multiply_panels<Isa, Format::kInt4Offsets>);
-    case Format::kInt8:
-      return run(multiply_panels<Isa, Format::kInt8>);
-    case Format::kNf4:
-      return run(multiply_panels<Isa, Format::kNf4>);
-    case Format::kFp4:
-      return run(multiply_panels<Isa, Format::kFp4>);
-    case Format::kFloat:
-      return;  // has no integer path
-  }
+  with_format(weights.format, [&](auto format) {
+    multiply_panels<Isa, decltype(format)::value>(weights, groups, panel_begin, panel_end, y,
+                                                  y_stride);
+  });
 }
 
 template <class Isa>

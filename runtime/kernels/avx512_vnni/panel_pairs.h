@@ -156,8 +156,7 @@ struct PanelPairs : VnniIsa<Registers> {
 
   // One block. As a call, as those below, it would hand the sums over in memory.
   template <Format kFormat, int kRows, int kPanels>
-  EDGELORA_INLINE static void add_dots(Place<kPanels>* place,
-                                                      Ints sums[kRows][kPanels]) {
+  EDGELORA_INLINE static void add_dots(Place<kPanels>* place, Ints sums[kRows][kPanels]) {
     for (int64_t i = 0; i < place->lines; ++i) _mm_prefetch(place->ahead + i * 64, _MM_HINT_T0);
     place->ahead += place->lines * 64;
 #pragma GCC unroll 4
@@ -182,9 +181,8 @@ struct PanelPairs : VnniIsa<Registers> {
 
   // Four columns of W, nibbles(w), and of each row of x.
   template <Format kFormat, int kRows, int kPanels, class Nibbles>
-  EDGELORA_INLINE static void add_quad(const Ints w[kPanels], Nibbles nibbles,
-                                                      const int8_t* codes,
-                                                      Ints sums[kRows][kPanels]) {
+  EDGELORA_INLINE static void add_quad(const Ints w[kPanels], Nibbles nibbles, const int8_t* codes,
+                                       Ints sums[kRows][kPanels]) {
     Ints columns[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       columns[p] = nibbles(w[p]);
@@ -201,9 +199,8 @@ struct PanelPairs : VnniIsa<Registers> {
   // that row → float; x_scales: of the rows. Rounded as few_rows rounds where a block is scaled by
   // itself: how many rows there are changes no bit of y then.
   template <int kRows, int kPanels, class Row, class Put>
-  EDGELORA_INLINE static void scale(const Place<kPanels>& place,
-                                                   const Ints sums[kRows][kPanels], Row row,
-                                                   const float* x_scales, float* acc, Put put) {
+  EDGELORA_INLINE static void scale(const Place<kPanels>& place, const Ints sums[kRows][kPanels],
+                                    Row row, const float* x_scales, float* acc, Put put) {
     Floats scales[kPanels];
     for (int p = 0; p < kPanels; ++p) scales[p] = V::load_halves(place.scales[p]);
 #pragma GCC unroll 12
@@ -219,17 +216,16 @@ struct PanelPairs : VnniIsa<Registers> {
 
   template <int kRows, int kPanels, class Row>
   EDGELORA_INLINE static void add_scaled(const Place<kPanels>& place,
-                                                        const Ints sums[kRows][kPanels], Row row,
-                                                        const float* x_scales, float* acc) {
+                                         const Ints sums[kRows][kPanels], Row row,
+                                         const float* x_scales, float* acc) {
     scale<kRows, kPanels>(place, sums, row, x_scales, acc,
                           [](int, float* of, Floats y) { V::store(of, y); });
   }
 
   template <int kRows, int kPanels, class Row>
-  EDGELORA_INLINE static void finish(const Place<kPanels>& place,
-                                                    const Ints sums[kRows][kPanels], Row row,
-                                                    const float* x_scales, Floats unit,
-                                                    float* acc, const Out out[]) {
+  EDGELORA_INLINE static void finish(const Place<kPanels>& place, const Ints sums[kRows][kPanels],
+                                     Row row, const float* x_scales, Floats unit, float* acc,
+                                     const Out out[]) {
     Out to[kPanels];
     for (int p = 0; p < kPanels; ++p) to[p] = out[p];
     scale<kRows, kPanels>(place, sums, row, x_scales, acc, [&](int p, float*, Floats y) {

@@ -115,7 +115,7 @@ EDGELORA_INLINE void add_scaled(const float32x4_t dots[4], float x_scale,
       "fmla %[acc2].4s, %[p2].4s, %[s2].4s\n"
       "fmla %[acc3].4s, %[p3].4s, %[s3].4s\n"
       : [acc0] "+w"(acc[0]), [acc1] "+w"(acc[1]), [acc2] "+w"(acc[2]), [acc3] "+w"(acc[3]),
-        [p0] "+w"(p0), [p1] "+w"(p1), [p2] "+w"(p2), [p3] "+w"(p3)
+        [p0] "+&w"(p0), [p1] "+&w"(p1), [p2] "+&w"(p2), [p3] "+&w"(p3)
       : [x] "w"(x_scale), [s0] "w"(scales[0]), [s1] "w"(scales[1]), [s2] "w"(scales[2]),
         [s3] "w"(scales[3]));
 }
