@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/ceil_div.h"
 #include "src/error.h"
 
 namespace edgelora::ops {
@@ -33,6 +34,9 @@ const RowChange* rows_of(const ActiveAdapter& adapter, const std::string& target
 }
 
 constexpr int64_t kBesideCodes = kernels::PackedT::kBesideCodes;
+constexpr int64_t kLine = 16;  // floats: slices that threads write at once share no line of a cache
+
+int64_t in_lines(int64_t floats) { return kernels::ceil_div(floats, kLine) * kLine; }
 
 }  // namespace
 
@@ -83,7 +87,7 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
       slice.push_back({term.branch->factors, packed == nullptr ? nullptr : &packed->view(),
                        term.weight, packed == nullptr ? 0.0f : term.weight * packed->unit(),
                        node->t_size});
-      node->t_size += term.branch->factors.rank + kBesideCodes;
+      node->t_size += in_lines(term.branch->factors.rank + kBesideCodes);
     }
   }
   return node;
