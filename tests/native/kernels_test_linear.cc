@@ -215,9 +215,9 @@ void for_each_arithmetic(const std::vector<TestedIsa>& isas, Shape shape, int64_
 
 // What these read grouped scales of x for.
 bool wants_groups(const std::vector<TestedIsa>& isas, const Shape& shape) {
-  return !has_codebook(shape.format) &&
-         std::any_of(isas.begin(), isas.end(),
-                     [](const TestedIsa& isa) { return isa.table->quantize_groups != nullptr; });
+  return std::any_of(isas.begin(), isas.end(), [&](const TestedIsa& isa) {
+    return groups_scales(*isa.table, shape.format);
+  });
 }
 
 void check_linear_of(const std::vector<TestedIsa>& isas, const Shape& shape, int64_t rows,
@@ -437,19 +437,26 @@ void check_rows_alone(const TestedIsa& isa, const Shape& shape, bool grouped) {
   Rows x(kRows, shape.in_features, Fill::kRandom, 12, grouped);
   const Weights packed = w.unpacked(*isa.table);
   const int64_t columns = shape.out_features(), panels = (columns + 15) / 16;
-  Output together(kRows, columns), alone(1, columns);
+  Output alone(kRows, columns), together(kRows, columns);
   Scratch scratch(packed);
-  const Activations all = x.activations();
-  isa.table->linear(packed, all, 0, panels, together.y, together.stride, scratch.memory.as<void>());
-  for (int64_t m = 0; m < kRows; ++m) {
-    const int64_t block = m * x.blocks;
-    const Activations one{1,     all.codes + block * kActivationBlock, all.scales + block,
-                          all.sums + block, false, grouped};
-    isa.table->linear(packed, one, 0, panels, alone.y, alone.stride, scratch.memory.as<void>());
-    KERNELS_CHECK(!std::memcmp(together.y + m * together.stride, alone.y,
-                               static_cast<size_t>(columns) * sizeof(float)),
-                  "%s: other bits of row %d alone, %s", isa.name.c_str(), static_cast<int>(m),
-                  shape.name().c_str());
+  const auto run = [&](int64_t first, int64_t rows, Output& out) {
+    const int64_t block = first * x.blocks;
+    const Activations all = x.activations();
+    const Activations some{rows, all.codes + block * kActivationBlock, all.scales + block,
+                           all.sums + block, false, grouped};
+    isa.table->linear(packed, some, 0, panels, out.y + first * out.stride, out.stride,
+                      scratch.memory.as<void>());
+  };
+  for (int64_t m = 0; m < kRows; ++m) run(m, 1, alone);
+  for (int64_t rows : {2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 29}) {
+    run(0, rows, together);
+    bool same = true;
+    for (int64_t m = 0; m < rows; ++m) {
+      same = same && !std::memcmp(together.y + m * together.stride, alone.y + m * alone.stride,
+                                  static_cast<size_t>(columns) * sizeof(float));
+    }
+    KERNELS_CHECK(same, "%s: other bits of %d rows than of each alone, %s", isa.name.c_str(),
+                  static_cast<int>(rows), shape.name().c_str());
   }
 }
 
