@@ -7,12 +7,30 @@
 #include "src/graph_edge.h"
 
 namespace edgelora {
+namespace {
+
+// The most features that a linear of the layers has, in or out.
+int64_t widest(const Manifest& manifest) {
+  int64_t features = 1;
+  for (const auto& [target, of_target] : manifest.targets) {
+    if (target != "lm_head") features = std::max({features, of_target.first, of_target.second});
+  }
+  return features;
+}
+
+}  // namespace
+
+int64_t tokens_of_run(int64_t widest) {
+  constexpr int64_t kValues = 1 << 20, kFewest = 128, kMost = 256;
+  return std::clamp(kValues / widest / 32 * 32, kFewest, kMost);
+}
+
 BoundGraph::BoundGraph(std::shared_ptr<const Model> model, int64_t context_length)
     : model_(std::move(model)),
       ort_(model_->onnxruntime()),
       cache_(model_->manifest().model, model_->kv_format(), context_length),
-      input_ids_(static_cast<size_t>(kMostTokens)),
-      logits_to_keep_(static_cast<size_t>(kMostTokens)),
+      input_ids_(static_cast<size_t>(tokens_of_run(widest(model_->manifest())))),
+      logits_to_keep_(input_ids_.size()),
       run_(ort_) {
   bind_cache();
 }

@@ -15,15 +15,21 @@ namespace edgelora {
 // Some tokens that follow what the kv_cache holds.
 struct Chunk {
   const int32_t* tokens;
-  int64_t count;     // 1…BoundGraph::kMostTokens
+  int64_t count;     // 1…BoundGraph::most_tokens()
   int64_t position;  // of the first token, counted from the first one of the text
 };
 
+// Tokens of a prompt that are computed together, of a model whose widest linear has so many
+// features: 4 MB of them where these are 128 to 256 tokens. With fewer the weights are read too
+// often, with more prefill is no faster.
+int64_t tokens_of_run(int64_t widest);
+
 class BoundGraph {
  public:
-  static constexpr int64_t kMostTokens = 256;  // of one run: bounds the memory of activations
-
   BoundGraph(std::shared_ptr<const Model> model, int64_t context_length);
+
+  // Of one run.
+  int64_t most_tokens() const { return static_cast<int64_t>(input_ids_.size()); }
 
   // The adapter of the following runs, which must live until they have ended. Forgets terminate.
   void activate(const RunAdapter& adapter);
@@ -48,8 +54,8 @@ class BoundGraph {
   const OnnxRuntime& ort_;
   KvCache cache_;
   int64_t prefix_positions_ = 0;
-  std::vector<int64_t> input_ids_;       // [kMostTokens]
-  std::vector<int64_t> logits_to_keep_;  // [kMostTokens]
+  std::vector<int64_t> input_ids_;       // [most_tokens()]
+  std::vector<int64_t> logits_to_keep_;  // [most_tokens()]
   std::vector<int64_t> attention_mask_;  // all 1, as long as the longest run needed
   RunAdapter adapter_;
   GraphRun run_;

@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/ceil_div.h"
 #include "src/error.h"
 
 namespace edgelora {
@@ -197,13 +198,16 @@ void Session::compute(size_t end, float* all_logits) {
       cached_prefix_ = active_prefix_;
     }
     const size_t last = std::min(end, wanted_.end_of(begin));
-    const size_t count = std::min(last - begin, static_cast<size_t>(BoundGraph::kMostTokens));
+    const auto left = static_cast<int64_t>(last - begin);
+    const int64_t runs = kernels::ceil_div(left, graph_.most_tokens());
+    const int64_t count = kernels::ceil_div(left, runs);  // all alike: none has a token or two
+    const size_t next = begin + static_cast<size_t>(count);
     activate(wanted_.at(begin));
-    run_chunk({tokens_.data() + begin, static_cast<int64_t>(count), static_cast<int64_t>(begin)},
-              begin + count == end, all_logits);
-    if (all_logits != nullptr) all_logits += count * vocabulary(*model_);
-    cached_.lengthen(begin + count, wanted_.at(begin));
-    computed_ += static_cast<int64_t>(count);
+    run_chunk({tokens_.data() + begin, count, static_cast<int64_t>(begin)}, next == end,
+              all_logits);
+    if (all_logits != nullptr) all_logits += (next - begin) * vocabulary(*model_);
+    cached_.lengthen(next, wanted_.at(begin));
+    computed_ += count;
   }
 }
 

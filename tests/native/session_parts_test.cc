@@ -2,8 +2,10 @@
 // drawn.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
+#include "src/bound_graph.h"
 #include "src/cached_positions.h"
 #include "src/error.h"
 #include "src/sampler.h"
@@ -53,6 +55,12 @@ void test_shortening_to_more_changes_nothing() {
   cached.lengthen(4, 7);
   cached.shorten(9);
   CHECK(cached.size() == 4);
+}
+
+void test_wide_models_compute_fewer_tokens_at_once() {
+  const std::pair<int64_t, int64_t> tokens_of[] = {{1, 256},    {1536, 256}, {4096, 256},
+                                                   {5632, 160}, {8192, 128}, {14336, 128}};
+  for (const auto& [widest, tokens] : tokens_of) CHECK(tokens_of_run(widest) == tokens);
 }
 
 // Rounding may leave a crumb of the sum: it must not fall to a token that cannot be drawn.
@@ -123,6 +131,7 @@ int main() {
   test_cached_positions_know_who_computed_the_last_one();
   test_positions_agree_up_to_the_first_of_another_adapter();
   test_shortening_to_more_changes_nothing();
+  test_wide_models_compute_fewer_tokens_at_once();
   test_a_token_of_probability_zero_is_never_picked();
   test_a_penalty_that_would_overflow_is_refused_with_its_value();
   std::printf("%d failures\n", failures.load());
