@@ -22,8 +22,8 @@ class BenchResult:
     `_mb` 10⁶ bytes.
 
     switch_us: from the call that changes a session's adapter to the handle being in place for the
-    next step (kv_cache kept); None without adapters. resident_mb: the process's peak (VmHWM),
-    None where the system does not tell.
+    next step (kv_cache kept); None without adapters. resident_mb: the process's peak (VmHWM) up to
+    the end of decode, None where the system does not tell.
     """
 
     prefill_tokens_per_second: float
@@ -66,6 +66,7 @@ def bench(
         with model.session(adapter=adapter) as session:
             _run(session, prompt[:WARM_UP], new_tokens=1)
             runs = [_run(session, prompt, new_tokens) for _ in range(repeats)]
+        resident_mb = _peak_resident_mb()  # before switching loads the other adapters
         prefill, first, rate = (statistics.median(run[i] for run in runs) for i in range(3))
         return BenchResult(
             prefill_tokens_per_second=prompt_tokens / prefill,
@@ -73,7 +74,7 @@ def bench(
             time_to_first_token_ms=1e3 * first,
             load_ms=load_ms,
             switch_us=_switch_us(bundle, model),
-            resident_mb=_peak_resident_mb(),
+            resident_mb=resident_mb,
             weight_mb=model.info.weight_bytes / 1e6,
             threads=model.info.threads,
             isa=model.info.isa,
