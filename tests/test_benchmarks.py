@@ -96,6 +96,9 @@ def test_csv_gives_back_its_rows(tmp_path: Path) -> None:
     for row in rows:
         append(tmp_path / "new" / "speed.csv", row)
     assert read(tmp_path / "new" / "speed.csv") == rows
+    append(tmp_path / "new" / "speed.csv", a_row())
+    with pytest.raises(ValueError, match="1 rounds have a contestant twice"):
+        read(tmp_path / "new" / "speed.csv")
 
 
 def test_csv_with_other_columns_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def run(
     peers = Peers(folder.absolute())
     wanted = [Load(count, *load) for count in threads for load in loads]
     round_of_turns = list(turns(peers, models or MODELS, wanted, only))
-    if not round_of_turns:
+    if not round_of_turns and not models and not only:
         for step in steps(peers, [SMOLLM2], ["edgelora"]):
             step.run()
         round_of_turns = list(turns(peers, models or MODELS, wanted, only))
@@ -144,6 +144,8 @@ def measure_paired(
 ) -> None:
     """EdgeLoRA's bundles and adapters beside each other, in one process, in turn."""
     peers, setting = Peers(folder.absolute()), Setting.here(None)
+    if not any(paired.sides(peers, model) for model in models or MODELS):
+        raise click.ClickException("no bundle of these models: see ./dev bench prepare")
     for model in models or MODELS:
         for count in threads:
             for each in loads:

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.folder import GGUF_RANKS, OURSELVES, RANKS, Peers, offline
 
 PROGRAMS = Path(__file__).parent
+LONGEST = 1800  # seconds of one measurement
 OURS = "EdgeLoRA"
 OURS_INT4 = f"{OURS} int4"
 MERGED = f"{OURS_INT4}, rank 16 merged"
@@ -70,9 +71,17 @@ def about_adapters(name: str) -> bool:
 def output(command: Command) -> str:
     """Everything the program says, on both streams, the one with the results last."""
     parts = [str(part) for part in command]
-    done = subprocess.run(
-        parts, capture_output=True, text=True, env=offline(), stdin=subprocess.DEVNULL
-    )
+    try:
+        done = subprocess.run(
+            parts,
+            capture_output=True,
+            text=True,
+            env=offline(),
+            stdin=subprocess.DEVNULL,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{parts[0]}: not done after {LONGEST} s") from error
     if done.returncode:
         said = (done.stdout + done.stderr)[-1500:]
         raise RuntimeError(f"{parts[0]} failed ({done.returncode}):\n{said}")

@@ -3,6 +3,7 @@
 import csv
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,12 +52,19 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All lines. Raises ValueError if the columns are others."""
+    """All lines. Raises ValueError if the columns are others, or a round has a contestant twice."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != NAMES:
             raise ValueError(f"{path}: columns {reader.fieldnames}, expected {NAMES}")
-        return [_row(line) for line in reader]
+        rows = [_row(line) for line in reader]
+    seen = Counter(
+        (row.run, row.round, row.model, row.contestant, row.threads, row.prompt_tokens)
+        for row in rows
+    )
+    if twice := [key for key, count in seen.items() if count > 1]:
+        raise ValueError(f"{path}: {len(twice)} rounds have a contestant twice: {twice[0]}")
+    return rows
 
 
 def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:

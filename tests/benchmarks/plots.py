@@ -18,8 +18,8 @@ from benchmarks.figures import (
     latest,
     limit,
     machine_folder,
-    named_machine,
     median,
+    named_machine,
     of,
     ratio_in_turn,
 )

@@ -21,6 +21,8 @@ from benchmarks.figures import Row, append, read
 from benchmarks.folder import OURSELVES, Peers
 from edgelora.device import read_cpuinfo
 
+# One contestant that fails, or says what nobody understands, does not end the others' rounds.
+FAILURES = (RuntimeError, ValueError, LookupError, OSError, subprocess.SubprocessError)
 MAX_ADAPTER_PROMPT = 512  # longer prompts say nothing new of a side branch and take minutes
 
 
@@ -79,16 +81,17 @@ def measure(
 ) -> list[str]:
     """Appends a row for each turn of each round. Returns what failed, a line each."""
     program, done = bandwidth.build(peers.root), rounds_of(csv, setting.run)
-    versions = {turn.contestant.name: turn.contestant.version() for turn in round_of_turns}
-    failures = []
+    versions, failures = {}, []
     for number in range(done, done + rounds):
         for turn in shuffled(round_of_turns, number):
             contestant, load = turn.contestant, turn.load
-            streamed = bandwidth.streamed(program, contestant.weights[0], load.threads)
             about = f"round {number + 1} {turn.model} {contestant.name} {load}"
             try:
+                if contestant.name not in versions:
+                    versions[contestant.name] = contestant.version()
+                streamed = bandwidth.streamed(program, contestant.weights[0], load.threads)
                 prefill, decode = contestant.measure(load)
-            except RuntimeError as error:
+            except FAILURES as error:
                 failures.append(f"{about}: {error}")
                 click.echo(failures[-1], err=True)
                 continue
