@@ -101,8 +101,9 @@ class LinearJob {
     return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
   }
   bool can_group() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
-  // Not beside nf4 and fp4, whose bytes are rounded already.
-  bool groups_scales() const { return can_group() && !kernels::has_codebook(weights_.format); }
+  bool groups_scales() const {
+    return !call_.exact && kernels::groups_scales(*call_.kernels, weights_.format);
+  }
   bool refined() const { return call_.node.refined && can_group(); }
   int64_t code_rows() const { return refined() ? 2 : 1; }  // of a row of x
   void prepare(int64_t ticket, const Worker& worker);
