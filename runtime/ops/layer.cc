@@ -96,16 +96,15 @@ class Layer : public NodeKernel {
       linear.sequence = kept.count;
     }
     if (linear.batch * linear.sequence == 0) return;
-    output_.run(from_to(linear, attended, linear.x, values.middle));
-    gate_up_.run(from_to(linear, values.middle, nullptr, values.wide));
-    down_.run(from_to(linear, values.wide, values.middle, y));
+    output_.run(from_to(linear, attended, linear.x, y));
+    gate_up_.run(from_to(linear, y, nullptr, values.wide));
+    down_.run(from_to(linear, values.wide, y, y));
   }
 
  private:
   struct Values {     // [rows, …]
     float* wide;      // q ‖ k ‖ v, later silu(gate)·up
     float* attended;  // heads; behind q ‖ k ‖ v, in the place of silu(gate)·up
-    float* middle;    // x + o_proj
   };
 
   struct Kept {           // rows of each sequence behind attention
@@ -189,10 +188,9 @@ class Layer : public NodeKernel {
 
   Values take_values(int64_t rows) const {
     const int64_t wide = std::max(qkv_.columns() + attention_.q_width(), gate_up_.columns());
-    const int64_t floats = rows * (wide + output_.columns());
-    auto* memory = static_cast<float*>(scratch(ScratchUse::kLayer, floats * 4));
+    auto* memory = static_cast<float*>(scratch(ScratchUse::kLayer, rows * wide * 4));
     if (memory == nullptr) throw std::bad_alloc();
-    return {memory, memory + rows * qkv_.columns(), memory + rows * wide};
+    return {memory, memory + rows * qkv_.columns()};
   }
 
   const OrtApi& api_;

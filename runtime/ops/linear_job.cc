@@ -19,8 +19,8 @@ constexpr int64_t kWorkPerThread = 32 * 1024;
 // Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or
 // slow.
 constexpr int64_t kGroupsPerThread = 4;
-// Values of y of a tile with SwiGLU: its gate and up are read from the cache.
-constexpr int64_t kTileValues = 64 * 1024;
+// Values of a tile with SwiGLU or a residual: what was multiplied is read from the cache.
+constexpr int64_t kTileValues = 16 * 1024;
 // The same where x is refined.
 constexpr int64_t kRefinedValues = 16 * 1024;
 // The smallest piece is this share of a thread's panels, of many rows.
@@ -69,9 +69,8 @@ void LinearJob::plan() {
 Shares::Sizes LinearJob::piece_items() const {
   const int64_t all = std::max<int64_t>(1, strips_ * strip_items_);
   if (workers_ == 1) return {all, all};
-  const int64_t least = call_.rows == 1
-                            ? kWorkPerPiece / (kPanelRows * weights_.in_features)
-                            : ceil_div(all, workers_ * kSmallestShare);
+  const int64_t least = call_.rows == 1 ? kWorkPerPiece / (kPanelRows * weights_.in_features)
+                                        : ceil_div(all, workers_ * kSmallestShare);
   return {std::max<int64_t>(1, least), all};
 }
 
@@ -79,9 +78,8 @@ int64_t LinearJob::strip_begin(int64_t strip) const { return call_.rows * strip 
 
 // A multiple of item_panels_, if it is not all of them.
 int64_t LinearJob::tile_panels() const {
-  const bool swiglu = call_.node.activation == Activation::kSwiGlu;
-  if (!swiglu && !refined()) return target_panels_;
-  const int64_t values = swiglu ? kTileValues : kRefinedValues;
+  if (products_of_tile() == 0 && !refined()) return target_panels_;
+  const int64_t values = refined() ? kRefinedValues : kTileValues;
   const int64_t most = values / (ceil_div(call_.rows, strips_) * kPanelRows);
   return std::min(target_panels_, std::max<int64_t>(1, most / item_panels_) * item_panels_);
 }
@@ -95,13 +93,12 @@ void LinearJob::take_scratch() {
 }
 
 bool LinearJob::take_worker(Worker* worker) const {
-  const bool swiglu = call_.node.activation == Activation::kSwiGlu;
   const int64_t tile = ceil_div(call_.rows, strips_) * tile_panels() * kPanelRows;
   return take_pieces(ScratchUse::kWorker, [&](Pieces& pieces) {
     worker->x = call_.rows > 1 ? shared_ : place_prepared(pieces);
     worker->normed = pieces.take<float>(call_.node.norm != nullptr ? weights_.in_features : 0);
     worker->linear = pieces.take<char>(kernels::linear_scratch_bytes(weights_));
-    worker->gate = pieces.take<float>(swiglu ? 2 * tile : 0);
+    worker->products = pieces.take<float>(products_of_tile() * tile);
     worker->rest = pieces.take<float>(refined() ? weights_.in_features : 0);
     worker->pairs = pieces.take<float>(refined() ? 2 * tile : 0);
   });
@@ -194,8 +191,12 @@ kernels::Activations LinearJob::quantized(Worker& worker, Kept wanted, int64_t r
   const int64_t block = wanted.row * code_rows() * ceil_div(weights_.in_features, kBlock);
   const bool kept = worker.kept.row == wanted.row && worker.kept.for_a == wanted.for_a;
   worker.kept = wanted;
-  return {(row_end - wanted.row) * code_rows(), x.codes + block * kBlock, x.scales + block,
-          x.sums + block, kept, groups_scales()};
+  return {(row_end - wanted.row) * code_rows(),
+          x.codes + block * kBlock,
+          x.scales + block,
+          x.sums + block,
+          kept,
+          groups_scales()};
 }
 
 // Of one row, without those of what they miss.
@@ -211,18 +212,20 @@ kernels::Activations LinearJob::first_codes(Worker& worker, int64_t row) const {
 LinearJob::Tile LinearJob::first_tile(const Shares::Piece& items) const {
   const int64_t strip = items.begin / strip_items_, first = strip * strip_items_;
   const int64_t begin = (items.begin - first) * item_panels_;
-  const int64_t end = std::min({(items.end - first) * item_panels_, target_panels_,
-                                begin + tile_panels()});
+  const int64_t end =
+      std::min({(items.end - first) * item_panels_, target_panels_, begin + tile_panels()});
   return {strip_begin(strip), strip_begin(strip + 1), begin, end};
 }
 
 void LinearJob::compute(Worker& worker, const Tile& tile) const {
   if (call_.node.activation == Activation::kSwiGlu) {
     swiglu_tile(worker, tile);
+    if (call_.residual != nullptr) add_residual(tile);
+  } else if (call_.residual != nullptr) {
+    residual_tile(worker, tile);
   } else {
     plain_tile(worker, tile);
   }
-  if (call_.residual != nullptr) add_residual(tile);
 }
 
 void LinearJob::plain_tile(Worker& worker, const Tile& tile) const {
@@ -232,15 +235,29 @@ void LinearJob::plain_tile(Worker& worker, const Tile& tile) const {
 // gate is the first half of W's rows, up the second.
 void LinearJob::swiglu_tile(Worker& worker, const Tile& tile) const {
   const int64_t width = (tile.panel_end - tile.panel_begin) * kPanelRows;
-  float* up = worker.gate + (tile.row_end - tile.row_begin) * width;
+  float *gate = worker.products, *up = gate + (tile.row_end - tile.row_begin) * width;
   const int64_t first = tile.panel_begin * kPanelRows;
-  product(worker, tile, {worker.gate - first, width});
+  product(worker, tile, {gate - first, width});
   const Tile shifted{tile.row_begin, tile.row_end, target_panels_ + tile.panel_begin,
                      target_panels_ + tile.panel_end};
   product(worker, shifted, {up - first - columns(), width});
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
     const int64_t row = (m - tile.row_begin) * width;
-    call_.kernels->swiglu(worker.gate + row, up + row, width, call_.y + m * columns() + first);
+    call_.kernels->swiglu(gate + row, up + row, width, call_.y + m * columns() + first);
+  }
+}
+
+// The residual may be y itself.
+void LinearJob::residual_tile(Worker& worker, const Tile& tile) const {
+  const int64_t first = tile.panel_begin * kPanelRows;
+  const int64_t stride = (tile.panel_end - tile.panel_begin) * kPanelRows;
+  const int64_t width = std::min(stride, columns() - first);
+  product(worker, tile, {worker.products - first, stride});
+  for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
+    const float* from = worker.products + (m - tile.row_begin) * stride;
+    const float* residual = call_.residual + m * columns() + first;
+    float* y = call_.y + m * columns() + first;
+    for (int64_t i = 0; i < width; ++i) y[i] = from[i] + residual[i];
   }
 }
 
@@ -254,8 +271,7 @@ void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) 
     refined_product(worker, tile, target);
   } else {
     call_.kernels->linear(weights_, quantized(worker, {tile.row_begin, false}, tile.row_end),
-                          tile.panel_begin, tile.panel_end, target.y, target.stride,
-                          worker.linear);
+                          tile.panel_begin, tile.panel_end, target.y, target.stride, worker.linear);
   }
   if (call_.adapters->t_size() > 0) {
     downs_.wait();

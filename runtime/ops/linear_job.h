@@ -32,7 +32,7 @@ struct LinearCall {
   bool exact;  // float32 activations
   int64_t panels;
   const float* x;           // [rows, K]
-  const float* residual;    // [rows, columns of y] or null; not y, which the products overwrite
+  const float* residual;    // [rows, columns of y] or null; may be y, but not with kSwiGlu
   float* y;                 // [rows, N]; kSwiGlu: [rows, N / 2]
   int64_t rows;             // M
   int64_t sequence_length;  // row m belongs to sequence m / sequence_length
@@ -73,12 +73,12 @@ class LinearJob {
   };
   // What one thread has for itself.
   struct Worker {
-    Prepared x;    // everybody's; of a row alone its own
-    float* normed; // [K] on the way to codes, where x has no normed rows
-    void* linear;  // scratch of the kernel
-    Kept kept;     // there
-    float* gate;   // kSwiGlu: gate and up of a tile
-    float* rest;   // refined(): [K] what a row's codes miss of it, and
+    Prepared x;       // everybody's; of a row alone its own
+    float* normed;    // [K] on the way to codes, where x has no normed rows
+    void* linear;     // scratch of the kernel
+    Kept kept;        // there
+    float* products;  // [products_of_tile(), rows, columns] of a tile
+    float* rest;      // refined(): [K] what a row's codes miss of it, and
     float* pairs;  // [2 · rows, columns] the products of a tile, of the codes and of what they miss
   };
   // Rows of one strip, and panels of W that are computed together.
@@ -99,6 +99,11 @@ class LinearJob {
   // Whether anything but the codes is made of normed rows.
   bool normed_rows() const {
     return call_.node.norm != nullptr && (call_.exact || call_.adapters->t_size() > 0);
+  }
+  // That wait for something else before they are y: gate and up, or what a residual is added to.
+  int64_t products_of_tile() const {
+    if (call_.node.activation == Activation::kSwiGlu) return 2;
+    return call_.residual != nullptr ? 1 : 0;
   }
   bool can_group() const { return !call_.exact && call_.kernels->quantize_groups != nullptr; }
   bool groups_scales() const {
@@ -125,6 +130,7 @@ class LinearJob {
   void compute(Worker& worker, const Tile& tile) const;
   void plain_tile(Worker& worker, const Tile& tile) const;
   void swiglu_tile(Worker& worker, const Tile& tile) const;
+  void residual_tile(Worker& worker, const Tile& tile) const;
   void product(Worker& worker, const Tile& tile, const Target& target) const;
   void refined_product(Worker& worker, const Tile& tile, const Target& target) const;
   void up(const Tile& tile, const Target& target) const;
@@ -158,8 +164,8 @@ class LinearJob {
   float* t_ = nullptr;         // [M, t_size], of row_adapters.h
   Shares groups_;              // of rows, to prepare
   Stage prepared_;
-  Stage downs_;                // row groups, or slices of a row alone
-  Shares shares_;              // items of each strip
+  Stage downs_;    // row groups, or slices of a row alone
+  Shares shares_;  // items of each strip
   std::atomic<bool> out_of_memory_{false};
 };
 

@@ -13,7 +13,7 @@ namespace edgelora::ops {
 // What a run reads and writes; nothing is owned.
 struct LinearRun {
   const float* x;         // [batch · sequence, K]
-  const float* residual;  // as y, or null
+  const float* residual;  // as y, or null; may be y, but not with SwiGLU
   float* y;               // [batch · sequence, columns]
   int64_t batch;
   int64_t sequence;
