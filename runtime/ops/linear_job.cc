@@ -220,7 +220,7 @@ LinearJob::Tile LinearJob::first_tile(const Shares::Piece& items) const {
 void LinearJob::compute(Worker& worker, const Tile& tile) const {
   if (call_.node.activation == Activation::kSwiGlu) {
     swiglu_tile(worker, tile);
-    if (call_.residual != nullptr) add_residual(tile);
+    if (call_.residual != nullptr) add_residual(tile, y_of(tile));
   } else if (call_.residual != nullptr) {
     residual_tile(worker, tile);
   } else {
@@ -229,7 +229,7 @@ void LinearJob::compute(Worker& worker, const Tile& tile) const {
 }
 
 void LinearJob::plain_tile(Worker& worker, const Tile& tile) const {
-  product(worker, tile, {call_.y + tile.row_begin * columns(), columns()});
+  product(worker, tile, y_of(tile));
 }
 
 // gate is the first half of W's rows, up the second.
@@ -247,18 +247,12 @@ void LinearJob::swiglu_tile(Worker& worker, const Tile& tile) const {
   }
 }
 
-// The residual may be y itself.
 void LinearJob::residual_tile(Worker& worker, const Tile& tile) const {
   const int64_t first = tile.panel_begin * kPanelRows;
-  const int64_t stride = (tile.panel_end - tile.panel_begin) * kPanelRows;
-  const int64_t width = std::min(stride, columns() - first);
-  product(worker, tile, {worker.products - first, stride});
-  for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
-    const float* from = worker.products + (m - tile.row_begin) * stride;
-    const float* residual = call_.residual + m * columns() + first;
-    float* y = call_.y + m * columns() + first;
-    for (int64_t i = 0; i < width; ++i) y[i] = from[i] + residual[i];
-  }
+  const int64_t width = (tile.panel_end - tile.panel_begin) * kPanelRows;
+  const Target products{worker.products - first, width};
+  product(worker, tile, products);
+  add_residual(tile, products);
 }
 
 void LinearJob::product(Worker& worker, const Tile& tile, const Target& target) const {
@@ -302,13 +296,15 @@ void LinearJob::add_bias(const Tile& tile, const Target& target) const {
   }
 }
 
-void LinearJob::add_residual(const Tile& tile) const {
-  const int64_t from = tile.panel_begin * kPanelRows;
-  const int64_t to = std::min(tile.panel_end * kPanelRows, columns());
+// y = what lies at `from`, which may be y, + the residual, which may be y too.
+void LinearJob::add_residual(const Tile& tile, const Target& from) const {
+  const int64_t begin = tile.panel_begin * kPanelRows;
+  const int64_t end = std::min(tile.panel_end * kPanelRows, columns());
   for (int64_t m = tile.row_begin; m < tile.row_end; ++m) {
-    float* y = call_.y + m * columns();
+    const float* values = from.y + (m - tile.row_begin) * from.stride;
     const float* residual = call_.residual + m * columns();
-    for (int64_t i = from; i < to; ++i) y[i] += residual[i];
+    float* y = call_.y + m * columns();
+    for (int64_t i = begin; i < end; ++i) y[i] = values[i] + residual[i];
   }
 }
 

@@ -140,7 +140,8 @@ class LinearJob {
   void up_branch(const Branch& branch, int64_t out_features, const Tile& tile,
                  const Target& target) const;
   void add_bias(const Tile& tile, const Target& target) const;
-  void add_residual(const Tile& tile) const;
+  void add_residual(const Tile& tile, const Target& from) const;
+  Target y_of(const Tile& tile) const { return {call_.y + tile.row_begin * columns(), columns()}; }
   kernels::Activations quantized(Worker& worker, Kept wanted, int64_t row_end) const;
   kernels::Activations first_codes(Worker& worker, int64_t row) const;
   int64_t strip_begin(int64_t strip) const;

@@ -79,7 +79,7 @@ std::shared_ptr<const NodeAdapter> AdapterCache::resolve(
     node->rows.push_back(rows_of(*source, targets_[i]));
     if (node->rows.back() != nullptr) {
       check_rows(*node->rows.back(), targets_[i], slices_[i]);
-      node->t_size = std::max(node->t_size, kBesideCodes);  // a bias may be all there is
+      node->t_size = std::max(node->t_size, in_lines(kBesideCodes));  // a bias may be all there is
     }
     for (const WeightedBranch& term : terms) {
       check_fit(*term.branch, targets_[i], in_features_, slices_[i]);
