@@ -9,6 +9,7 @@ import click
 
 from benchmarks import (
     arm_kernels,
+    arm_others,
     bandwidth,
     limits,
     losses,
@@ -247,7 +248,7 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     yield table.README, "quality", table.quality(read_quality(), on_code, lost)
     yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost, read(paired.CSV))
     arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
-    yield arm_kernels.README, "arm", arm_kernels.ratios(arm)
+    yield arm_kernels.README, "arm", arm_others.tables(arm)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from edgelora.device import DeviceProfile, list_profiles
 ROOT = Path(__file__).parents[2]
 COMPILER, OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
 README, KERNELS = Path(__file__).parent / "README.md", "arm_kernels.csv"
+OURSELVES = "edgelora"
 FEATURES, OUTPUTS = 2048, 128  # of arm_calls.cc
-PREFILL_ROWS = 32
+PHASES = {"decode": 1, "prefill": 32}  # rows of x
 FORMATS = {"int4": 1, "int4_zero_points": 2, "int4_offsets": 3, "int8": 4, "nf4": 5}
 
 
@@ -44,11 +45,16 @@ ISAS = {
 }
 
 
-def flags(isa: str) -> list[str]:
-    """What kernels.inc and CMakeLists.txt compile the folder with."""
+def architecture(isa: str) -> list[str]:
+    """The flags of its folder."""
     lines = (ROOT / "runtime/kernels/kernels.inc").read_text(encoding="utf-8")
     found = re.search(rf'^EDGELORA_ISA\({isa}, .*, "(.*)", "arm"\)', lines, re.MULTILINE)
     assert found
+    return found[1].split()
+
+
+def flags(isa: str) -> list[str]:
+    """What kernels.inc and CMakeLists.txt compile the folder with."""
     return [
         "-O3",
         "-DNDEBUG",
@@ -56,7 +62,7 @@ def flags(isa: str) -> list[str]:
         "-ffp-contract=off",
         "-fno-schedule-insns",
         "-frename-registers",
-        *found[1].split(),
+        *architecture(isa),
     ]
 
 
@@ -72,7 +78,13 @@ class Row:
     loop_instructions: int
     loop_products: int
     products_per_cycle: float  # llvm-mca, all loads from L1
-    instructions_per_product: float | None  # of the whole call, counted by the emulator
+    instructions_per_product: float  # of the whole call, counted by the emulator
+
+    @property
+    def rate(self) -> float:
+        """Products a cycle of whole calls: what is outside the loop runs as fast as the loop."""
+        inside = self.loop_instructions / self.loop_products / self.instructions_per_product
+        return self.products_per_cycle * min(1.0, inside)
 
 
 def run(*command: object) -> str:
@@ -152,17 +164,20 @@ def cycles(mca: str, cpu: str, loop: list[Instruction]) -> float:
 # ---- instructions -----------------------------------------------------------------------------
 
 
-def executed(program: Path, isa: str, format_: str, rows: int, calls: int) -> int:
+def executed(isa: str, *command: object) -> int:
     """Instructions that the emulator runs: one line of its log each."""
-    command = [
-        "qemu-aarch64-static", "-cpu", ISAS[isa].emulated, "-singlestep", "-d", "exec,nochain",
-        "-D", "/dev/stdout", program, isa, FORMATS[format_], rows, calls,
-    ]  # fmt: skip
-    return sum(line.startswith("Trace") for line in run(*command).splitlines())
+    qemu = ("qemu-aarch64-static", "-cpu", ISAS[isa].emulated, "-singlestep")
+    logged = [*qemu, "-d", "exec,nochain", "-D", "/dev/stdout", *map(str, command)]
+    with subprocess.Popen(logged, stdout=subprocess.PIPE) as process:  # up to gigabytes
+        assert process.stdout
+        count = sum(line.startswith(b"Trace") for line in process.stdout)
+    assert process.returncode == 0
+    return count
 
 
-def instructions_per_product(program: Path, isa: str, format_: str, rows: int) -> float:
-    one, two = (executed(program, isa, format_, rows, calls) for calls in (1, 2))
+def instructions_per_product(isa: str, rows: int, *command: object) -> float:
+    """`command` takes the number of rows and that of calls too."""
+    one, two = (executed(isa, *command, rows, calls) for calls in (1, 2))
     return (two - one) / (FEATURES * OUTPUTS * rows)
 
 
@@ -187,29 +202,24 @@ def compiled_calls(folder: Path, build: Path) -> Path:
 def ours(build: Path, mca: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         program = compiled_calls(Path(name), build)
-        for isa, about in ISAS.items():
+        for isa in ISAS:
             file = compiled_loops(Path(name), isa)
-            for format_ in FORMATS:
-                for phase, rows in (("decode", 1), ("prefill", PREFILL_ROWS)):
-                    loop = inner_loop(file, f"{phase}_{format_}")
-                    whole = instructions_per_product(program, isa, format_, rows)
-                    for cpu in about.cpus:
-                        rate = products_of(loop) / cycles(mca, cpu, loop)
-                        yield Row(
-                            "edgelora", isa, format_, phase, cpu, len(loop), products_of(loop),
-                            round(rate, 2), round(whole, 4),
-                        )  # fmt: skip
+            for format_, (phase, rows) in product(FORMATS, PHASES.items()):
+                loop = inner_loop(file, f"{phase}_{format_}")
+                whole = instructions_per_product(isa, rows, program, isa, FORMATS[format_])
+                yield from measured(OURSELVES, isa, format_, phase, loop, whole, mca)
 
 
-def others(spec: str, mca: str) -> Iterator[Row]:
-    """NAME,ISA,FORMAT,PHASE,FUNCTION,OBJECT: the inner loop of another project's function."""
-    name, isa, format_, phase, function, file = spec.split(",")
-    loop = inner_loop(Path(file), function)
+def measured(
+    kernel: str, isa: str, format_: str, phase: str, loop: list[Instruction], whole: float, mca: str
+) -> Iterator[Row]:
+    """A row for each CPU. whole: instructions for each product."""
     for cpu in ISAS[isa].cpus:
         rate = products_of(loop) / cycles(mca, cpu, loop)
         yield Row(
-            name, isa, format_, phase, cpu, len(loop), products_of(loop), round(rate, 2), None
-        )
+            kernel, isa, format_, phase, cpu, len(loop), products_of(loop), round(rate, 2),
+            round(whole, 4),
+        )  # fmt: skip
 
 
 # ---- tokens a second --------------------------------------------------------------------------
@@ -252,20 +262,16 @@ class Tokens:
     prefill: float
 
 
-def rate(rows: list[Row], isa: str, format_: str, phase: str, cpu: str) -> float:
-    """Products a cycle of whole calls: what is outside the inner loop runs as fast as it does."""
-    wanted = ("edgelora", isa, format_, phase, cpu)
-    row = next(r for r in rows if (r.kernel, r.isa, r.format, r.phase, r.cpu) == wanted)
-    assert row.instructions_per_product
-    inside = row.loop_instructions / row.loop_products / row.instructions_per_product
-    return row.products_per_cycle * min(1.0, inside)
+def our(rows: list[Row], isa: str, format_: str, phase: str, cpu: str) -> Row:
+    wanted = (OURSELVES, isa, format_, phase, cpu)
+    return next(r for r in rows if (r.kernel, r.isa, r.format, r.phase, r.cpu) == wanted)
 
 
 def seconds(rows: list[Row], profile: DeviceProfile, format_: str, phase: str, count: int) -> float:
     """Of `count` products, by all performance cores."""
     a_second = sum(
         each.count * each.max_ghz * 1e9
-        * rate(rows, profile.isa, format_, phase, STAND_INS[each.microarchitecture])
+        * our(rows, profile.isa, format_, phase, STAND_INS[each.microarchitecture]).rate
         for each in profile.cores
         if each.performance
     )  # fmt: skip
@@ -287,16 +293,14 @@ def tokens(rows: list[Row]) -> Iterator[Tokens]:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """What an earlier run wrote: other projects' rows need not be measured each time."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            counted = line["instructions_per_product"]
             yield Row(
                 line["kernel"], line["isa"], line["format"], line["phase"], line["cpu"],
                 int(line["loop_instructions"]), int(line["loop_products"]),
-                float(line["products_per_cycle"]), float(counted) if counted else None,
+                float(line["products_per_cycle"]), float(line["instructions_per_product"]),
             )  # fmt: skip
 
 
@@ -307,47 +311,14 @@ def write(path: Path, rows: Sequence[Row | Tokens]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-# ---- beside others ----------------------------------------------------------------------------
-
-
-def ratios(rows: list[Row]) -> str:
-    """A table for README.md: our whole calls of int4, the best other's inner loop being 1; and of
-    nf4, our int4 being 1.
-    """
-    cpus = [(isa, cpu) for isa, about in ISAS.items() for cpu in about.cpus if isa != "neon"]
-    lines = [["", *(cpu for _, cpu in cpus)], ["---", *("---:" for _ in cpus)]]
-    for phase in ("decode", "prefill"):
-        int4 = [rate(rows, isa, "int4", phase, cpu) for isa, cpu in cpus]
-        nf4 = [rate(rows, isa, "nf4", phase, cpu) for isa, cpu in cpus]
-        beside = [best(rows, isa, phase, cpu) for isa, cpu in cpus]
-        lines.append([phase, *_quotients(int4, beside)])
-        lines.append([f"{phase}, nf4 ÷ int4", *_quotients(nf4, int4)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _quotients(ours: Sequence[float], others: Sequence[float]) -> Iterator[str]:
-    return (f"{a / b:.2f}" for a, b in zip(ours, others, strict=True))
-
-
-def best(rows: list[Row], isa: str, phase: str, cpu: str) -> float:
-    wanted = (isa, "int4", phase, cpu)
-    return max(
-        r.products_per_cycle
-        for r in rows
-        if r.kernel != "edgelora" and (r.isa, r.format, r.phase, r.cpu) == wanted
-    )
-
-
 @click.command(help=__doc__)
 @click.argument("build", type=click.Path(exists=True, path_type=Path))
 @click.argument("results", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--other", multiple=True, help=others.__doc__)
 @click.option("--llvm-mca", "mca", default="llvm-mca", show_default=True)
-def main(build: Path, results: Path, other: tuple[str, ...], mca: str) -> None:
-    rows = [*ours(build, mca), *(row for spec in other for row in others(spec, mca))]
+def main(build: Path, results: Path, mca: str) -> None:
     path = results / KERNELS
-    measured = {row.kernel for row in rows}
-    rows += [row for row in read(path) if row.kernel not in measured]
+    others = [row for row in read(path) if row.kernel != OURSELVES]
+    rows = [*ours(build, mca), *others]
     write(path, rows)
     write(results / "arm_tokens.csv", [*tokens(rows)])
 
