@@ -83,14 +83,14 @@ struct PackedFactors {
   const uint8_t* b;
 };
 
-// A·x of some rows of x: of each a float32 scale, the codes' sum as int32, and behind them the
-// codes, int8 [4·⌈rank/4⌉], a surplus one 0, none −128.
+// A·x of some rows of x: of each a float32 scale, −128·Σ codes as int32 (where sums of unsigned
+// b + 128 start), and behind them the codes, int8 [4·⌈rank/4⌉], a surplus one 0, none −128.
 struct PackedT {
   int64_t rows;
   const float* data;  // row m at data + m · stride
   int64_t stride;     // floats
 
-  static constexpr int64_t kBesideCodes = 2;  // floats: the scale and the sum
+  static constexpr int64_t kBesideCodes = 2;  // floats: the scale and the start
 };
 
 inline constexpr int64_t kMostPackedRank = 512;  // beyond it float16 factors; int32 would hold more

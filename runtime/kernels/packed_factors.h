@@ -18,10 +18,10 @@ inline const uint8_t* packed_panel(const PackedFactors& factors, int64_t panel) 
 
 inline float packed_scale(const PackedT& t, int64_t row) { return t.data[row * t.stride]; }
 
-inline int32_t packed_sum(const PackedT& t, int64_t row) {
-  int32_t sum;
-  std::memcpy(&sum, t.data + row * t.stride + 1, sizeof sum);
-  return sum;
+inline int32_t packed_start(const PackedT& t, int64_t row) {
+  int32_t start;
+  std::memcpy(&start, t.data + row * t.stride + 1, sizeof start);
+  return start;
 }
 
 inline const int8_t* packed_codes(const PackedT& t, int64_t row) {
@@ -37,24 +37,55 @@ inline void fetch_ahead(const uint8_t* panel, int64_t quads) {
   }
 }
 
-// Each panel of b in turn meets all rows of t, up to Isa::kMostRows of them at a time:
-//   Isa::add_rows<kRows>(panel, quads, t, m, columns, y, y_stride)   y of rows m … m + kRows − 1 +=
-//                                                                    b·t
+// Panels of b that meet rows of t together.
+struct PackedPanels {
+  const uint8_t* at(int64_t p) const { return first + p * packed_panel_bytes(quads); }
+  const uint8_t* codes(int64_t p) const { return at(p) + kPackedScaleBytes; }
+
+  const uint8_t* first;
+  int64_t quads;    // ⌈rank/4⌉
+  int64_t columns;  // of y, of each: 16, or fewer of a last panel, which is alone
+};
+
+// Isa::add_rows for the number of rows, a constant of the code.
+template <class Isa, int kRows, int kPanels>
+void add_packed_rows(const PackedPanels& b, const PackedT& t, float* y, int64_t y_stride) {
+  if constexpr (kRows > 1) {
+    if (t.rows < kRows) return add_packed_rows<Isa, kRows - 1, kPanels>(b, t, y, y_stride);
+  }
+  Isa::template add_rows<kRows, kPanels>(b, t, y, y_stride);
+}
+
+template <class Isa, int kPanels>
+void add_packed_panels(const PackedPanels& b, PackedT t, float* y, int64_t y_stride) {
+  int64_t left = t.rows;
+  for (int64_t groups = ceil_div(left, Isa::kMostRows); groups > 0; --groups) {
+    t.rows = left / groups;
+    add_packed_rows<Isa, Isa::kMostRows, kPanels>(b, t, y, y_stride);
+    t.data += t.rows * t.stride;
+    y += t.rows * y_stride;
+    left -= t.rows;
+  }
+}
+
+// Panels of b in turn meet all rows of t, Isa::kPanels of them where there are several rows, up to
+// Isa::kMostRows of these at a time:
+//   Isa::add_rows<kRows, kPanels>(b, t, y, y_stride)   y [kRows, columns of the panels] += b·t
 template <class Isa>
 void drive_packed_factors(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                           int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   const int64_t quads = ceil_div(factors.rank, 4);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* panel = packed_panel(factors, p);
-    fetch_ahead(panel, quads);
-    const int64_t columns = min_of(kPanelRows, out_features - p * kPanelRows);
+  for (int64_t p = panel_begin; p < panel_end;) {
+    const int64_t left = out_features - p * kPanelRows;  // columns
+    const PackedPanels b{packed_panel(factors, p), quads, min_of(kPanelRows, left)};
     float* to = y + p * kPanelRows;
-    int64_t m = 0;
-    for (; m + Isa::kMostRows <= t.rows; m += Isa::kMostRows) {
-      Isa::template add_rows<Isa::kMostRows>(panel, quads, t, m, columns, to, y_stride);
-    }
-    for (; m < t.rows; ++m) {
-      Isa::template add_rows<1>(panel, quads, t, m, columns, to, y_stride);
+    if (t.rows > 1 && p + Isa::kPanels <= panel_end && left >= Isa::kPanels * kPanelRows) {
+      add_packed_panels<Isa, Isa::kPanels>(b, t, to, y_stride);
+      p += Isa::kPanels;
+    } else {
+      fetch_ahead(b.first, quads);
+      add_packed_panels<Isa, 1>(b, t, to, y_stride);
+      ++p;
     }
   }
 }

@@ -61,8 +61,8 @@ float round_all(float* t, int64_t rank) {
 void quantize_t(float* row, int64_t rank, float weight) {
   row[0] = weight * round_all(row + kBesideCodes, rank);
   const auto* codes = reinterpret_cast<const int8_t*>(row + kBesideCodes);
-  const int32_t sum = std::accumulate(codes, codes + rank, 0);
-  std::memcpy(row + 1, &sum, sizeof sum);
+  const int32_t start = -128 * std::accumulate(codes, codes + rank, 0);
+  std::memcpy(row + 1, &start, sizeof start);
 }
 
 }  // namespace

@@ -85,8 +85,8 @@ class Case {
       const int code = saturated ? saturated_code(m) : random.between(-127, 127);
       codes(m)[r] = static_cast<int8_t>(r < rank_ ? code : 0);
     }
-    const int32_t sum = std::accumulate(codes(m), codes(m) + rank_, 0);
-    std::memcpy(t_of(m) + 1, &sum, sizeof sum);
+    const int32_t start = -128 * std::accumulate(codes(m), codes(m) + rank_, 0);
+    std::memcpy(t_of(m) + 1, &start, sizeof start);
   }
 
   int64_t sum(int64_t m, int64_t n) {

@@ -12,7 +12,7 @@
 namespace edgelora::kernels::avx2 {
 namespace {
 
-struct Sums {
+struct Halves {
   __m256i low;
   __m256i high;
 };
@@ -23,47 +23,62 @@ inline __m256i add_quad(__m256i sum, __m256i magnitude, __m256i b, __m256i t) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// sums of rows m … m + kRows − 1 of t.
-template <int kRows>
-void sum_panel(const uint8_t* b, const PackedT& t, int64_t m, int64_t quads, Sums* sums) {
-  for (int r = 0; r < kRows; ++r) sums[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int64_t q = 0; q < quads; ++q) {
-    const __m256i low = load_bytes(b + 64 * q), high = load_bytes(b + 64 * q + 32);
-    const __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i quad = broadcast4(packed_codes(t, m + r) + 4 * q);
-      sums[r].low = add_quad(sums[r].low, low_size, low, quad);
-      sums[r].high = add_quad(sums[r].high, high_size, high, quad);
-    }
-  }
-}
+struct Scales {
+  explicit Scales(const uint8_t* panel) : low(load_half8(panel)), high(load_half8(panel + 16)) {}
+  __m256 low;
+  __m256 high;
+};
 
-// y [rows ≤ 16] += factor · scales · sums
-void add_scaled(const Sums& sums, const uint8_t* scales, float factor, int64_t rows, float* y) {
+// y [columns ≤ 16] += factor · scales · sums
+inline void add_scaled(const Halves& sums, const Scales& scales, float factor, int64_t columns,
+                       float* y) {
   const __m256 f = _mm256_set1_ps(factor);
-  alignas(32) float added[kPanelRows];
-  const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), load_half8(scales));
-  const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), load_half8(scales + 16));
-  if (rows == kPanelRows) {
+  const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), scales.low);
+  const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), scales.high);
+  if (columns == kPanelRows) {
     _mm256_storeu_ps(y, fma(low, f, _mm256_loadu_ps(y)));
     _mm256_storeu_ps(y + 8, fma(high, f, _mm256_loadu_ps(y + 8)));
     return;
   }
+  alignas(32) float added[kPanelRows];
   _mm256_store_ps(added, _mm256_mul_ps(low, f));
   _mm256_store_ps(added + 8, _mm256_mul_ps(high, f));
-  for (int64_t i = 0; i < rows; ++i) y[i] += added[i];
+  for (int64_t i = 0; i < columns; ++i) y[i] += added[i];
 }
 
 struct SideBranch {
   static constexpr int kMostRows = 4;  // whose sums are in registers
+  static constexpr int kPanels = 1;
 
+  template <int kRows, int>
+  static void add_rows(const PackedPanels& b, const PackedT& t, float* y, int64_t y_stride) {
+    Halves sums[kRows];
+    sum_rows<kRows>(b, t, sums);
+    const Scales scales(b.first);
+    const float* factors = t.data;
+    const int64_t t_stride = t.stride, columns = b.columns;  // not read again after each store
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r, factors += t_stride, y += y_stride) {
+      add_scaled(sums[r], scales, *factors, columns, y);
+    }
+  }
+
+ private:
   template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
-                       int64_t columns, float* y, int64_t y_stride) {
-    Sums sums[kRows];
-    sum_panel<kRows>(panel + kPackedScaleBytes, t, m, quads, sums);
-    for (int r = 0; r < kRows; ++r) {
-      add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
+  EDGELORA_INLINE static void sum_rows(const PackedPanels& b, const PackedT& t,
+                                       Halves (&sums)[kRows]) {
+    const uint8_t* columns = b.codes(0);
+    const int8_t* codes = packed_codes(t, 0);
+    for (Halves& sum : sums) sum = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t q = 0; q < b.quads; ++q, columns += 64, codes += 4) {
+      const __m256i low = load_bytes(columns), high = load_bytes(columns + 32);
+      const __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i quad = broadcast4(codes + 4 * r * t.stride);
+        sums[r].low = add_quad(sums[r].low, low_size, low, quad);
+        sums[r].high = add_quad(sums[r].high, high_size, high, quad);
+      }
     }
   }
 };

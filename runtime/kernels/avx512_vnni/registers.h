@@ -43,6 +43,12 @@ struct Registers {
   }
 
   static Ints dot(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  // Keeps a sum in its register: GCC would copy it to another in each turn of a loop, and back.
+  static void keep([[maybe_unused]] Ints* sum) {
+#ifdef __AVX512F__  // else emulated
+    __asm__("" : "+v"(*sum));
+#endif
+  }
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }

@@ -16,122 +16,99 @@
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
-constexpr int kMostRows = 8;
 constexpr int kChains = 4;
 
 inline __m512i unsigned_column(const uint8_t* b) { return Registers::flip(Registers::load(b)); }
 
 inline __m512i start(const PackedT& t, int64_t row) {
-  return _mm512_sub_epi32(_mm512_setzero_si512(),
-                          _mm512_slli_epi32(_mm512_set1_epi32(packed_sum(t, row)), 7));
-}
-
-// Neighbouring panels and where their rows of y lie; of the last one those in `lanes`.
-struct Panels {
-  const uint8_t* first;
-  int64_t quads;
-  __mmask16 lanes;
-  float* y;
-  int64_t y_stride;
-
-  const uint8_t* at(int p) const { return first + p * packed_panel_bytes(quads); }
-  const uint8_t* codes(int p) const { return at(p) + kPackedScaleBytes; }
-};
-
-inline void add_row(const Panels& panels, int p, __mmask16 lanes, int64_t row, __m512i sum,
-                    __m512 scale, __m512 factor) {
-  float* to = panels.y + row * panels.y_stride + p * kPanelRows;
-  const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-  const __m512 before = _mm512_maskz_loadu_ps(lanes, to);
-  _mm512_mask_storeu_ps(to, lanes, _mm512_fmadd_ps(product, factor, before));
+  return _mm512_set1_epi32(packed_start(t, row));
 }
 
 inline __m512 load_scales(const uint8_t* panel) {
   return Registers::load_halves(reinterpret_cast<const uint16_t*>(panel));
 }
 
-template <int kRows, int kPanels>
-void sum_panels(const Panels& panels, const PackedT& t, int64_t m, __m512i sums[kRows][kPanels]) {
-  const int8_t* codes = packed_codes(t, m);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) sums[r][p] = start(t, m + r);
-  }
-  for (int64_t q = 0; q < panels.quads; ++q, codes += 4) {
-    __m512i columns[kPanels];
-    for (int p = 0; p < kPanels; ++p) columns[p] = unsigned_column(panels.codes(p) + 64 * q);
+struct SideBranch {
+  static constexpr int kMostRows = 8;
+  static constexpr int kPanels = 2;
+
+  template <int kRows, int kTogether>
+  static void add_rows(const PackedPanels& b, const PackedT& t, float* y, int64_t y_stride) {
+    __m512i sums[kRows][kTogether];
+    if constexpr (kRows == 1 && kTogether == 1) {
+      sums[0][0] = sum_row(b, t);
+    } else {
+      sum_rows<kRows, kTogether>(b, t, sums);
+    }
+    __m512 scales[kTogether];
+    for (int p = 0; p < kTogether; ++p) scales[p] = load_scales(b.at(p));
+    const float* factors = t.data;
+    const int64_t t_stride = t.stride;  // not read again after each store
+    const auto lanes = static_cast<__mmask16>((1 << b.columns) - 1);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512i quad = Registers::broadcast4(codes + 4 * r * t.stride);
-      for (int p = 0; p < kPanels; ++p) {
-        sums[r][p] = Registers::dot(sums[r][p], columns[p], quad);
+      const __m512 factor = _mm512_set1_ps(*factors);
+      for (int p = 0; p < kTogether; ++p) {
+        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][p]), scales[p]);
+        add(product, factor, kTogether > 1 ? __mmask16{0xffff} : lanes, y + p * kPanelRows);
+      }
+      factors += t_stride;
+      y += y_stride;
+    }
+  }
+
+ private:
+  static void add(__m512 product, __m512 factor, __mmask16 lanes, float* y) {
+    const __m512 before = _mm512_maskz_loadu_ps(lanes, y);
+    _mm512_mask_storeu_ps(y, lanes, _mm512_fmadd_ps(product, factor, before));
+  }
+
+  template <int kRows, int kTogether>
+  EDGELORA_INLINE static void sum_rows(const PackedPanels& b, const PackedT& t,
+                                       __m512i (&sums)[kRows][kTogether]) {
+    const int8_t* codes = packed_codes(t, 0);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kTogether; ++p) sums[r][p] = start(t, r);
+    }
+    for (int64_t q = 0; q < b.quads; ++q, codes += 4) {
+      __m512i columns[kTogether];
+      for (int p = 0; p < kTogether; ++p) columns[p] = unsigned_column(b.codes(p) + 64 * q);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i quad = Registers::broadcast4(codes + 4 * r * t.stride);
+        for (int p = 0; p < kTogether; ++p) {
+          sums[r][p] = Registers::dot(sums[r][p], columns[p], quad);
+          Registers::keep(&sums[r][p]);
+        }
       }
     }
   }
-}
 
-// Rows m … m + kRows − 1 of t.
-template <int kRows, int kPanels>
-void add_rows(const Panels& panels, const PackedT& t, int64_t m) {
-  __m512i sums[kRows][kPanels];
-  sum_panels<kRows, kPanels>(panels, t, m, sums);
-  __m512 scales[kPanels];
-  for (int p = 0; p < kPanels; ++p) scales[p] = load_scales(panels.at(p));
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const __m512 factor = _mm512_set1_ps(packed_scale(t, m + r));
-    for (int p = 0; p < kPanels; ++p) {
-      const __mmask16 lanes = p + 1 < kPanels ? __mmask16{0xffff} : panels.lanes;
-      add_row(panels, p, lanes, m + r, sums[r][p], scales[p], factor);
-    }
-  }
-}
-
-void add_one_row(const Panels& panel, const PackedT& t) {
-  const int8_t* codes = packed_codes(t, 0);
-  const uint8_t* b = panel.codes(0);
-  __m512i chains[kChains] = {start(t, 0)};
-  for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
-  const auto add = [&](__m512i sum, int64_t q) {
-    return Registers::dot(sum, unsigned_column(b + 64 * q), Registers::broadcast4(codes + 4 * q));
-  };
-  int64_t q = 0;
-  for (; q + kChains <= panel.quads; q += kChains) {
+  static __m512i sum_row(const PackedPanels& panel, const PackedT& t) {
+    const int8_t* codes = packed_codes(t, 0);
+    const uint8_t* b = panel.codes(0);
+    __m512i chains[kChains] = {start(t, 0)};
+    for (int i = 1; i < kChains; ++i) chains[i] = _mm512_setzero_si512();
+    const auto add = [&](__m512i sum, int64_t q) {
+      return Registers::dot(sum, unsigned_column(b + 64 * q), Registers::broadcast4(codes + 4 * q));
+    };
+    int64_t q = 0;
+    for (; q + kChains <= panel.quads; q += kChains) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) chains[i] = add(chains[i], q + i);
+      for (int i = 0; i < kChains; ++i) chains[i] = add(chains[i], q + i);
+    }
+    for (; q < panel.quads; ++q) chains[0] = add(chains[0], q);
+    return _mm512_add_epi32(_mm512_add_epi32(chains[0], chains[1]),
+                            _mm512_add_epi32(chains[2], chains[3]));
   }
-  for (; q < panel.quads; ++q) chains[0] = add(chains[0], q);
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(chains[0], chains[1]),
-                                       _mm512_add_epi32(chains[2], chains[3]));
-  add_row(panel, 0, panel.lanes, 0, sum, load_scales(panel.at(0)),
-          _mm512_set1_ps(packed_scale(t, 0)));
-}
-
-template <int kPanels>
-void add_panels(const Panels& panels, const PackedT& t) {
-  int64_t m = 0;
-  for (; m + kMostRows <= t.rows; m += kMostRows) add_rows<kMostRows, kPanels>(panels, t, m);
-  for (; m + 2 <= t.rows; m += 2) add_rows<2, kPanels>(panels, t, m);
-  if (m < t.rows) add_rows<1, kPanels>(panels, t, m);
-}
+};
 
 }  // namespace
 
 void side_branch_up_int8(const PackedFactors& factors, int64_t out_features, const PackedT& t,
                          int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
-  const int64_t quads = ceil_div(factors.rank, 4);
-  const auto panels = [&](int64_t p, int64_t last) {
-    const int64_t columns = min_of(kPanelRows, out_features - last * kPanelRows);
-    return Panels{packed_panel(factors, p), quads, static_cast<__mmask16>((1 << columns) - 1),
-                  y + p * kPanelRows, y_stride};
-  };
-  int64_t p = panel_begin;
-  for (; t.rows > 1 && p + 1 < panel_end; p += 2) add_panels<2>(panels(p, p + 1), t);
-  for (; p < panel_end; ++p) {
-    const Panels one = panels(p, p);
-    fetch_ahead(one.first, quads);
-    t.rows == 1 ? add_one_row(one, t) : add_panels<1>(one, t);
-  }
+  drive_packed_factors<SideBranch>(factors, out_features, t, panel_begin, panel_end, y, y_stride);
 }
 
 }  // namespace edgelora::kernels::avx512_vnni

@@ -29,20 +29,19 @@ EDGELORA_INLINE void add_quads(const uint8_t* b, const int8_t* t, int32x4_t pair
 
 struct SideBranch {
   static constexpr int kMostRows = 1;
+  static constexpr int kPanels = 1;
 
-  template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
-                       int64_t columns, float* y, int64_t y_stride) {
-    static_assert(kRows == 1);
-    const uint8_t* b = panel + kPackedScaleBytes;
-    const int8_t* codes = packed_codes(t, m);
+  template <int, int>
+  static void add_rows(const PackedPanels& panel, const PackedT& t, float* y, int64_t) {
+    const uint8_t* b = panel.codes(0);
+    const int8_t* codes = packed_codes(t, 0);
     int32x4_t pairs[8], sums[4];
     for (auto& pair : pairs) pair = vdupq_n_s32(0);
     int64_t q = 0;
-    for (; q + 2 <= quads; q += 2) add_quads<true>(b + 64 * q, codes + 4 * q, pairs);
-    if (q < quads) add_quads<false>(b + 64 * q, codes + 4 * q, pairs);
+    for (; q + 2 <= panel.quads; q += 2) add_quads<true>(b + 64 * q, codes + 4 * q, pairs);
+    if (q < panel.quads) add_quads<false>(b + 64 * q, codes + 4 * q, pairs);
     for (int j = 0; j < 4; ++j) sums[j] = vpaddq_s32(pairs[2 * j], pairs[2 * j + 1]);
-    add_scaled(sums, panel, packed_scale(t, m), columns, y + m * y_stride);
+    add_scaled(sums, panel.first, packed_scale(t, 0), panel.columns, y);
   }
 };
 

@@ -10,30 +10,30 @@ namespace {
 
 struct SideBranch {
   static constexpr int kMostRows = 4;  // whose sums are in registers
+  static constexpr int kPanels = 1;
 
-  template <int kRows>
-  static void add_rows(const uint8_t* panel, int64_t quads, const PackedT& t, int64_t m,
-                       int64_t columns, float* y, int64_t y_stride) {
+  template <int kRows, int>
+  static void add_rows(const PackedPanels& b, const PackedT& t, float* y, int64_t y_stride) {
     int32x4_t sums[kRows][4];
     for (auto& row : sums) {
       for (auto& sum : row) sum = vdupq_n_s32(0);
     }
-    for (int64_t q = 0; q < quads; ++q) add_quad(panel + kPackedScaleBytes + 64 * q, q, t, m, sums);
+    for (int64_t q = 0; q < b.quads; ++q) add_quad(b.codes(0) + 64 * q, q, t, sums);
     for (int r = 0; r < kRows; ++r) {
-      add_scaled(sums[r], panel, packed_scale(t, m + r), columns, y + (m + r) * y_stride);
+      add_scaled(sums[r], b.first, packed_scale(t, r), b.columns, y + r * y_stride);
     }
   }
 
  private:
   template <int kRows>
-  static EDGELORA_INLINE void add_quad(const uint8_t* b, int64_t q, const PackedT& t, int64_t m,
+  static EDGELORA_INLINE void add_quad(const uint8_t* b, int64_t q, const PackedT& t,
                                        int32x4_t (&sums)[kRows][4]) {
     int8x16_t columns[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) columns[j] = load_column(b + 16 * j);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const int8x16_t quad = broadcast_quad(packed_codes(t, m + r) + 4 * q);
+      const int8x16_t quad = broadcast_quad(packed_codes(t, r) + 4 * q);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) sums[r][j] = vdotq_s32(sums[r][j], columns[j], quad);
     }
