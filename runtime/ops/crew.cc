@@ -11,8 +11,7 @@
 namespace edgelora::ops {
 namespace {
 
-constexpr int kPausesBeforeYield = 2000;
-constexpr int kPausesPerLook = 256;  // at the clock: a pause takes 1 to 50 ns
+constexpr int kPausesPerLook = 256;  // a pause takes 1 to 50 ns
 constexpr auto kAwake = std::chrono::milliseconds(1);  // longer than what lies between two tokens
 
 void pause() {
@@ -23,30 +22,40 @@ void pause() {
 #endif
 }
 
-// How long a helper spins; the clock is asked only now and then.
-class Awake {
+// Waits in turns. Now and then whoever else wants this core gets it: the thread that is waited for
+// may be among them.
+class Spin {
  public:
-  bool still() {
-    if (++pauses_ % kPausesPerLook != 0) return true;
-    const auto now = std::chrono::steady_clock::now();
-    if (pauses_ == kPausesPerLook) since_ = now;
-    return now - since_ < kAwake;
+  // True in a turn that gave the core away.
+  bool turn() {
+    pause();
+    if (++pauses_ % kPausesPerLook != 0) return false;
+    std::this_thread::yield();
+    return true;
   }
 
  private:
   int pauses_ = 0;
+};
+
+// How long a helper spins.
+class Awake {
+ public:
+  bool still() {
+    if (!spin_.turn()) return true;  // the clock is asked only now and then
+    const auto now = std::chrono::steady_clock::now();
+    if (since_ == std::chrono::steady_clock::time_point{}) since_ = now;
+    return now - since_ < kAwake;
+  }
+
+ private:
+  Spin spin_;
   std::chrono::steady_clock::time_point since_;
 };
 
 template <typename Condition>
 void spin_until(Condition condition) {
-  for (int spins = 0; !condition(); ++spins) {
-    if (spins < kPausesBeforeYield) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (Spin spin; !condition();) spin.turn();
 }
 
 }  // namespace
@@ -124,7 +133,6 @@ uint64_t Crew::await(uint64_t seen) {
     const uint64_t state = state_.load(std::memory_order_acquire);
     if (fresh(state)) return state / kCall;
     if (stopping_.load(std::memory_order_relaxed)) return seen;
-    pause();
   }
   std::unique_lock<std::mutex> lock(mutex_);
   asleep_.fetch_add(1, std::memory_order_seq_cst);
