@@ -121,7 +121,13 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
 
 // Rows that are faster with one panel at a time where each block is scaled by itself: two panels
 // are 0.81 to 1.1 times as fast with 4 rows, 0.93 to 1.4 with 8 (Ice Lake, from memory).
-constexpr int64_t kFewAlone = 4;
+constexpr int kFewAlone = 4;
+
+// Rows of a group that meets one panel at a time.
+template <class Isa>
+constexpr int alone_rows(Format format) {
+  return Isa::pair_rows(format) > 0 ? kFewAlone : Isa::kGroupRows;
+}
 
 // Whether several rows of x meet two panels at a time, in groups of at most Isa::pair_rows.
 template <class Isa>
@@ -182,8 +188,8 @@ void deal_rows(const Weights& weights, const Activations& x, int64_t first_row, 
                void* scratch) {
   groups->rows = min_of(kRowTile, x.rows - first_row);
   groups->paired = pairs_panels<Isa>(weights, x, groups->rows);
-  groups->count =
-      ceil_div(groups->rows, groups->paired ? Isa::pair_rows(weights.format) : Isa::kGroupRows);
+  groups->count = ceil_div(groups->rows, groups->paired ? Isa::pair_rows(weights.format)
+                                                        : alone_rows<Isa>(weights.format));
   int64_t slot = 0;
   for (int64_t g = 0; g < groups->count; ++g) {
     const int64_t rows = (groups->rows - slot) / (groups->count - g);
@@ -232,8 +238,10 @@ void few_rows(const PanelView& panel, const RowTile& group, const Out& out) {
 // Isa::few_rows of all groups.
 template <class Isa, Format kFormat>
 void multiply_few(const PanelView& panel, const RowGroups& groups, Out out) {
+  constexpr int kRows =
+      Isa::kFewRows < alone_rows<Isa>(kFormat) ? Isa::kFewRows : alone_rows<Isa>(kFormat);
   for (int64_t g = 0; g < groups.count; ++g) {
-    few_rows<Isa, kFormat, Isa::kFewRows>(panel, groups.of[g], out);
+    few_rows<Isa, kFormat, kRows>(panel, groups.of[g], out);
     out.to += groups.of[g].rows * out.stride;
   }
 }
