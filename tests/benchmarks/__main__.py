@@ -25,6 +25,7 @@ from benchmarks.folder import MODELS, SMOLLM2, Peers
 from benchmarks.prepare import PEERS, steps
 from benchmarks.roofline import draw_roofline
 from benchmarks.rounds import Setting, measure, turns
+from edgelora.errors import EdgeLoraError
 
 folder_option = click.option(
     "--folder",
@@ -72,7 +73,17 @@ def of_machine(setting: Setting) -> Path:
     return SPEED.parent / machine_folder(named_machine(setting.machine, setting.isa))
 
 
-@click.group(invoke_without_command=True)
+class OneLine(click.Group):
+    """Ends in one line where EdgeLoRA refuses something."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except EdgeLoraError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=OneLine, invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Speed of EdgeLoRA beside llama.cpp, ONNX Runtime GenAI and OpenVINO GenAI.

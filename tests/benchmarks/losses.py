@@ -19,6 +19,7 @@ import edgelora
 from benchmarks.contestants import OURS, about_adapters, contestants
 from benchmarks.folder import Peers
 from benchmarks.quality import WINDOW, Score, score_window, token_windows
+from edgelora.errors import EdgeLoraError
 
 CSV = Path(__file__).parent / "results" / "losses.csv"
 GGUFS = ("Q4_0", "IQ4_NL", "Q4_1", "Q4_K_S", "Q4_K_M", "Q8_0")
@@ -53,6 +54,8 @@ def _ours(peers: Peers, model: str, text: Path, windows: int) -> Iterator[Loss]:
         for each in contestants(peers, model)
         if each.ready and each.name.startswith(OURS) and not about_adapters(each.name)
     }
+    if not models:
+        raise EdgeLoraError(f"{peers.model(model)}: no bundle in it; see ./dev bench prepare")
     scores = {name: Score(name, 0.0, 0.0) for name in [*models, "float"]}
     checkpoint = peers.checkpoint(model)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

@@ -180,6 +180,7 @@ def _quantizing(peers: Peers, source: Path, kind: str) -> Callable[[Path], None]
 def _unpack_llama(peers: Peers, path: Path) -> None:
     """PyPI's archive, whose vendor/llama.cpp is the project; its metadata step builds nothing."""
     download = peers.root / "llama.cpp" / "download"
+    shutil.rmtree(download, ignore_errors=True)  # of an older version
     fetch = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
     _call([sys.executable, "-m", "pip", *fetch, "-d", download])
     [archive] = download.glob("*.tar.gz")

@@ -517,17 +517,18 @@ void test_linear_room(const std::vector<TestedIsa>& isas) {
   }
 }
 
-// A row of zeros beside one that holds `odd`.
+// Rows of zeros beside one that holds `odd`.
 void check_not_a_number(const TestedIsa& isa, Format format, float odd, bool grouped) {
   Matrix w({format, 192, {17}, 64}, Fill::kRandom, 9);
-  float x[2][192] = {}, scales[2][6], y[2][17];
-  int8_t codes[2][192];
-  int32_t sums[2][6];
+  constexpr int64_t kRows = 13;
+  float x[kRows][192] = {}, scales[kRows][6], y[kRows][17];
+  int8_t codes[kRows][192];
+  int32_t sums[kRows][6];
   x[0][40] = odd;
   const auto quantize = grouped ? isa.table->quantize_groups : isa.table->quantize_activations;
-  for (int m = 0; m < 2; ++m) quantize(x[m], 192, codes[m], scales[m], sums[m]);
+  for (int64_t m = 0; m < kRows; ++m) quantize(x[m], 192, codes[m], scales[m], sums[m]);
   const Weights packed = w.unpacked(*isa.table);
-  for (int64_t rows : {1, 2}) {
+  for (int64_t rows : {1, 2, 5, 13}) {
     Scratch scratch(packed);
     isa.table->linear(packed, {rows, codes[0], scales[0], sums[0], false, grouped}, 0, 2, y[0], 17,
                       scratch.memory.as<void>());
@@ -536,8 +537,10 @@ void check_not_a_number(const TestedIsa& isa, Format format, float odd, bool gro
     };
     KERNELS_CHECK(odd_values(0) == 17, "%s: %g in x is lost in y", isa.name.c_str(),
                   static_cast<double>(odd));
-    KERNELS_CHECK(rows == 1 || odd_values(1) == 0, "%s: %g in x is in the next row",
-                  isa.name.c_str(), static_cast<double>(odd));
+    for (int64_t m = 1; m < rows; ++m) {
+      KERNELS_CHECK(odd_values(m) == 0, "%s: %g in x is in another row", isa.name.c_str(),
+                    static_cast<double>(odd));
+    }
   }
 }
 
