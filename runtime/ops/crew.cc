@@ -11,7 +11,7 @@
 namespace edgelora::ops {
 namespace {
 
-constexpr int kPausesPerLook = 256;  // a pause takes 1 to 50 ns
+constexpr int kPausesPerLook = 1024;  // a pause takes 1 to 50 ns
 constexpr auto kAwake = std::chrono::milliseconds(1);  // longer than what lies between two tokens
 
 void pause() {
