@@ -26,7 +26,7 @@ from benchmarks import (
     table,
     targets,
 )
-from benchmarks.contestants import Contestant, Load
+from benchmarks.contestants import LOADED, Contestant, Load
 from benchmarks.figures import (
     SPEED,
     Row,
@@ -133,11 +133,11 @@ def test_table_shows_medians_the_best_and_the_limit() -> None:
         "**SmolLM2-135M**, 2 threads of 2 × CPU, avx2, "
         "streams of 20.0 to 24.0 GB/s (median 20.0), "
         "medians of 3 interleaved rounds, commit abcdef0 (EdgeLoRA 1.2, peer 3)\n\n"
-        "| tokens/s | MB | KL | prefill 128 | prefill 512 | decode at 128 |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| EdgeLoRA int4 | 80 |  | 2.0 | **300** | **8.0** |\n"
-        "| peer int4 | 100 | 0.250 | **6.0** |  | 5.0 |\n"
-        "| limit: best stream ÷ weights of EdgeLoRA int4 |  |  |  |  | 300 |\n"
+        "| tokens/s | MB | KL | rounds | prefill 128 | prefill 512 | decode at 128 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| EdgeLoRA int4 | 80 |  | 3 | 2.0 | **300** | **8.0** |\n"
+        "| peer int4 | 100 | 0.250 | 3 | **6.0** |  | 5.0 |\n"
+        "| limit: best stream ÷ weights of EdgeLoRA int4 |  |  |  |  |  | 300 |\n"
     )
 
 
@@ -197,6 +197,13 @@ def test_ours_beside_ours_is_measured_in_turn(
     bundle = write_toy_bundle(tmp_path / "bundle")
     sides = {"a": (bundle, None), "b": (bundle, ADAPTERS[0])}
     monkeypatch.setattr(paired, "sides", lambda peers, model: sides)
+    opened = []
+
+    def load(bundle: Path, *, threads: int) -> edgelora.Model:
+        opened.append(bundle)
+        return edgelora.load(bundle, threads=threads)
+
+    monkeypatch.setattr(paired, "load", load)
     setting = rounds.Setting("one", "CPU", "avx2", "abcdef0")
     rows = list(paired.measure(Peers(tmp_path), SMOLLM2, Load(1, 8, 3), 4, setting))
     assert sorted((row.round, row.contestant) for row in rows) == [
@@ -204,13 +211,18 @@ def test_ours_beside_ours_is_measured_in_turn(
     ]
     assert {row.contestant for row in rows[::2]} == {*"ab"}, "not always the same one first"
     assert all(row.prefill > 0 and row.decode > 0 and row.threads == 1 for row in rows)
+    assert len(opened) == 1, "a bundle is opened once"
+    sides[paired.UNLOADED] = bundle, None
+    list(paired.measure(Peers(tmp_path), SMOLLM2, Load(1, 8, 3), 1, setting))
+    assert len(opened) == 3, "but for the side that has no adapters loaded"
 
 
 def test_sides_are_the_bundles_that_are_there(tmp_path: Path) -> None:
     bundle = Peers(tmp_path).model(SMOLLM2) / "edgelora-adapters"
     bundle.mkdir(parents=True)
     named = paired.sides(Peers(tmp_path), SMOLLM2)
-    assert [*named] == [targets.LOADED, *(f"EdgeLoRA int4 + rank {rank}" for rank in RANKS)]
+    ranks = [f"EdgeLoRA int4 + rank {rank}" for rank in RANKS]
+    assert [*named] == [LOADED, *ranks, paired.UNLOADED]
     assert named["EdgeLoRA int4 + rank 16"] == (bundle, "rank16")
 
 
@@ -381,7 +393,7 @@ def test_limits_are_appended_below_one_head(tmp_path: Path) -> None:
     for target in (100.0, None):
         limits.append(tmp_path / "limits.csv", [limits.Limit("m", "load", 12.25, "ms", target)])
     head, *lines = (tmp_path / "limits.csv").read_text().splitlines()
-    assert head == "when,machine,commit,versions,model,what,value,unit,target"
+    assert head == "when,machine,isa,commit,versions,model,what,value,unit,target"
     assert [line.partition(",m,")[2] for line in lines] == ["load,12.25,ms,100", "load,12.25,ms,"]
 
 

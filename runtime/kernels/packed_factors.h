@@ -76,14 +76,15 @@ void drive_packed_factors(const PackedFactors& factors, int64_t out_features, co
                           int64_t panel_begin, int64_t panel_end, float* y, int64_t y_stride) {
   const int64_t quads = ceil_div(factors.rank, 4);
   for (int64_t p = panel_begin; p < panel_end;) {
-    const int64_t left = out_features - p * kPanelRows;  // columns
-    const PackedPanels b{packed_panel(factors, p), quads, min_of(kPanelRows, left)};
+    const int64_t columns = out_features - p * kPanelRows;
+    const PackedPanels b{packed_panel(factors, p), quads, min_of(kPanelRows, columns)};
     float* to = y + p * kPanelRows;
-    if (t.rows > 1 && p + Isa::kPanels <= panel_end && left >= Isa::kPanels * kPanelRows) {
+    fetch_ahead(b.first, quads);
+    if (t.rows > 1 && p + Isa::kPanels <= panel_end && columns >= Isa::kPanels * kPanelRows) {
+      for (int i = 1; i < Isa::kPanels; ++i) fetch_ahead(b.at(i), quads);
       add_packed_panels<Isa, Isa::kPanels>(b, t, to, y_stride);
       p += Isa::kPanels;
     } else {
-      fetch_ahead(b.first, quads);
       add_packed_panels<Isa, 1>(b, t, to, y_stride);
       ++p;
     }

@@ -15,7 +15,7 @@
 //   at −128·Σx, of nf4 at −(128 + 5/32)·Σx: its bytes are 5/32 too large on average. The rounding
 //   costs at most 0.0024 (0.0031) of absmax a weight.
 //
-// Few rows of x, with 512 bits up to V::kGroupRows at a time: a block's codes, 16 rows × 32 K, are
+// Few rows of x, with 512 bits up to alone_rows at a time: a block's codes, 16 rows × 32 K, are
 // unpacked to 8 registers (kParts times).
 //   even, odd   int32, a row's dots of the block: two chains, to hide vpdpbusd's latency
 //   sums        float, the rows' running y

@@ -11,25 +11,29 @@
 namespace edgelora::ops {
 namespace {
 
-constexpr int kPausesPerLook = 1024;  // a pause takes 1 to 50 ns
+// Some 10 µs: longer than the waits within a decode step, which a system call would lengthen.
+constexpr int kPausesBeforeYield = 1024;
 constexpr auto kAwake = std::chrono::milliseconds(1);  // longer than what lies between two tokens
 
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  __asm__ volatile("yield");
+  __asm__ volatile("isb");  // "yield" does nothing on most cores
 #endif
 }
 
-// Waits in turns. Now and then whoever else wants this core gets it: the thread that is waited for
-// may be among them.
+// Waits in turns, after a while by giving the core to whoever else wants it: the thread that is
+// waited for may be among them.
 class Spin {
  public:
   // True in a turn that gave the core away.
   bool turn() {
-    pause();
-    if (++pauses_ % kPausesPerLook != 0) return false;
+    if (pauses_ < kPausesBeforeYield) {
+      ++pauses_;
+      pause();
+      return false;
+    }
     std::this_thread::yield();
     return true;
   }
@@ -42,7 +46,7 @@ class Spin {
 class Awake {
  public:
   bool still() {
-    if (!spin_.turn()) return true;  // the clock is asked only now and then
+    if (!spin_.turn()) return true;  // not yet worth a look at the clock
     const auto now = std::chrono::steady_clock::now();
     if (since_ == std::chrono::steady_clock::time_point{}) since_ = now;
     return now - since_ < kAwake;

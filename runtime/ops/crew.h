@@ -108,7 +108,8 @@ class Stage {
 
   void finish_one() { pending_.fetch_sub(1, std::memory_order_release); }
 
-  // Only when all are taken. They are short and done right now, so this spins.
+  // Only when all are taken. They are short and done right now, so this spins, and gives the core
+  // away only after a while.
   void wait() const;
 
  private:

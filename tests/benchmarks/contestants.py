@@ -19,6 +19,7 @@ LONGEST = 1800  # seconds of one measurement
 OURS = "EdgeLoRA"
 OURS_INT4 = f"{OURS} int4"
 MERGED = f"{OURS_INT4}, rank 16 merged"
+LOADED = f"{OURS_INT4}, adapters loaded"
 SMALLEST = f"{OURS_INT4}, balanced, block 128"
 
 
@@ -94,7 +95,7 @@ def contestants(peers: Peers, model: str) -> Iterator[Contestant]:
     yield edgelora(f"{OURS_INT4}, balanced", folder / "edgelora-balanced")
     yield edgelora(SMALLEST, folder / "edgelora-balanced-128")
     yield edgelora(MERGED, folder / "edgelora-merged")
-    yield edgelora(f"{OURS_INT4}, adapters loaded", folder / "edgelora-adapters", load=True)
+    yield edgelora(LOADED, folder / "edgelora-adapters", load=True)
     for rank in RANKS:
         yield edgelora(f"{OURS_INT4} + rank {rank}", folder / "edgelora-adapters", rank=rank)
     for rank in (16, 64):

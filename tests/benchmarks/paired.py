@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.contestants import (
+    LOADED,
     OURS,
     OURS_INT4,
     SMALLEST,
@@ -26,6 +27,7 @@ from edgelora.model import Model, Session
 
 CSV = SPEED.with_name("paired.csv")
 PLAIN = (OURS_INT4, f"{OURS} nf4", SMALLEST)
+UNLOADED = f"{OURS_INT4}, adapters not loaded"  # of the bundle of LOADED, opened once more
 Side = tuple[Path, str | None]  # bundle, active adapter
 
 
@@ -38,6 +40,8 @@ def sides(peers: Peers, model: str) -> dict[str, Side]:
         bundle, *adapter = (path.parent for path in each.weights)
         if each.name in PLAIN or (each.name.startswith(OURS) and about_adapters(each.name)):
             found[each.name] = bundle, adapter[0].name if adapter else None
+    if LOADED in found:
+        found[UNLOADED] = found[LOADED]
     return {name: side for name, side in found.items() if side[0].is_dir()}
 
 
@@ -61,12 +65,13 @@ def measure(peers: Peers, model: str, each: Load, rounds: int, setting: Setting)
 
 
 def _opened(stack: ExitStack, chosen: dict[str, Side], threads: int) -> dict[str, Session]:
-    models: dict[Path, Model] = {}
+    models: dict[tuple[Path, bool], Model] = {}
     sessions = {}
     for name, (bundle, adapter) in chosen.items():
-        if bundle not in models:
-            models[bundle] = stack.enter_context(load(bundle, threads=threads))
-        sessions[name] = stack.enter_context(models[bundle].session(adapter=adapter))
+        key = bundle, name == UNLOADED
+        if key not in models:
+            models[key] = stack.enter_context(load(bundle, threads=threads))
+        sessions[name] = stack.enter_context(models[key].session(adapter=adapter))
     return sessions
 
 

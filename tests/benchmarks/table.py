@@ -1,6 +1,6 @@
 """The README's tables of speed and quality, generated from the committed CSVs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,8 @@ FORMATS = {
     "best": "**int4, `--quality best`**: some linears in int8",
     "best, int8 embedding": "int4, `--quality best --embedding-format int8`",
 }
+HEAD = ["tokens/s", "MB", "KL", "rounds"]
+ABOUT = len(HEAD)  # cells before the rates
 LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
 MIN_DECODED = 16  # fewer new tokens say nothing of decode
 QUALITY_MODEL, LLAMA_CPP = "smollm2-135m", "llama.cpp"  # of the losses beside quality.csv
@@ -104,8 +106,8 @@ def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
     lines = _best_in_bold(lines)
     limits = [_number(limit(rows, OURS_INT4, prompt)) for prompt in decoded]
     if any(limits):
-        lines.append([LIMIT, "", "", *([""] * len(set(prompts))), *limits])
-    head = ["tokens/s", "MB", "KL", *columns]
+        lines.append([LIMIT, *([""] * (ABOUT - 1)), *([""] * len(set(prompts))), *limits])
+    head = [*HEAD, *columns]
     text = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1)), *map(_line, lines)]
     return "\n".join([_caption(rows), "", *text, ""])
 
@@ -119,6 +121,12 @@ def _about(rows: Sequence[Row], name: str, kl: dict[str, float]) -> Iterator[str
     size = median(row.weight_bytes for row in rows if row.contestant == name)
     yield "" if size is None else f"{size / 1e6:.0f}"
     yield f"{kl[name]:.3f}" if name in kl else ""
+    yield _from_to(len(of(rows, name, row.prompt_tokens)) for row in rows if row.contestant == name)
+
+
+def _from_to(counts: Iterable[int]) -> str:
+    ordered = sorted(set(counts))
+    return " to ".join(dict.fromkeys((f"{ordered[0]}", f"{ordered[-1]}")))
 
 
 def _rates(
@@ -139,7 +147,7 @@ def _number(value: float | None) -> str:
 
 def _best_in_bold(lines: list[list[str]]) -> list[list[str]]:
     bold = [list(line) for line in lines]
-    for column in range(3, len(lines[0])):
+    for column in range(ABOUT, len(lines[0])):
         best = max((float(line[column]) for line in lines if line[column]), default=None)
         for line in bold:
             if line[column] and float(line[column]) == best:
@@ -153,8 +161,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _caption(rows: Sequence[Row]) -> str:
     first = rows[0]
-    rounds = sorted({len(of(rows, row.contestant, row.prompt_tokens)) for row in rows})
-    times = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    times = _from_to(len(of(rows, row.contestant, row.prompt_tokens)) for row in rows)
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
     machine = named_machine(first.machine, first.isa)
     parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {machine}"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contestants import MERGED, OURS, OURS_INT4, SMALLEST, about_adapters
+from benchmarks.contestants import LOADED, MERGED, OURS, OURS_INT4, SMALLEST, about_adapters
 from benchmarks.figures import (
     Row,
     by_machine,
@@ -20,9 +20,9 @@ from benchmarks.figures import (
 )
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
+from benchmarks.paired import UNLOADED
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
-LOADED = f"{OURS_INT4}, adapters loaded"
 COUNTS = (2, 1)  # threads
 
 
@@ -48,7 +48,10 @@ PAIRS = (
     ("rank 64 beside merged", f"{OURS_INT4} + rank 64", MERGED, 0.88),
     ("rank 16, balanced in blocks of 128", f"{SMALLEST} + rank 16", SMALLEST, 0.95),
     ("rank 64, balanced in blocks of 128", f"{SMALLEST} + rank 64", SMALLEST, 0.88),
-    ("adapters loaded beside none", LOADED, OURS_INT4, None),
+    ("rank 16 beside the base of its bundle", f"{OURS_INT4} + rank 16", UNLOADED, 0.95),
+    ("rank 64 beside the base of its bundle", f"{OURS_INT4} + rank 64", UNLOADED, 0.88),
+    ("adapters loaded beside none, same bundle", LOADED, UNLOADED, None),
+    ("adapters loaded beside a bundle without", LOADED, OURS_INT4, None),
 )
 
 

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#define EDGELORA_KEEP(sum) static_cast<void>(sum)
+
 // What SIMDe lacks, in two halves.
 namespace {
 

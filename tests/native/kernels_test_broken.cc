@@ -111,6 +111,22 @@ void up_int8_first_row_alone(const PackedFactors& factors, int64_t n, const Pack
   good().side_branch_up_int8(factors, n, {1, t.data, t.stride}, begin, end, y, y_stride);
 }
 
+// Where b is unsigned, sums that start at 0 are 128·Σt too large.
+void up_int8_without_start(const PackedFactors& factors, int64_t n, const PackedT& t,
+                           int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  good().side_branch_up_int8(factors, n, t, begin, end, y, y_stride);
+  for (int64_t m = 0; m < t.rows; ++m) {
+    int32_t start;
+    std::memcpy(&start, t.data + m * t.stride + 1, sizeof start);
+    y[m * y_stride + begin * kPanelRows] -= t.data[m * t.stride] * static_cast<float>(start);
+  }
+}
+
+void up_int8_without_last_panel(const PackedFactors& factors, int64_t n, const PackedT& t,
+                                int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  good().side_branch_up_int8(factors, n, t, begin, std::max(begin, end - 1), y, y_stride);
+}
+
 void row_without_last_value(const Weights& weights, int64_t row, float* out) {
   good().dequantize_row(weights, row, out);
   out[weights.in_features - 1] = 0.5f;
@@ -168,6 +184,11 @@ constexpr Mutant kMutants[] = {
     {"the last rank ignored", [](KernelTable* t) { t->side_branch_up = up_without_last_rank; },
      test_side_branch},
     {"rows ignored", [](KernelTable* t) { t->side_branch_up_int8 = up_int8_first_row_alone; },
+     test_packed_factors},
+    {"where sums start ignored",
+     [](KernelTable* t) { t->side_branch_up_int8 = up_int8_without_start; }, test_packed_factors},
+    {"the last panel of b ignored",
+     [](KernelTable* t) { t->side_branch_up_int8 = up_int8_without_last_panel; },
      test_packed_factors},
     {"a wrong last value", [](KernelTable* t) { t->dequantize_row = row_without_last_value; },
      test_dequantize_row},

@@ -112,7 +112,9 @@ void test_packed_factors(const std::vector<TestedIsa>& isas) {
           for (bool saturated : {false, true}) Case(rank, out_features, rows, saturated).check(isa);
         }
       }
-      Case(rank, 33, 77, true).check(isa);  // more rows than an ISA sums at once
+      for (int64_t rows : {2, 5, 6, 7, 8, 9, 16, 77}) {  // more than an ISA sums at once, too
+        for (int64_t out_features : {33, 80}) Case(rank, out_features, rows, true).check(isa);
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 // What `linear` does around the inner loops of the x86 ISAs, which block rows of x in registers:
 //
-//   for each tile of up to kRowTile rows     dealt evenly to groups of at most Isa::kGroupRows
+//   for each tile of up to kRowTile rows     dealt evenly to groups: alone_rows, or pair_rows
 //     for each panel
 //       few rows     Isa::few_rows           y straight from the packed codes
 //       more         for each chunk of K     unpacked once to bytes and float scales, in L1
@@ -123,7 +123,8 @@ inline void pack_extra_factors(const Activations& x, int64_t first_row, Format f
 // are 0.81 to 1.1 times as fast with 4 rows, 0.93 to 1.4 with 8 (Ice Lake, from memory).
 constexpr int kFewAlone = 4;
 
-// Rows of a group that meets one panel at a time.
+// Rows of a group that meets one panel at a time, at most. Where more rows pair their panels only
+// int4 whose x is not grouped, which nobody asks for, has more of them.
 template <class Isa>
 constexpr int alone_rows(Format format) {
   return Isa::pair_rows(format) > 0 ? kFewAlone : Isa::kGroupRows;

@@ -55,11 +55,11 @@ struct SideBranch {
     Halves sums[kRows];
     sum_rows<kRows>(b, t, sums);
     const Scales scales(b.first);
-    const float* factors = t.data;
+    const float* t_scales = t.data;
     const int64_t t_stride = t.stride, columns = b.columns;  // not read again after each store
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, factors += t_stride, y += y_stride) {
-      add_scaled(sums[r], scales, *factors, columns, y);
+    for (int r = 0; r < kRows; ++r, t_scales += t_stride, y += y_stride) {
+      add_scaled(sums[r], scales, *t_scales, columns, y);
     }
   }
 

@@ -5,6 +5,10 @@
 
 #include "kernels/vnni_linear.h"
 
+#ifndef EDGELORA_KEEP  // nothing where registers are emulated
+#define EDGELORA_KEEP(sum) __asm__("" : "+v"(sum))
+#endif
+
 namespace edgelora::kernels::avx512_vnni {
 namespace {
 
@@ -44,11 +48,7 @@ struct Registers {
 
   static Ints dot(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
   // Keeps a sum in its register: GCC would copy it to another in each turn of a loop, and back.
-  static void keep([[maybe_unused]] Ints* sum) {
-#ifdef __AVX512F__  // else emulated
-    __asm__("" : "+v"(*sum));
-#endif
-  }
+  static void keep(Ints* sum) { EDGELORA_KEEP(*sum); }
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }

@@ -42,17 +42,17 @@ struct SideBranch {
     }
     __m512 scales[kTogether];
     for (int p = 0; p < kTogether; ++p) scales[p] = load_scales(b.at(p));
-    const float* factors = t.data;
+    const float* t_scales = t.data;
     const int64_t t_stride = t.stride;  // not read again after each store
     const auto lanes = static_cast<__mmask16>((1 << b.columns) - 1);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512 factor = _mm512_set1_ps(*factors);
+      const __m512 factor = _mm512_set1_ps(*t_scales);
       for (int p = 0; p < kTogether; ++p) {
         const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][p]), scales[p]);
         add(product, factor, kTogether > 1 ? __mmask16{0xffff} : lanes, y + p * kPanelRows);
       }
-      factors += t_stride;
+      t_scales += t_stride;
       y += y_stride;
     }
   }
