@@ -162,12 +162,21 @@ def _switch(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
     yield Limit(name, "switch, p99", percentile(alone, 99), "µs", 100)
     yield Limit(name, "switch, median", statistics.median(alone), "µs")
     between = [switch for switch, _ in bursts]
-    yield Limit(name, "switch between steps, p99", percentile(between, 99), "µs", 100)
-    yield Limit(name, "switch between steps, median", statistics.median(between), "µs")
+    yield Limit(name, "switch between steps, Python, p99", percentile(between, 99), "µs")
+    in_c = _switches_in_c(bundle, threads, model.adapters)
+    yield Limit(name, "switch between steps, C, p99", percentile(in_c, 99), "µs", 100)
+    yield Limit(name, "switch between steps, C, median", statistics.median(in_c), "µs")
     rest = [statistics.median(steps[1:]) for _, steps in bursts]
     later = [steps[0] - middle for (_, steps), middle in zip(bursts, rest, strict=True)]
     yield Limit(name, "first step after a switch − median step", statistics.median(later), "µs")
     yield Limit(name, "median step", statistics.median(rest), "µs")
+
+
+def _switches_in_c(bundle: Path, threads: int, adapters: Sequence[str]) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        start = [_compiled(Path(folder)), "--switch", bundle, native.onnxruntime_path()]
+        said = output([*start, threads, SWITCHES, *adapters])
+    return [float(line) for line in said.split()]
 
 
 def fingerprint(name: str, bundle: Path) -> Iterator[Limit]:

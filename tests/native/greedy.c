@@ -1,5 +1,6 @@
 /* greedy BUNDLE LIBONNXRUNTIME ADAPTER int8|float LOGITS PROMPT TOKEN...
  * greedy --memory BUNDLE LIBONNXRUNTIME ADAPTER THREADS PROMPT NEW
+ * greedy --switch BUNDLE LIBONNXRUNTIME THREADS SWITCHES ADAPTER...
  * greedy --selfcheck BUNDLE LIBONNXRUNTIME
  *
  * The first PROMPT tokens are prefilled, the rest follow one by one: the logits of all positions go
@@ -10,14 +11,19 @@
  * Prints the bytes of the weights and of the kv_cache, then this process's memory in the lines of
  * /proc/self/status.
  *
+ * --switch: one adapter after the other, with a step of decode between switches. Prints the
+ * microseconds of each.
+ *
  * --selfcheck: prints a line for each result: the adapter or "-", float or int8, error,
  * tolerance. */
 #include <edgelora.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define MOST_TOKENS 256
+#define MOST_ADAPTERS 16
 
 static void check(EdgeLoraStatus status) {
   if (status == EDGELORA_OK) return;
@@ -124,6 +130,41 @@ static int measure_memory(char** arguments) {
   return 0;
 }
 
+static double microseconds(void) {
+  struct timespec now;
+  timespec_get(&now, TIME_UTC);
+  return 1e6 * (double)now.tv_sec + 1e-3 * (double)now.tv_nsec;
+}
+
+static void step(EdgeLoraSession* session) {
+  const int32_t token = 7;
+  check(edgelora_session_prefill(session, &token, 1));
+}
+
+/* arguments: those behind --switch. */
+static int measure_switches(char** arguments, int count) {
+  const int adapters = count - 4;
+  const long switches = strtol(arguments[3], NULL, 10);
+  if (adapters < 1 || adapters > MOST_ADAPTERS || switches < 1) return 2;
+  EdgeLoraModel* model =
+      load(arguments[0], arguments[1], "int8", (int32_t)strtol(arguments[2], NULL, 10));
+  EdgeLoraAdapter handles[MOST_ADAPTERS];
+  for (int i = 0; i < adapters; ++i) handles[i] = load_adapter(model, arguments[4 + i]);
+  EdgeLoraSession* session = NULL;
+  check(edgelora_session_create(model, NULL, &session));
+  step(session);
+  for (long i = 0; i < switches; ++i) {
+    if (i % 256 == 255) check(edgelora_session_rewind(session, 1));
+    step(session);
+    const double started = microseconds();
+    check(edgelora_session_set_adapter(session, handles[i % adapters], true));
+    printf("%.3f\n", microseconds() - started);
+  }
+  edgelora_session_free(session);
+  edgelora_model_free(model);
+  return 0;
+}
+
 static void print_result(const EdgeLoraSelfcheck* result, void* user_data) {
   (void)user_data;
   printf("%s %s %g %g\n", result->adapter == NULL ? "-" : result->adapter,
@@ -139,6 +180,7 @@ static int selfcheck(const char* bundle, const char* onnxruntime) {
 
 int main(int argc, char** argv) {
   if (argc == 8 && strcmp(argv[1], "--memory") == 0) return measure_memory(argv + 2);
+  if (argc > 6 && strcmp(argv[1], "--switch") == 0) return measure_switches(argv + 2, argc - 2);
   if (argc == 4 && strcmp(argv[1], "--selfcheck") == 0) return selfcheck(argv[2], argv[3]);
   const int count = argc - 7;
   const long prompt = argc > 7 ? strtol(argv[6], NULL, 10) : 0;
