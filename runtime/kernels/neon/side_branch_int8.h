@@ -21,8 +21,8 @@ inline int8x16_t broadcast_quad(const int8_t* t) {
 inline int8x16_t load_column(const uint8_t* b) { return vreinterpretq_s8_u8(load_bytes(b)); }
 
 // y [columns ≤ 16] += factor · scales · sums
-inline void add_scaled(const int32x4_t sums[4], const uint8_t* scales, float factor, int64_t columns,
-                       float* y) {
+inline void add_scaled(const int32x4_t sums[4], const uint8_t* scales, float factor,
+                       int64_t columns, float* y) {
   float32x4_t added[4];
   for (int j = 0; j < 4; ++j) {
     added[j] = vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(sums[j]), load_half4(scales + 8 * j)), factor);
