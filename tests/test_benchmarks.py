@@ -182,7 +182,12 @@ def test_targets_are_met_or_missed() -> None:
     assert "| nf4 beside int4 | ≥ 0.95 | 0.91, 1.00 missed |  |" in said
     assert "| rank 16 beside merged | ≥ 0.95 | 0.96, 0.96 met |  |" in said
     assert said.startswith("**2 × CPU, avx2**\n")
-    both = [*rows, *(replace(row, machine="2 × Other (R) CPU @ 3GHz", isa="neon") for row in rows)]
+    other = {"machine": "2 × Other (R) CPU @ 3GHz", "isa": "neon"}
+    both = [*rows, *(replace(row, **other) for row in rows)]
+    said = targets.tables(both, [], in_turn)
+    assert said.count("| prefill 128,") == 2
+    assert said.count("| nf4 beside int4 |") == 1, "no pairs were measured there"
+    in_turn += [replace(row, **other) for row in in_turn]
     assert targets.tables(both, [], in_turn).count("| nf4 beside int4 |") == 2
     single = [replace(row, threads=1, decode=row.decode / 2) for row in rows]
     said = targets.tables([*rows, a_row(**peer), *single, a_row(**peer, threads=1)], [], [])

@@ -89,7 +89,8 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
     pairs = [[what, "" if least is None else f"≥ {least:.2f}", *(
         _pair(pairs_of.get(setting, []), ours, other, least) for setting in settings)]
         for what, ours, other, least in PAIRS]  # fmt: skip
-    return _markdown(head, beside_peers) + "\n" + _markdown(head_of_pairs, pairs)
+    measured = [line for line in pairs if any(line[2:])]
+    return _markdown(head, beside_peers) + "\n" + _markdown(head_of_pairs, measured)
 
 
 def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
