@@ -25,7 +25,7 @@ constexpr int64_t kRowTile = 48;
 constexpr int64_t kWideRows = 128;    // the same of amx_bf16
 constexpr int64_t kFloatStrip = 128;  // K values of a panel dequantized at a time (exact path)
 
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t activation_blocks(int64_t in_features) {
   return ceil_div(in_features, kActivationBlock);

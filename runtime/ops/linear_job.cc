@@ -19,10 +19,8 @@ constexpr int64_t kWorkPerThread = 32 * 1024;
 // Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or
 // slow.
 constexpr int64_t kGroupsPerThread = 4;
-// Values of a tile with SwiGLU or a residual: what was multiplied is read from the cache.
+// Values of a tile whose products are read once more, from the cache.
 constexpr int64_t kTileValues = 16 * 1024;
-// The same where x is refined.
-constexpr int64_t kRefinedValues = 16 * 1024;
 // The smallest piece is this share of a thread's panels, of many rows.
 constexpr int64_t kSmallestShare = 32;
 // Panels of W that some kernels take together, of several rows.
@@ -79,8 +77,7 @@ int64_t LinearJob::strip_begin(int64_t strip) const { return call_.rows * strip 
 // A multiple of item_panels_, if it is not all of them.
 int64_t LinearJob::tile_panels() const {
   if (products_of_tile() == 0 && !refined()) return target_panels_;
-  const int64_t values = refined() ? kRefinedValues : kTileValues;
-  const int64_t most = values / (ceil_div(call_.rows, strips_) * kPanelRows);
+  const int64_t most = kTileValues / (ceil_div(call_.rows, strips_) * kPanelRows);
   return std::min(target_panels_, std::max<int64_t>(1, most / item_panels_) * item_panels_);
 }
 
@@ -224,12 +221,8 @@ void LinearJob::compute(Worker& worker, const Tile& tile) const {
   } else if (call_.residual != nullptr) {
     residual_tile(worker, tile);
   } else {
-    plain_tile(worker, tile);
+    product(worker, tile, y_of(tile));
   }
-}
-
-void LinearJob::plain_tile(Worker& worker, const Tile& tile) const {
-  product(worker, tile, y_of(tile));
 }
 
 // gate is the first half of W's rows, up the second.

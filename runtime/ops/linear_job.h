@@ -128,7 +128,6 @@ class LinearJob {
   Shares::Sizes piece_items() const;
   Tile first_tile(const Shares::Piece& items) const;
   void compute(Worker& worker, const Tile& tile) const;
-  void plain_tile(Worker& worker, const Tile& tile) const;
   void swiglu_tile(Worker& worker, const Tile& tile) const;
   void residual_tile(Worker& worker, const Tile& tile) const;
   void product(Worker& worker, const Tile& tile, const Target& target) const;

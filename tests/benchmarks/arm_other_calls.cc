@@ -2,6 +2,7 @@
 // compiles it with each kernel: -include its header, -DFUNCTION=its name.
 //
 //   arm_other_calls ROWS CALLS
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>

@@ -7,7 +7,7 @@ Compiles what it needs of their sources. Needs what arm_kernels.py needs.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,10 +30,11 @@ from benchmarks.arm_kernels import (
     run,
     write,
 )
+from benchmarks.table import markdown
 
 NEON, DOTPROD, I8MM = ISAS
 # The part that differs of the names of functions and files: where it runs, as what.
-MATMUL = "matmul_clamp_f32_qsi8d32p_qsi4c32p"
+MATMUL = "matmul_clamp_f32"
 KLEIDIAI = {
     "qsi8d32p1x4_qsi4c32p4x4_1x4_neon_dotprod": ((DOTPROD, I8MM), "decode"),
     "qsi8d32p1x8_qsi4c32p4x8_1x4x32_neon_dotprod": ((DOTPROD, I8MM), "decode"),
@@ -70,8 +71,8 @@ class Kernel:
 
 def kleidiai(folder: Path) -> Iterator[Kernel]:
     for variant, (isas, phase) in KLEIDIAI.items():
-        name = f"matmul_clamp_f32_{variant}"
-        file = folder / "kai/ukernels/matmul" / MATMUL / f"kai_{name}"
+        name = f"{MATMUL}_{variant}"
+        file = folder / "kai/ukernels/matmul" / f"{MATMUL}_qsi8d32p_qsi4c32p" / f"kai_{name}"
         header, *sources = (Path(f"{file}{end}") for end in (".h", ".c", "_asm.S"))
         yield Kernel(
             f"kleidiai {variant.split('_')[2]}", isas, "int4", [phase], f"kai_run_{name}",
@@ -124,7 +125,8 @@ def tables(rows: list[Row]) -> str:
 def ratios(rows: list[Row]) -> str:
     """Our products a cycle divided by the best other's, and those of nf4 by those of int4."""
     columns = product(PHASES, ("int4", "nf4", "nf4 ÷ int4"))
-    lines = _head(f"{phase}, {name}" for phase, name in columns)
+    head = ["", *(f"{phase}, {name}" for phase, name in columns)]
+    lines = []
     for isa, cpu in ((isa, cpu) for isa, about in ISAS.items() for cpu in about.cpus):
         cells = [f"{isa}, {cpu}"]
         for phase in PHASES:
@@ -133,7 +135,7 @@ def ratios(rows: list[Row]) -> str:
             quotients = zip((int4, nf4, nf4), (*others, int4), strict=True)
             cells += [f"{a / b:.2f}" for a, b in quotients]
         lines.append(cells)
-    return _table(lines)
+    return markdown(head, lines)
 
 
 def best(rows: list[Row], isa: str, format_: str, phase: str, cpu: str) -> float:
@@ -151,10 +153,12 @@ def instructions(rows: list[Row]) -> str:
         (OURSELVES, "int4"), ("kleidiai", "int4"), ("llama.cpp", "int4"),
         (OURSELVES, "nf4"), ("llama.cpp", "nf4"),
     ]  # fmt: skip
-    lines = _head(("int4", "KleidiAI", "llama.cpp Q4_0", "nf4", "llama.cpp IQ4_NL"))
-    for isa, phase in product(ISAS, PHASES):
-        lines.append([f"{isa}, {phase}", *(fewest(rows, isa, phase, *each) for each in columns)])
-    return _table(lines)
+    head = ["", "int4", "KleidiAI", "llama.cpp Q4_0", "nf4", "llama.cpp IQ4_NL"]
+    lines = [
+        [f"{isa}, {phase}", *(fewest(rows, isa, phase, *each) for each in columns)]
+        for isa, phase in product(ISAS, PHASES)
+    ]
+    return markdown(head, lines)
 
 
 def fewest(rows: list[Row], isa: str, phase: str, project: str, format_: str) -> str:
@@ -166,15 +170,6 @@ def fewest(rows: list[Row], isa: str, phase: str, project: str, format_: str) ->
     )
     least = min(found, default=None)
     return "" if least is None else f"{least:.3f}"
-
-
-def _head(columns: Iterable[str]) -> list[list[str]]:
-    names = [*columns]
-    return [["", *names], ["---", *("---:" for _ in names)]]
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)

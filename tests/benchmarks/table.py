@@ -43,6 +43,12 @@ def inserted(text: str, name: str, generated: str) -> str:
     return head + begin + "\n" + generated + "\n" + end + tail
 
 
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = "---:") -> str:
+    """A table. rule: how all columns but the first are aligned."""
+    rows = [head, ["---", *[rule] * (len(head) - 1)], *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
 def quality(
     rows: Sequence[dict[str, str]], on_code: Sequence[dict[str, str]], losses: Sequence[Loss]
 ) -> str:
@@ -69,8 +75,7 @@ def quality(
         "weights",
         "mean KL on code",
     ]
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "".join(f"{_line(cells)}\n" for cells in (head, rule, *lines))
+    return markdown(head, lines)
 
 
 def _quality(row: Mapping[str, str | float]) -> Iterator[str]:
@@ -107,9 +112,7 @@ def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
     limits = [_number(limit(rows, OURS_INT4, prompt)) for prompt in decoded]
     if any(limits):
         lines.append([LIMIT, *([""] * (ABOUT - 1)), *([""] * len(set(prompts))), *limits])
-    head = [*HEAD, *columns]
-    text = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1)), *map(_line, lines)]
-    return "\n".join([_caption(rows), "", *text, ""])
+    return f"{_caption(rows)}\n\n{markdown([*HEAD, *columns], lines)}"
 
 
 def _in_pairs(name: str) -> bool:
@@ -153,10 +156,6 @@ def _best_in_bold(lines: list[list[str]]) -> list[list[str]]:
             if line[column] and float(line[column]) == best:
                 line[column] = f"**{line[column]}**"
     return bold
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _caption(rows: Sequence[Row]) -> str:

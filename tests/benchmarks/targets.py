@@ -21,6 +21,7 @@ from benchmarks.figures import (
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
 from benchmarks.paired import UNLOADED
+from benchmarks.table import markdown
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 COUNTS = (2, 1)  # threads
@@ -90,7 +91,7 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
         _pair(pairs_of.get(setting, []), ours, other, least) for setting in settings)]
         for what, ours, other, least in PAIRS]  # fmt: skip
     measured = [line for line in pairs if any(line[2:])]
-    return _markdown(head, beside_peers) + "\n" + _markdown(head_of_pairs, measured)
+    return f"{markdown(head, beside_peers, '---')}\n{markdown(head_of_pairs, measured, '---')}"
 
 
 def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
@@ -161,8 +162,3 @@ def _named(target: Target) -> str:
 
 def _least(target: Target, models: Sequence[str]) -> str:
     return "; ".join(dict.fromkeys(f"{target.least[model]:.1f}" for model in models))
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -239,8 +239,7 @@ void few_rows(const PanelView& panel, const RowTile& group, const Out& out) {
 // Isa::few_rows of all groups.
 template <class Isa, Format kFormat>
 void multiply_few(const PanelView& panel, const RowGroups& groups, Out out) {
-  constexpr int kRows =
-      Isa::kFewRows < alone_rows<Isa>(kFormat) ? Isa::kFewRows : alone_rows<Isa>(kFormat);
+  constexpr int kRows = min_of(Isa::kFewRows, alone_rows<Isa>(kFormat));
   for (int64_t g = 0; g < groups.count; ++g) {
     few_rows<Isa, kFormat, kRows>(panel, groups.of[g], out);
     out.to += groups.of[g].rows * out.stride;
