@@ -32,10 +32,10 @@ from benchmarks.figures import (
     Row,
     append,
     latest,
-    limit,
     machine_folder,
     named_machine,
     read,
+    stream_limits,
 )
 from benchmarks.folder import RANKS, SMOLLM2, Peers
 from benchmarks.prepare import Step
@@ -85,7 +85,7 @@ def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contesta
 
 def test_readme_and_architecture_say_what_follows_from_the_committed_csvs() -> None:
     found = list(main_module.generated(SPEED))
-    assert len(found) == 5
+    assert len(found) == 6
     for path, name, tables in found:
         text = path.read_text()
         assert table.inserted(text, name, tables) == text, "run ./dev bench table"
@@ -137,13 +137,18 @@ def test_table_shows_medians_the_best_and_the_limit() -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| EdgeLoRA int4 | 80 |  | 3 | 2.0 | **300** | **8.0** |\n"
         "| peer int4 | 100 | 0.250 | 3 | **6.0** |  | 5.0 |\n"
-        "| limit: best stream ÷ weights of EdgeLoRA int4 |  |  |  |  |  | 300 |\n"
+        "| limit: median, best stream ÷ weights of EdgeLoRA int4 |  |  |  |  |  | 250, 300 |\n"
     )
 
 
 def test_a_text_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="mark"):
         table.inserted("# EdgeLoRA\n", "speed", "")
+
+
+def test_a_new_run_of_some_needs_a_csv_of_its_own() -> None:
+    found = CliRunner().invoke(main_module.main, ["run", "--only", "EdgeLoRA"])
+    assert found.exit_code == 2 and "say --csv FILE, or --run" in found.output
 
 
 # ---- targets ----
@@ -153,9 +158,9 @@ def test_the_smallest_bundle_that_loses_no_more_than_q4_0_stands_for_its_model()
     sizes = {"int4": 80, "nf4": 90, "int4, balanced": 100}
     rows = [a_row(contestant=f"EdgeLoRA {name}", weight_bytes=n) for name, n in sizes.items()]
     kl = {"EdgeLoRA int4": 0.4, "EdgeLoRA nf4": 0.3, "EdgeLoRA int4, balanced": 0.1}
-    assert targets.bundle(rows, kl | {"llama.cpp Q4_0": 0.3}) == "EdgeLoRA nf4"
-    assert targets.bundle(rows, kl | {"llama.cpp Q4_0": 0.2}) == "EdgeLoRA int4, balanced"
-    assert targets.bundle(rows, {}) == "EdgeLoRA int4", "nothing is known: the default"
+    assert losses.smallest_allowed(rows, kl | {"llama.cpp Q4_0": 0.3}) == "EdgeLoRA nf4"
+    assert losses.smallest_allowed(rows, kl | {"llama.cpp Q4_0": 0.2}) == "EdgeLoRA int4, balanced"
+    assert losses.smallest_allowed(rows, {}) == "EdgeLoRA int4", "nothing is known: the default"
 
 
 def test_targets_are_met_or_missed() -> None:
@@ -316,7 +321,8 @@ def test_rounds_interleave_and_go_on_after_a_failure(
         assert (row.prefill, row.decode, row.version) == (300, 5, "7.0")
         assert row.weight_bytes == 1 << 16 and row.bandwidth
     best = max(row.bandwidth or 0 for row in rows)
-    assert limit(rows, "good", 3) == pytest.approx(1e9 * best / (1 << 16))
+    found = stream_limits(rows, "good", 3)
+    assert found and found[1] == pytest.approx(1e9 * best / (1 << 16)) and 0 < found[0] <= found[1]
 
 
 def test_a_run_that_is_gone_on_with_counts_its_rounds_on(tmp_path: Path) -> None:
@@ -400,6 +406,25 @@ def test_limits_are_appended_below_one_head(tmp_path: Path) -> None:
     head, *lines = (tmp_path / "limits.csv").read_text().splitlines()
     assert head == "when,machine,isa,commit,versions,model,what,value,unit,target"
     assert [line.partition(",m,")[2] for line in lines] == ["load,12.25,ms,100", "load,12.25,ms,"]
+
+
+def test_limits_of_each_machines_newest_commit_become_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "limits.csv"
+    line = "2026-11-30T12:00Z,{0},{1},edgelora 1,{2}\n"
+    path.write_text(
+        "when,machine,isa,commit,versions,model,what,value,unit,target\n"
+        + line.format("CPU,", "a", "m,load,1,ms,100")
+        + line.format("CPU,avx2", "a", "m,load,2,ms,100")
+        + line.format("CPU,avx2", "a", "m,gone,2,ms,100")
+        + line.format("CPU,avx2", "b", "m,load,101.4,ms,100")
+        + line.format("CPU,avx2", "b", "m,median,3,ms,")
+        + line.format("CPU,avx2", "b", ",size,1.2,MB,1.5")
+    )
+    assert limits.tables(limits.read(path)) == (
+        "**CPU, avx2, commit b**\n\n"
+        "| what | target | m |\n| --- | --- | --- |\n"
+        "| load | 100 ms | 101 missed |\n| size | 1.5 MB | 1.2 met |\n"
+    )
 
 
 def test_a_fingerprint_is_measured_by_a_refusal(tmp_path: Path) -> None:

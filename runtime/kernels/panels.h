@@ -39,11 +39,6 @@ inline int64_t panel_rows(const Weights& weights, int64_t panel) {  // rows that
   return min_of(kPanelRows, weights.out_features - panel * kPanelRows);
 }
 
-inline bool is_int4(Format format) {
-  return format == Format::kInt4 || format == Format::kInt4ZeroPoints ||
-         format == Format::kInt4Offsets;
-}
-
 // Codes of one panel, bytes.
 inline int64_t panel_code_bytes(const Weights& weights) {
   const int64_t padded = activation_blocks(weights.in_features) * kActivationBlock;

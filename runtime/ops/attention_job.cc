@@ -16,7 +16,6 @@ using kernels::ceil_div;
 constexpr int64_t kBlock = kernels::kActivationBlock;
 constexpr int64_t kPanel = kernels::kPanelRows;
 constexpr int64_t kTileRows = 48;  // query rows of a ticket: the kernels' tiles are full
-constexpr int64_t kWorkPerThread = 32 * 1024;  // as Linear's
 constexpr int64_t kTicketsPerThread = 4;
 constexpr int64_t kAppendRows = 32;  // positions of an append ticket
 

@@ -16,6 +16,9 @@
 
 namespace edgelora::ops {
 
+// Below this many multiplications a second thread costs more than it saves.
+constexpr int64_t kWorkPerThread = 32 * 1024;
+
 // What the threads run: body(object, ticket) for each ticket. It must not throw.
 struct Work {
   void (*body)(void* object, int64_t ticket);

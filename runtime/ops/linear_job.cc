@@ -14,8 +14,6 @@ using kernels::ceil_div;
 constexpr int64_t kPanelRows = kernels::kPanelRows;
 constexpr int64_t kBlock = kernels::kActivationBlock;
 
-// Below this many multiplications a second thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 32 * 1024;
 // Groups of rows that a thread prepares, if all are as fast: evens out a thread that is late or
 // slow.
 constexpr int64_t kGroupsPerThread = 4;

@@ -125,6 +125,11 @@ def run(
     run_name: str | None,
 ) -> None:
     """Measures who is prepared, in rounds; without any preparation, EdgeLoRA alone on SmolLM2."""
+    if only and csv_path == SPEED and not run_name:
+        raise click.UsageError(
+            "a run of some would take the place of a whole one in the tables: "
+            "say --csv FILE, or --run and the run that they add to"
+        )
     peers = Peers(folder.absolute())
     wanted = [Load(count, *load) for count in threads for load in loads]
     round_of_turns = list(turns(peers, models or MODELS, wanted, only))
@@ -258,6 +263,7 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     on_code = read_quality("quality-code.csv")
     yield table.README, "quality", table.quality(read_quality(), on_code, lost)
     yield targets.ARCHITECTURE, "targets", targets.tables(rows, lost, read(paired.CSV))
+    yield targets.ARCHITECTURE, "limits", limits.tables(limits.read())
     arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
     yield arm_kernels.README, "arm", arm_others.tables(arm)
 

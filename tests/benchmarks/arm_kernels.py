@@ -24,7 +24,7 @@ from edgelora.device import DeviceProfile, list_profiles
 ROOT = Path(__file__).parents[2]
 COMPILER, OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
 README, KERNELS = Path(__file__).parent / "README.md", "arm_kernels.csv"
-OURSELVES = "edgelora"
+OUR_KERNELS = "edgelora"
 FEATURES, OUTPUTS = 2048, 128  # of arm_calls.cc
 PHASES = {"decode": 1, "prefill": 32}  # rows of x
 FORMATS = {"int4": 1, "int4_zero_points": 2, "int4_offsets": 3, "int8": 4, "nf4": 5}
@@ -207,7 +207,7 @@ def ours(build: Path, mca: str) -> Iterator[Row]:
             for format_, (phase, rows) in product(FORMATS, PHASES.items()):
                 loop = inner_loop(file, f"{phase}_{format_}")
                 whole = instructions_per_product(isa, rows, program, isa, FORMATS[format_])
-                yield from measured(OURSELVES, isa, format_, phase, loop, whole, mca)
+                yield from measured(OUR_KERNELS, isa, format_, phase, loop, whole, mca)
 
 
 def measured(
@@ -263,7 +263,7 @@ class Tokens:
 
 
 def our(rows: list[Row], isa: str, format_: str, phase: str, cpu: str) -> Row:
-    wanted = (OURSELVES, isa, format_, phase, cpu)
+    wanted = (OUR_KERNELS, isa, format_, phase, cpu)
     return next(r for r in rows if (r.kernel, r.isa, r.format, r.phase, r.cpu) == wanted)
 
 
@@ -317,7 +317,7 @@ def write(path: Path, rows: Sequence[Row | Tokens]) -> None:
 @click.option("--llvm-mca", "mca", default="llvm-mca", show_default=True)
 def main(build: Path, results: Path, mca: str) -> None:
     path = results / KERNELS
-    others = [row for row in read(path) if row.kernel != OURSELVES]
+    others = [row for row in read(path) if row.kernel != OUR_KERNELS]
     rows = [*ours(build, mca), *others]
     write(path, rows)
     write(results / "arm_tokens.csv", [*tokens(rows)])

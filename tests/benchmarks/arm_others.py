@@ -17,7 +17,7 @@ import click
 from benchmarks.arm_kernels import (
     ISAS,
     KERNELS,
-    OURSELVES,
+    OUR_KERNELS,
     PHASES,
     Row,
     architecture,
@@ -143,15 +143,15 @@ def best(rows: list[Row], isa: str, format_: str, phase: str, cpu: str) -> float
     return max(
         row.rate
         for row in rows
-        if row.kernel != OURSELVES and (row.isa, row.format, row.phase, row.cpu) == wanted
+        if row.kernel != OUR_KERNELS and (row.isa, row.format, row.phase, row.cpu) == wanted
     )
 
 
 def instructions(rows: list[Row]) -> str:
     """Of whole calls, a product; of several kernels of a project the one with the fewest."""
     columns = [
-        (OURSELVES, "int4"), ("kleidiai", "int4"), ("llama.cpp", "int4"),
-        (OURSELVES, "nf4"), ("llama.cpp", "nf4"),
+        (OUR_KERNELS, "int4"), ("kleidiai", "int4"), ("llama.cpp", "int4"),
+        (OUR_KERNELS, "nf4"), ("llama.cpp", "nf4"),
     ]  # fmt: skip
     head = ["", "int4", "KleidiAI", "llama.cpp Q4_0", "nf4", "llama.cpp IQ4_NL"]
     lines = [
@@ -182,7 +182,7 @@ EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--llvm-mca", "mca", default="llvm-mca", show_default=True)
 def main(results: Path, kleidiai_folder: Path, llama_folder: Path, mca: str) -> None:
     path = results / KERNELS
-    ours = [row for row in read(path) if row.kernel == OURSELVES]
+    ours = [row for row in read(path) if row.kernel == OUR_KERNELS]
     kernels = [*kleidiai(kleidiai_folder), *llama(llama_folder)]
     write(path, [*ours, *others(kernels, mca)])
 

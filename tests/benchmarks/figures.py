@@ -129,15 +129,18 @@ def of(rows: Sequence[Row], contestant: str, prompt_tokens: int) -> list[Row]:
     ]
 
 
-def limit(rows: Sequence[Row], contestant: str, prompt_tokens: int) -> float | None:
-    """Tokens a second at which its weights alone take all of the bandwidth: the best that any round
-    saw, since on a shared machine one stream says little.
+def stream_limits(
+    rows: Sequence[Row], contestant: str, prompt_tokens: int
+) -> tuple[float, float] | None:
+    """Tokens a second at which its weights alone take all of the bandwidth: the median of what all
+    rounds saw, and the best, since on a shared machine one stream says little.
     """
-    best = max(
-        (row.bandwidth or 0 for row in rows if row.prompt_tokens == prompt_tokens), default=0
-    )
+    found = (row.bandwidth for row in rows if row.prompt_tokens == prompt_tokens)
+    streams = [stream for stream in found if stream]
     size = median(row.weight_bytes for row in of(rows, contestant, prompt_tokens))
-    return 1e9 * best / size if best and size else None
+    if not streams or not size:
+        return None
+    return 1e9 * statistics.median(streams) / size, 1e9 * max(streams) / size
 
 
 def _written(value: object) -> object:

@@ -2,21 +2,25 @@
 memory, library size.
 """
 
+import atexit
 import csv
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.contestants import output
+from benchmarks.figures import named_machine
 from benchmarks.folder import Peers
 from benchmarks.rounds import commit, isa, machine
+from benchmarks.table import markdown
 from edgelora import load, native
 from edgelora.errors import EdgeLoraError
 from edgelora.manifest import read_manifest
@@ -50,13 +54,16 @@ class Limit:
     target: float | None = None
 
     @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        return "missed" if self.value > self.target else "met"
+
+    @property
     def line(self) -> str:
         """For the terminal."""
         line = f"{self.model} {self.what}: {self.value:.5g} {self.unit}".strip()
-        if self.target is None:
-            return line
-        verdict = "missed" if self.value > self.target else "met"
-        return f"{line} (target {self.target:.5g}: {verdict})"
+        return f"{line} (target {self.target:.5g}: {self.verdict})" if self.verdict else line
 
 
 Measure = Callable[[], Iterable[Limit]]
@@ -112,6 +119,48 @@ def append(path: Path, limits: Iterable[Limit]) -> None:
             )
 
 
+def read(path: Path = CSV) -> dict[str, list[Limit]]:
+    """By machine the figures of its newest commit, the newest of each. The first rows, which do
+    not say which machine they are of, are left out.
+    """
+    newest: dict[str, tuple[str, dict[tuple[str, str], Limit]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if not row["isa"]:
+                continue
+            name, of_commit = named_machine(row["machine"], row["isa"]), row["commit"]
+            if newest.get(name, ("",))[0] != of_commit:
+                newest[name] = of_commit, {}
+            limit = _limit(row)
+            newest[name][1][limit.model, limit.what] = limit
+    return {f"{name}, commit {one}": [*found.values()] for name, (one, found) in newest.items()}
+
+
+def _limit(row: Mapping[str, str]) -> Limit:
+    target = float(row["target"]) if row["target"] else None
+    return Limit(row["model"], row["what"], float(row["value"]), row["unit"], target)
+
+
+def tables(found: Mapping[str, Sequence[Limit]]) -> str:
+    """Of each machine what has a target, by bundle."""
+    return "\n".join(f"**{machine}**\n\n{_table(mine)}" for machine, mine in found.items())
+
+
+def _table(mine: Sequence[Limit]) -> str:
+    with_target = [limit for limit in mine if limit.verdict]
+    models = list(dict.fromkeys(limit.model for limit in with_target if limit.model))
+    cells = {(limit.what, limit.model or models[0]): limit for limit in with_target}
+    lines = [
+        [what, f"{target:.4g} {unit}", *(_cell(cells.get((what, model))) for model in models)]
+        for what, target, unit in dict.fromkeys((x.what, x.target, x.unit) for x in with_target)
+    ]
+    return markdown(["what", "target", *models], lines, "---")
+
+
+def _cell(limit: Limit | None) -> str:
+    return f"{limit.value:.3g} {limit.verdict}" if limit else ""
+
+
 def _library() -> Iterator[Limit]:
     with tempfile.TemporaryDirectory() as folder:
         stripped = Path(folder) / "stripped.so"
@@ -127,21 +176,22 @@ def _load(name: str, bundle: Path) -> Iterator[Limit]:
 
 
 def _memory(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
-    with tempfile.TemporaryDirectory() as folder:
-        program = _compiled(Path(folder))
-        for prompt, new in PROMPT_AND_NEW:
-            start = [program, "--memory", bundle, native.onnxruntime_path(), "-"]
-            found = memory(output([*start, threads, prompt, new]))
-            needed = (found["weights"] + found["kv_cache"]) / 1e6
-            about = f"context {prompt + new}"
-            yield Limit(name, f"VmHWM beside weights and kv_cache, {about}",
-                        found["VmHWM"] / 1e6 - needed, "MB", OVERHEAD)  # fmt: skip
-            for kind in ("VmHWM", "VmRSS", "RssAnon", "RssFile"):
-                yield Limit(name, f"{kind}, {about}", found[kind] / 1e6, "MB")
+    for prompt, new in PROMPT_AND_NEW:
+        start = [_greedy(), "--memory", bundle, native.onnxruntime_path(), "-"]
+        found = memory(output([*start, threads, prompt, new]))
+        needed = (found["weights"] + found["kv_cache"]) / 1e6
+        about = f"context {prompt + new}"
+        yield Limit(name, f"VmHWM beside weights and kv_cache, {about}",
+                    found["VmHWM"] / 1e6 - needed, "MB", OVERHEAD)  # fmt: skip
+        for kind in ("VmHWM", "VmRSS", "RssAnon", "RssFile"):
+            yield Limit(name, f"{kind}, {about}", found[kind] / 1e6, "MB")
 
 
-def _compiled(folder: Path) -> Path:
-    """tests/native/greedy.c beside the library that this Python uses."""
+@cache
+def _greedy() -> Path:
+    """tests/native/greedy.c beside the library that this Python uses, compiled once."""
+    folder = Path(tempfile.mkdtemp(prefix="edgelora-greedy-"))
+    atexit.register(shutil.rmtree, folder)
     program, library = folder / "greedy", native.library_path()
     source, headers = ROOT / "tests" / "native" / "greedy.c", ROOT / "runtime" / "include"
     options = ["-O2", "-std=c11", f"-I{headers}", f"-Wl,-rpath,{library.parent}"]
@@ -162,8 +212,9 @@ def _switch(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
     yield Limit(name, "switch, p99", percentile(alone, 99), "µs", 100)
     yield Limit(name, "switch, median", statistics.median(alone), "µs")
     between = [switch for switch, _ in bursts]
-    yield Limit(name, "switch between steps, Python, p99", percentile(between, 99), "µs")
-    in_c = _switches_in_c(bundle, threads, model.adapters)
+    yield Limit(name, "switch between steps, Python, p99", percentile(between, 99), "µs", 100)
+    yield Limit(name, "switch between steps, Python, median", statistics.median(between), "µs")
+    in_c = _switches_in_c(bundle, threads, sorted(set(names)))
     yield Limit(name, "switch between steps, C, p99", percentile(in_c, 99), "µs", 100)
     yield Limit(name, "switch between steps, C, median", statistics.median(in_c), "µs")
     rest = [statistics.median(steps[1:]) for _, steps in bursts]
@@ -173,9 +224,8 @@ def _switch(name: str, bundle: Path, threads: int) -> Iterator[Limit]:
 
 
 def _switches_in_c(bundle: Path, threads: int, adapters: Sequence[str]) -> list[float]:
-    with tempfile.TemporaryDirectory() as folder:
-        start = [_compiled(Path(folder)), "--switch", bundle, native.onnxruntime_path()]
-        said = output([*start, threads, SWITCHES, *adapters])
+    start = [_greedy(), "--switch", bundle, native.onnxruntime_path()]
+    said = output([*start, threads, SWITCHES, *adapters])
     return [float(line) for line in said.split()]
 
 

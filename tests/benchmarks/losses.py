@@ -7,7 +7,7 @@ import csv
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgelora
-from benchmarks.contestants import OURS, about_adapters, contestants
+from benchmarks.contestants import OURS, OURS_INT4, about_adapters, contestants
+from benchmarks.figures import Row
 from benchmarks.folder import Peers
 from benchmarks.quality import WINDOW, Score, score_window, token_windows
 from edgelora.errors import EdgeLoraError
@@ -114,6 +115,17 @@ def read(path: Path = CSV) -> list[Loss]:
         return []
     with path.open(newline="") as file:
         return [_loss(line) for line in csv.DictReader(file)]
+
+
+def smallest_allowed(rows: Sequence[Row], kl: dict[str, float]) -> str:
+    """The one of our contestants that stands for its model: of those that lose no more than
+    NO_WORSE_THAN the smallest. Without losses the default.
+    """
+    allowed = kl.get(NO_WORSE_THAN, 0.0)
+    names = dict.fromkeys(row.contestant for row in rows if row.contestant.startswith(OURS))
+    eligible = [name for name in names if not about_adapters(name) and kl.get(name, 1e9) <= allowed]
+    bytes_of = {row.contestant: row.weight_bytes or 0 for row in rows}
+    return min(eligible, key=bytes_of.__getitem__, default=OURS_INT4)
 
 
 def mean_kl(losses: list[Loss], model: str) -> dict[str, float]:

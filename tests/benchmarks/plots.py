@@ -16,12 +16,12 @@ from benchmarks.figures import (
     Row,
     by_machine,
     latest,
-    limit,
     machine_folder,
     median,
     named_machine,
     of,
     ratio_in_turn,
+    stream_limits,
 )
 
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#9aa5b1"
@@ -78,8 +78,8 @@ def _bars(rows: Sequence[Row]) -> Figure:
 
 
 def _mark_limits(axis: Axes, rows: Sequence[Row], names: Sequence[str], prompt: int) -> None:
-    limits = [limit(rows, name, prompt) for name in names]
-    known = [(i, most) for i, most in enumerate(limits) if most]
+    found = [stream_limits(rows, name, prompt) for name in names]
+    known = [(i, both[1]) for i, both in enumerate(found) if both]
     for i, most in known:
         axis.plot([most, most], [i - 0.4, i + 0.4], color="black", linewidth=1.5)
     if known:

@@ -25,7 +25,7 @@ PACKAGES = {
     "genai": [TORCH, "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "transformers>=5"],
     "openvino": [TORCH, "openvino-genai", "openvino-tokenizers", "optimum-intel", "nncf"],
 }
-LLAMA_TOOLS = ("bench", "batched-bench", "completion", "quantize", "perplexity", "export-lora")
+LLAMA_TOOLS = ("batched-bench", "completion", "quantize", "perplexity")
 # GCC 12 drops what _tile_loadconfig reads but for its first 8 bytes, and then AMX traps.
 AMX_OPTIONS = ("-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse -fno-tree-sra",)
 LLAMA_OPTIONS = (

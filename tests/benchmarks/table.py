@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.contestants import OURS, OURS_INT4, about_adapters
-from benchmarks.figures import Row, by_machine, latest, limit, median, named_machine, of
-from benchmarks.losses import Loss, mean_kl
+from benchmarks.contestants import OURS, about_adapters
+from benchmarks.figures import Row, by_machine, latest, median, named_machine, of, stream_limits
+from benchmarks.losses import Loss, mean_kl, smallest_allowed
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- {}: ./dev bench table writes from here -->\n"
@@ -27,7 +27,7 @@ FORMATS = {
 }
 HEAD = ["tokens/s", "MB", "KL", "rounds"]
 ABOUT = len(HEAD)  # cells before the rates
-LIMIT = "limit: best stream ÷ weights of EdgeLoRA int4"
+LIMIT = "limit: median, best stream ÷ weights of {}"
 MIN_DECODED = 16  # fewer new tokens say nothing of decode
 QUALITY_MODEL, LLAMA_CPP = "smollm2-135m", "llama.cpp"  # of the losses beside quality.csv
 NAMES = {"smollm2-135m": "SmolLM2-135M", "llama-1.07b": "Llama shape of 1.07B parameters"}
@@ -109,9 +109,12 @@ def _table(rows: Sequence[Row], losses: list[Loss]) -> str:
         [name, *_about(rows, name, kl), *_rates(rows, name, prompts, decoded)] for name in names
     ]
     lines = _best_in_bold(lines)
-    limits = [_number(limit(rows, OURS_INT4, prompt)) for prompt in decoded]
-    if any(limits):
-        lines.append([LIMIT, *([""] * (ABOUT - 1)), *([""] * len(set(prompts))), *limits])
+    smallest = smallest_allowed(rows, kl)
+    most = [stream_limits(rows, smallest, prompt) for prompt in decoded]
+    if any(most):
+        cells = [", ".join(map(_number, both or ())) for both in most]
+        blank = [""] * (ABOUT - 1 + len(set(prompts)))
+        lines.append([LIMIT.format(smallest), *blank, *cells])
     return f"{_caption(rows)}\n\n{markdown([*HEAD, *columns], lines)}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contestants import LOADED, MERGED, OURS, OURS_INT4, SMALLEST, about_adapters
+from benchmarks.contestants import LOADED, MERGED, OURS, OURS_INT4, SMALLEST
 from benchmarks.figures import (
     Row,
     by_machine,
@@ -19,7 +19,7 @@ from benchmarks.figures import (
     ratio_in_turn,
 )
 from benchmarks.folder import LLAMA_1B, SMOLLM2
-from benchmarks.losses import NO_WORSE_THAN, Loss, mean_kl
+from benchmarks.losses import Loss, mean_kl, smallest_allowed
 from benchmarks.paired import UNLOADED
 from benchmarks.table import markdown
 
@@ -45,6 +45,7 @@ TARGETS = (
 # Ours beside another of ours: (what, contestant, beside, least share of its rate)
 PAIRS = (
     ("nf4 beside int4", f"{OURS} nf4", OURS_INT4, 0.95),
+    ("merged beside int4: the same bytes, so all noise", MERGED, OURS_INT4, None),
     ("rank 16 beside merged", f"{OURS_INT4} + rank 16", MERGED, 0.95),
     ("rank 64 beside merged", f"{OURS_INT4} + rank 64", MERGED, 0.88),
     ("rank 16, balanced in blocks of 128", f"{SMALLEST} + rank 16", SMALLEST, 0.95),
@@ -71,7 +72,7 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
     groups, pairs_of = latest(rows), latest(in_turn)
     models = list(dict.fromkeys(model for model, _ in groups))
     chosen = {
-        model: bundle(
+        model: smallest_allowed(
             [row for row in itertools.chain(*groups.values()) if row.model == model],
             mean_kl(losses, model),
         )
@@ -92,15 +93,6 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
         for what, ours, other, least in PAIRS]  # fmt: skip
     measured = [line for line in pairs if any(line[2:])]
     return f"{markdown(head, beside_peers, '---')}\n{markdown(head_of_pairs, measured, '---')}"
-
-
-def bundle(rows: Sequence[Row], kl: dict[str, float]) -> str:
-    """The contestant that stands for its model; without losses the default."""
-    allowed = kl.get(NO_WORSE_THAN, 0.0)
-    names = dict.fromkeys(row.contestant for row in rows if row.contestant.startswith(OURS))
-    eligible = [name for name in names if not about_adapters(name) and kl.get(name, 1e9) <= allowed]
-    bytes_of = {row.contestant: row.weight_bytes or 0 for row in rows}
-    return min(eligible, key=bytes_of.__getitem__, default=OURS_INT4)
 
 
 def _ratios(

@@ -18,9 +18,9 @@ namespace edgelora::kernels {
 namespace {
 
 constexpr int64_t kChunkBlocks = 16;  // blocks of 32 K: 8 KB of bytes
-// The same for so few groups of rows that memory is waited for: a chunk is fetched ahead at once, and
-// no more than some twenty lines can be on their way (AVX2, 2 rows from memory: 0.51 → 0.63 of the
-// stream; 4 rows 0.49 → 0.62).
+// The same for so few groups of rows that memory is waited for: a chunk is fetched ahead at once,
+// and no more than some twenty lines can be on their way (AVX2, 2 rows from memory: 0.51 → 0.63 of
+// the stream; 4 rows 0.49 → 0.62).
 constexpr int64_t kFewGroups = 2, kFewChunkBlocks = 4;
 constexpr int64_t kBlockBytes = 512;  // one byte for each weight of 16 rows × 32 K
 
