@@ -35,6 +35,7 @@ from benchmarks.figures import (
     machine_folder,
     named_machine,
     read,
+    spoken,
     stream_limits,
 )
 from benchmarks.folder import RANKS, SMOLLM2, Peers
@@ -180,9 +181,9 @@ def test_targets_are_met_or_missed() -> None:
         for number in range(3)
     ]
     said = targets.tables([*rows, a_row(**peer), a_row(**peer, threads=1)], [], in_turn)
-    assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 met |" in said
+    assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 met: llama.cpp Q4_0, 1 rounds |" in said
     assert "| the same ÷ the stream just before |  | 0.44 |" in said
-    assert "| prefill 128, 2 threads (1) | 1.5 | 1.33 missed |" in said
+    assert "| prefill 128, 2 threads (1) | 1.5 | 1.33 missed: llama.cpp Q4_0, 1 rounds |" in said
     assert "| prefill 512, 2 threads (1) | 1.5 |  |" in said
     assert "| nf4 beside int4 | ≥ 0.95 | 0.91, 1.00 missed |  |" in said
     assert "| rank 16 beside merged | ≥ 0.95 | 0.96, 0.96 met |  |" in said
@@ -196,7 +197,10 @@ def test_targets_are_met_or_missed() -> None:
     assert targets.tables(both, [], in_turn).count("| nf4 beside int4 |") == 2
     single = [replace(row, threads=1, decode=row.decode / 2) for row in rows]
     said = targets.tables([*rows, a_row(**peer), *single, a_row(**peer, threads=1)], [], [])
-    assert "| decode at 128, 2 threads (1) | 2.0 | 2.20 (1.10) missed |" in said
+    assert (
+        "| decode at 128, 2 threads (1) | 2.0 | 2.20 (1.10) missed: llama.cpp Q4_0, 1 rounds |"
+        in said
+    )
     said = targets.tables([*single, a_row(**peer, threads=1)], [], [])
     assert "| decode at 128, 2 threads (1) | 2.0 | – (1.10) missed |" in said
 
@@ -518,6 +522,8 @@ def test_a_machine_s_folder_has_its_name() -> None:
     xeon = "2 × Intel(R) Xeon(R) Processor @ 2.80GHz"
     assert machine_folder(named_machine(xeon, "avx512_vnni")) == "2-intel-xeon-2-80ghz-avx512-vnni"
     assert machine_folder(named_machine("2 × AMD EPYC", "avx2")) == "2-amd-epyc-avx2"
+    assert spoken(named_machine("2 × AMD EPYC", "avx2")) == "2 × AMD EPYC (Zen 3), avx2"
+    assert spoken("1 × Other, neon") == "1 × Other, neon"
 
 
 # ---- the command ----

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from benchmarks.contestants import place
 
+GENERATIONS = {
+    "2 × AMD EPYC, avx2": "Zen 3",
+    "2 × AMD EPYC, avx512_vnni": "Zen 4",
+    "2 × Intel(R) Xeon(R) Processor @ 2.80GHz, avx512_vnni": "Ice Lake",
+}
 SPEED = Path(__file__).parent / "results" / "speed.csv"
 
 
@@ -84,6 +89,13 @@ def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def named_machine(machine: str, isa: str) -> str:
     """Its name, and what ours chooses there: AMD's hosts call four generations "AMD EPYC"."""
     return ", ".join(part for part in (machine, isa) if part)
+
+
+def spoken(machine: str) -> str:
+    """The same for people: with the generation, where the name leaves it open."""
+    name, comma, isa = machine.partition(", ")
+    generation = GENERATIONS.get(machine)
+    return f"{name} ({generation}){comma}{isa}" if generation else machine
 
 
 def machine_folder(machine: str) -> str:

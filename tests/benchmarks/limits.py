@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.contestants import output
-from benchmarks.figures import named_machine
+from benchmarks.figures import named_machine, spoken
 from benchmarks.folder import Peers
 from benchmarks.rounds import commit, isa, machine
 from benchmarks.table import markdown
@@ -133,7 +133,9 @@ def read(path: Path = CSV) -> dict[str, list[Limit]]:
                 newest[name] = of_commit, {}
             limit = _limit(row)
             newest[name][1][limit.model, limit.what] = limit
-    return {f"{name}, commit {one}": [*found.values()] for name, (one, found) in newest.items()}
+    return {
+        f"{spoken(name)}, commit {one}": [*found.values()] for name, (one, found) in newest.items()
+    }
 
 
 def _limit(row: Mapping[str, str]) -> Limit:

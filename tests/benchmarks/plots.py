@@ -21,6 +21,7 @@ from benchmarks.figures import (
     named_machine,
     of,
     ratio_in_turn,
+    spoken,
     stream_limits,
 )
 
@@ -143,7 +144,8 @@ def _titled(figure: Figure, rows: Sequence[Row]) -> Figure:
     first = rows[0]
     bandwidth = median(row.bandwidth for row in rows)
     streamed = f", {bandwidth:.1f} GB/s" if bandwidth else ""
-    about = f"{named_machine(first.machine, first.isa)}{streamed}, commit {first.commit}"
+    machine = spoken(named_machine(first.machine, first.isa))
+    about = f"{machine}{streamed}, commit {first.commit}"
     figure.suptitle(f"{first.model}, threads: {first.threads} ({about})", fontsize=9)
     figure.set_layout_engine("constrained")
     return figure

@@ -5,7 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contestants import OURS, about_adapters
-from benchmarks.figures import Row, by_machine, latest, median, named_machine, of, stream_limits
+from benchmarks.figures import (
+    Row,
+    by_machine,
+    latest,
+    median,
+    named_machine,
+    of,
+    spoken,
+    stream_limits,
+)
 from benchmarks.losses import Loss, mean_kl, smallest_allowed
 
 README = Path(__file__).parents[2] / "README.md"
@@ -165,7 +174,7 @@ def _caption(rows: Sequence[Row]) -> str:
     first = rows[0]
     times = _from_to(len(of(rows, row.contestant, row.prompt_tokens)) for row in rows)
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
-    machine = named_machine(first.machine, first.isa)
+    machine = spoken(named_machine(first.machine, first.isa))
     parts = [f"**{NAMES.get(first.model, first.model)}**, {threads} of {machine}"]
     streams = sorted(row.bandwidth for row in rows if row.bandwidth)
     if streams:

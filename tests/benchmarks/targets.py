@@ -17,6 +17,7 @@ from benchmarks.figures import (
     latest,
     of,
     ratio_in_turn,
+    spoken,
 )
 from benchmarks.folder import LLAMA_1B, SMOLLM2
 from benchmarks.losses import Loss, mean_kl, smallest_allowed
@@ -63,7 +64,7 @@ def tables(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row]) -> s
     """
     pairs = by_machine(in_turn)
     return "\n".join(
-        f"**{machine}**\n\n{_of_machine(mine, losses, pairs.get(machine, []))}"
+        f"**{spoken(machine)}**\n\n{_of_machine(mine, losses, pairs.get(machine, []))}"
         for machine, mine in by_machine(rows).items()
     )
 
@@ -80,7 +81,7 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
     }
     head = ["× the best peer", "target", *(f"{model}: {chosen[model]}" for model in models)]
     beside_peers = [[_named(target), _least(target, models), *(
-        _verdict(_ratios(groups, model, chosen[model], target), target.least[model])
+        _verdict(_least_of(groups, model, chosen[model], target), target.least[model])
         for model in models)] for target in TARGETS]  # fmt: skip
     most = [groups.get((model, COUNTS[0]), []) for model in models]
     beside_stream = [_of_stream(*pair) for pair in zip(most, chosen.values(), strict=True)]
@@ -95,19 +96,30 @@ def _of_machine(rows: Sequence[Row], losses: list[Loss], in_turn: Sequence[Row])
     return f"{markdown(head, beside_peers, '---')}\n{markdown(head_of_pairs, measured, '---')}"
 
 
-def _ratios(
+@dataclass(frozen=True)
+class Least:
+    """Of ours ÷ a peer's the least, each the median over the rounds that have both."""
+
+    ratio: float
+    peer: str
+    rounds: int
+
+
+def _least_of(
     groups: dict[tuple[str, int], list[Row]], model: str, ours: str, target: Target
-) -> Iterator[float | None]:
-    """For each number of threads, the least of ours ÷ a peer's, each the median over the rounds
-    that have both; None: not measured.
-    """
+) -> Iterator[Least | None]:
+    """For each number of threads; None: not measured."""
     for threads in COUNTS:
         rows = groups.get((model, threads), [])
         peers = {row.contestant for row in rows if not row.contestant.startswith(OURS)}
-        beside = [
-            ratio_in_turn(rows, ours, peer, target.prompt_tokens, target.what) for peer in peers
-        ]
-        yield min((ratio for ratio in beside if ratio), default=None)
+        beside = []
+        for peer in sorted(peers):
+            ratio = ratio_in_turn(rows, ours, peer, target.prompt_tokens, target.what)
+            rounds = [{row.round for row in of(rows, name, target.prompt_tokens)}
+                      for name in (ours, peer)]  # fmt: skip
+            if ratio:
+                beside.append(Least(ratio, peer, len(rounds[0] & rounds[1])))
+        yield min(beside, key=lambda each: each.ratio, default=None)
 
 
 def _of_stream(rows: Sequence[Row], name: str) -> str:
@@ -120,15 +132,16 @@ def _of_stream(rows: Sequence[Row], name: str) -> str:
     return f"{statistics.median(found):.2f}" if found else ""
 
 
-def _verdict(ratios: Iterator[float | None], least: float) -> str:
-    """Met if every number of threads that was measured meets it."""
-    first, *others = ratios
-    known = [ratio for ratio in (first, *others) if ratio]
+def _verdict(found: Iterator[Least | None], least: float) -> str:
+    """Met if every number of threads that was measured meets it; the peer of the first."""
+    first, *others = found
+    known = [each for each in (first, *others) if each]
     if not known:
         return ""
-    said = f"{first:.2f}" if first else "–"
-    said += "".join(f" ({ratio:.2f})" for ratio in others if ratio)
-    return f"{said} {'met' if min(known) >= least else 'missed'}"
+    said = f"{first.ratio:.2f}" if first else "–"
+    said += "".join(f" ({each.ratio:.2f})" for each in others if each)
+    said += " met" if min(each.ratio for each in known) >= least else " missed"
+    return f"{said}: {first.peer}, {first.rounds} rounds" if first else said
 
 
 def _pair(rows: Sequence[Row], ours: str, other: str, least: float | None) -> str:
