@@ -86,7 +86,7 @@ def a_contestant(tmp_path: Path, code: str, name: str = "some peer") -> Contesta
 
 def test_readme_and_architecture_say_what_follows_from_the_committed_csvs() -> None:
     found = list(main_module.generated(SPEED))
-    assert len(found) == 6
+    assert len(found) == 7
     for path, name, tables in found:
         text = path.read_text()
         assert table.inserted(text, name, tables) == text, "run ./dev bench table"

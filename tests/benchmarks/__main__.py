@@ -266,6 +266,8 @@ def generated(csv_path: Path) -> Iterator[tuple[Path, str, str]]:
     yield targets.ARCHITECTURE, "limits", limits.tables(limits.read())
     arm = list(arm_kernels.read(SPEED.parent / arm_kernels.KERNELS))
     yield arm_kernels.README, "arm", arm_others.tables(arm)
+    predicted = arm_others.predicted(SPEED.parent / arm_kernels.TOKENS)
+    yield arm_kernels.README, "tokens", predicted
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from edgelora.device import DeviceProfile, list_profiles
 ROOT = Path(__file__).parents[2]
 COMPILER, OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
 README, KERNELS = Path(__file__).parent / "README.md", "arm_kernels.csv"
+TOKENS = "arm_tokens.csv"
 OUR_KERNELS = "edgelora"
 FEATURES, OUTPUTS = 2048, 128  # of arm_calls.cc
 PHASES = {"decode": 1, "prefill": 32}  # rows of x
@@ -320,7 +321,7 @@ def main(build: Path, results: Path, mca: str) -> None:
     others = [row for row in read(path) if row.kernel != OUR_KERNELS]
     rows = [*ours(build, mca), *others]
     write(path, rows)
-    write(results / "arm_tokens.csv", [*tokens(rows)])
+    write(results / TOKENS, [*tokens(rows)])
 
 
 if __name__ == "__main__":

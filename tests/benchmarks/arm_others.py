@@ -6,6 +6,7 @@
 Compiles what it needs of their sources. Needs what arm_kernels.py needs.
 """
 
+import csv
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,18 @@ def instructions(rows: list[Row]) -> str:
         for isa, phase in product(ISAS, PHASES)
     ]
     return markdown(head, lines)
+
+
+def predicted(path: Path) -> str:
+    """Of arm_tokens.csv, by device: decode, prefill."""
+    cells: dict[str, dict[str, str]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            rates = f"{float(line['decode']):.0f}, {float(line['prefill']):.0f}"
+            cells.setdefault(line["device"], {})[f"{line['model']} {line['format']}"] = rates
+    columns = list(dict.fromkeys(name for of_device in cells.values() for name in of_device))
+    lines = [[device, *(mine.get(name, "") for name in columns)] for device, mine in cells.items()]
+    return markdown(["decode, prefill", *columns], lines)
 
 
 def fewest(rows: list[Row], isa: str, phase: str, project: str, format_: str) -> str:

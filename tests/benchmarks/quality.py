@@ -2,12 +2,13 @@
 
 Windows of 512 tokens, the second half of each scored, as `llama-perplexity --kl-divergence` does.
 
-    python tests/benchmarks/quality.py CHECKPOINT TEXT --calibration OTHER_TEXT \\
+    PYTHONPATH=tests python -m benchmarks.quality CHECKPOINT TEXT --calibration OTHER_TEXT \\
         --csv tests/benchmarks/results/quality.csv \\
         --also ANOTHER_KIND_OF_TEXT tests/benchmarks/results/quality-code.csv
 """
 
 import csv
+import itertools
 import math
 import tempfile
 from collections.abc import Collection, Iterator
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import edgelora
+from benchmarks.rounds import isa
 
 WINDOW = 512
 FORMATS: dict[str, dict[str, Any]] = {
@@ -130,7 +132,7 @@ def main(
             scores = {name: Score(name, *size) for name, size in sizes.items()}
             for ids in token_windows(checkpoint, file, windows):
                 score_window(reference, models, scores, ids)
-            rows = [score.row() for score in scores.values()]
+            rows = [score.row() | {"isa": isa()} for score in scores.values()]
             for row in rows:
                 click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
             if path:
@@ -138,17 +140,18 @@ def main(
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """In the order of FORMATS, each with the newest figures; the float model last."""
-    found: dict[object, dict[str, object]] = {}
+    """Of each ISA in the order of FORMATS, with the newest figures; the float model last."""
+    found: dict[tuple[object, object], dict[str, object]] = {}
     if path.exists():
         with path.open(newline="") as file:
-            found = {row["format"]: dict(row) for row in csv.DictReader(file)}
-    found |= {row["format"]: row for row in rows}
+            found = {(row["isa"], row["format"]): dict(row) for row in csv.DictReader(file)}
+    found |= {(row["isa"], row["format"]): row for row in rows}
+    names = [*FORMATS, *(base + ROUNDED for base in both_paths(FORMATS)), "float"]
+    isas = dict.fromkeys(of for of, _ in found)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        rounded = [base + ROUNDED for base in both_paths(FORMATS)]
-        writer.writerows(found[name] for name in [*FORMATS, *rounded, "float"] if name in found)
+        writer.writerows(found[key] for key in itertools.product(isas, names) if key in found)
 
 
 def load_all(
