@@ -32,6 +32,13 @@ ARRAY_CODE = {
     "concurrent",
     "edgelora.quantize",
 }
+# What of runtime/ a folder of it includes beside itself: whole folders, and single headers.
+INCLUDES: dict[str, set[str]] = {
+    "kernels": set(),
+    "ops": {"kernels", "src/adapter_store.h", "src/element_type.h", "src/error.h",
+            "src/ort_error.h"},
+    "src": {"kernels", "edgelora.h", "ops/kv_layout.h", "ops/registration.h"},
+}  # fmt: skip
 MAX_LINES = 400
 MAX_TEST_LINES = 700
 MAX_COLUMNS = 100  # ruff sees to Python's
@@ -178,3 +185,12 @@ def test_top_level_stays_small() -> None:
 def test_no_junk_drawers() -> None:
     names = {path.stem for path in [*MODULES, *CPP]}
     assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+@pytest.mark.parametrize("folder", INCLUDES)
+def test_cpp_includes_what_the_map_says(folder: str) -> None:
+    allowed = INCLUDES[folder] | {folder}
+    for path in CPP:
+        if path.relative_to(ROOT / "runtime").parts[0] == folder:
+            for header in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+                assert {header, header.partition("/")[0]} & allowed, f"{path}: {header}"
