@@ -73,10 +73,10 @@ def read(path: Path) -> list[Row]:
 
 
 def read_quality(name: str = "quality.csv") -> list[dict[str, str]]:
-    """quality.csv's rows, or those of quality-code.csv, of the ISA that it begins with."""
+    """quality.csv's rows, or those of quality-code.csv: of each format that of the first ISA."""
     with SPEED.with_name(name).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if row["isa"] == rows[0]["isa"]]
+    return list({row["format"]: row for row in reversed(rows)}.values())
 
 
 def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
