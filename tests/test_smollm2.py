@@ -16,7 +16,10 @@ from transformers import (
 
 import edgelora
 import oracle
+from edgelora.checkpoint import open_checkpoint
 from edgelora.cli.demo import GGUF, shipped_adapters
+from test_checkpoint_fingerprint import of as fingerprint
+from test_checkpoint_gguf import from_codes
 from test_float_oracle import with_adapter
 
 pytestmark = pytest.mark.slow
@@ -64,6 +67,23 @@ def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("lossless") / "bundle"
     edgelora.export(gguf_folder() / GGUF, bundle, adapters=dict(shipped_adapters()))
     return bundle
+
+
+def test_gguf_file_equals_transformers(plain: PreTrainedModel) -> None:
+    checkpoint, expected = open_checkpoint(gguf_folder() / GGUF), plain.state_dict()
+    assert {*checkpoint.names()} == expected.keys() - {"lm_head.weight"}
+    for name in checkpoint.names():
+        values = checkpoint.read(name)
+        assert np.array_equal(values, expected[name].numpy()), name
+        matrix = checkpoint.read_quantized(name)
+        if matrix is not None:
+            assert np.array_equal(from_codes(matrix), values), name
+    assert checkpoint.stored_as("model.embed_tokens.weight") == "int8"
+    assert checkpoint.stored_as("model.layers.7.self_attn.q_proj.weight") == "int4"
+
+
+def test_gguf_file_and_float_folder_have_the_same_fingerprint(folder: Path) -> None:
+    assert fingerprint(folder) == fingerprint(gguf_folder() / GGUF)
 
 
 def test_selfcheck_passes(lossless: Path) -> None:

@@ -30,5 +30,5 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With one of its adapters: an emulated token takes seconds."""
     bundle = tmp_path_factory.mktemp("arm") / "smollm2"
     adapters = {"pirate": dict(shipped_adapters())["pirate"]}
-    edgelora.export(gguf_folder() / GGUF, bundle, adapters=adapters)
+    edgelora.export(gguf_folder() / GGUF, bundle, adapters=adapters, report=False)
     return bundle
