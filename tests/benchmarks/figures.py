@@ -118,15 +118,22 @@ def latest(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
     }
 
 
+def ratios_in_turn(
+    rows: Sequence[Row], ours: str, other: str, prompt_tokens: int, what: str
+) -> list[float]:
+    """ours ÷ other, of "decode" or "prefill", of each round that has both."""
+    mine, beside = ({r.round: r for r in of(rows, name, prompt_tokens)} for name in (ours, other))
+    return [
+        getattr(mine[number], what) / getattr(beside[number], what)
+        for number in mine.keys() & beside.keys()
+    ]
+
+
 def ratio_in_turn(
     rows: Sequence[Row], ours: str, other: str, prompt_tokens: int, what: str
 ) -> float | None:
-    """ours ÷ other, of "decode" or "prefill": the median of each round's."""
-    mine, beside = ({r.round: r for r in of(rows, name, prompt_tokens)} for name in (ours, other))
-    return median(
-        getattr(mine[number], what) / getattr(beside[number], what)
-        for number in mine.keys() & beside.keys()
-    )
+    """The median of these."""
+    return median(ratios_in_turn(rows, ours, other, prompt_tokens, what))
 
 
 def median(values: Iterable[float | None]) -> float | None:

@@ -128,11 +128,12 @@ def main(
         }
         sizes |= dict.fromkeys(["float", *(base + ROUNDED for base in both_paths(models))], (0, 0))
         reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        kernels = {"isa": isa()}
         for file, path in ((text, csv_path), *also):
             scores = {name: Score(name, *size) for name, size in sizes.items()}
             for ids in token_windows(checkpoint, file, windows):
                 score_window(reference, models, scores, ids)
-            rows = [score.row() | {"isa": isa()} for score in scores.values()]
+            rows = [score.row() | kernels for score in scores.values()]
             for row in rows:
                 click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
             if path:

@@ -17,6 +17,7 @@ from benchmarks.figures import (
     latest,
     of,
     ratio_in_turn,
+    ratios_in_turn,
     spoken,
 )
 from benchmarks.folder import LLAMA_1B, SMOLLM2
@@ -112,13 +113,13 @@ def _least_of(
     for threads in COUNTS:
         rows = groups.get((model, threads), [])
         peers = {row.contestant for row in rows if not row.contestant.startswith(OURS)}
-        beside = []
-        for peer in sorted(peers):
-            ratio = ratio_in_turn(rows, ours, peer, target.prompt_tokens, target.what)
-            rounds = [{row.round for row in of(rows, name, target.prompt_tokens)}
-                      for name in (ours, peer)]  # fmt: skip
-            if ratio:
-                beside.append(Least(ratio, peer, len(rounds[0] & rounds[1])))
+        ratios = {
+            peer: ratios_in_turn(rows, ours, peer, target.prompt_tokens, target.what)
+            for peer in sorted(peers)
+        }
+        beside = [
+            Least(statistics.median(each), peer, len(each)) for peer, each in ratios.items() if each
+        ]
         yield min(beside, key=lambda each: each.ratio, default=None)
 
 
